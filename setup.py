@@ -1,0 +1,44 @@
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+
+TEST = ["pytest>=8", "hypothesis>=6", "sentencepiece>=0.2"]
+
+setup(
+    name="tokenrec-hf",
+    version="0.1.0",
+    description="TokenRec for the Hugging Face stack: users and items as tokens of T5, recommendations by vector retrieval",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=["tokenrec_hf"],
+    package_data={"tokenrec_hf": ["py.typed", "assets/*", "recipes/*.yaml"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.6",
+        "transformers>=5.23,<6",
+        "tokenizers>=0.22",
+        "datasets>=4",
+        "accelerate>=1.10",
+        "huggingface-hub>=2",
+        "safetensors>=0.6",
+        "numpy>=2",
+        "pyarrow>=17",
+        "protobuf>=5",
+        "pyyaml>=6",
+        "tqdm>=4.60",
+    ],
+    extras_require={
+        "test": TEST,
+        "milvus": ["pymilvus>=3", "milvus-lite>=3.2"],
+        "dev": [*TEST, "ruff>=0.15", "mypy>=1.15", "types-PyYAML"],
+    },
+    entry_points={"console_scripts": ["tokenrec=tokenrec_hf.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Operating System :: OS Independent",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

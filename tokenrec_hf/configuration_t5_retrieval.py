@@ -1,0 +1,45 @@
+"""Configuration of T5 for generative retrieval (sections II-D2, II-D3 and II-E1 of TokenRec)."""
+
+from __future__ import annotations
+
+from huggingface_hub.dataclasses import strict
+from transformers import T5Config
+
+
+@strict
+class T5GenerativeRetrievalConfig(T5Config):
+    """Configuration of [`T5ForGenerativeRetrieval`]: all fields of [`~transformers.T5Config`] and those below.
+
+    Args:
+        embedding_dim: d, the size of the item vectors that queries are compared with.
+        projection_dim: width of the two hidden layers of the projection (Eq. 18). Default: `2 * d_model`.
+        pooling: `"decoder"` (one decoder step, the paper's) or `"mean"` (mean of the encoder's outputs, no decoder at all).
+        loss_type: `"cosine_ranking"` (Eq. 20) or `"softmax"` (cross-entropy over cosine / `temperature`).
+        margin: gamma of Eq. 20; negatives below this cosine cost nothing. The paper: 0 to 0.2.
+        temperature: tau of the softmax loss.
+        space_ids: fingerprints of the MQ-Tokenizers whose tokens the model was trained on, `{"user": ..., "item": ...}`.
+    """
+
+    model_type = "t5_generative_retrieval"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    embedding_dim: int = 64
+    projection_dim: int | None = None
+    pooling: str = "decoder"
+    loss_type: str = "cosine_ranking"
+    margin: float | int = 0.1
+    temperature: float | int = 0.07
+    space_ids: dict | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.projection_dim is None:
+            self.projection_dim = 2 * self.d_model
+        super().__post_init__(**kwargs)
+        if self.embedding_dim < 1:
+            raise ValueError(f"embedding_dim is {self.embedding_dim} but must be at least 1.")
+        if self.pooling not in ("decoder", "mean"):
+            raise ValueError(f"pooling is {self.pooling!r} but must be 'decoder' or 'mean'.")
+        if self.loss_type not in ("cosine_ranking", "softmax"):
+            raise ValueError(f"loss_type is {self.loss_type!r} but must be 'cosine_ranking' or 'softmax'.")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature is {self.temperature} but must be above 0.")

@@ -1,0 +1,180 @@
+"""Collaborative filtering: matrix factorisation and LightGCN (section II-C1 of TokenRec, arXiv 2406.10450).
+
+Both give a vector p_i per user and q_j per item. LightGCN's are its *final* representations: the mean over layers 0..n of
+the embeddings propagated over the user-item graph (He et al., 2020), not the layer-0 tables. The models know rows, not ids,
+and nothing about tokens or prompts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .configuration_collaborative import LightGCNConfig, MatrixFactorizationConfig
+from .interaction_matrix import InteractionMatrix
+
+
+@dataclass
+class CollaborativeOutput(ModelOutput):
+    """Output of the collaborative models.
+
+    Args:
+        loss: scalar, when `labels` are given.
+        user_embeds: final representations of the users asked for, `[B, d]`.
+    """
+
+    loss: torch.FloatTensor | None = None
+    user_embeds: torch.FloatTensor | None = None
+
+
+class MatrixFactorizationModel(PreTrainedModel):
+    """Matrix factorisation: one free vector per user and per item.
+
+    Args:
+        config: a [`MatrixFactorizationConfig`] with `num_users` and `num_items` set.
+    """
+
+    config_class = MatrixFactorizationConfig
+    base_model_prefix = "collaborative"
+    main_input_name = "user_ids"
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: MatrixFactorizationConfig):
+        super().__init__(config)
+        self.user_table = nn.Embedding(config.num_users, config.embedding_dim)
+        self.item_table = nn.Embedding(config.num_items, config.embedding_dim)
+        self.post_init()
+
+    def user_embeddings(self) -> torch.Tensor:
+        """Final user representations p, detached, `[num_users, d]`."""
+        with torch.no_grad():
+            return self.representations()[0].clone()
+
+    def item_embeddings(self) -> torch.Tensor:
+        """Final item representations q, detached, `[num_items, d]`."""
+        with torch.no_grad():
+            return self.representations()[1].clone()
+
+    def representations(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Final representations of users `[num_users, d]` and items `[num_items, d]`, with gradient."""
+        return self.user_table.weight, self.item_table.weight
+
+    def forward(
+        self,
+        user_ids: torch.LongTensor,
+        labels: torch.LongTensor | None = None,
+        negative_ids: torch.LongTensor | None = None,
+    ) -> CollaborativeOutput:
+        """Represents a batch of users and, given `labels`, computes the loss.
+
+        Args:
+            user_ids: user rows, `[B]`.
+            labels: row of an item that each user interacted with, `[B]`.
+            negative_ids: rows of items that each user has not interacted with, `[B, m]`. Needed by the BPR loss; with the
+                softmax loss, they are the sampled competitors, and without them all items compete.
+        """
+        users, items = self.representations()
+        user = users[user_ids]  # [B, d]
+        if labels is None:
+            return CollaborativeOutput(user_embeds=user)
+        loss = self._loss(user, items, labels, negative_ids)
+        if self.training and self.config.l2_weight:
+            loss = loss + self.config.l2_weight * self._squared_norm(user_ids, labels, negative_ids)
+        return CollaborativeOutput(loss=loss, user_embeds=user)
+
+    def _loss(self, user, items, labels, negative_ids):
+        if self.config.loss_type == "bpr":
+            if negative_ids is None:
+                raise ValueError(
+                    "the BPR loss needs negative_ids [B, m]; draw them with InteractionMatrix.sample_negatives."
+                )
+            positive = (user * items[labels]).sum(-1, keepdim=True)  # [B, 1]
+            negative = torch.einsum("bd,bmd->bm", user, items[negative_ids])  # [B, m]
+            return -F.logsigmoid(positive - negative).mean()
+        user, items = F.normalize(user, dim=-1), F.normalize(items, dim=-1)
+        if negative_ids is None:
+            return F.cross_entropy(user @ items.T / self.config.temperature, labels)  # over [B, num_items]
+        candidates = torch.cat([labels[:, None], negative_ids], dim=1)  # [B, 1 + m], the positive first
+        scores = torch.einsum("bd,bmd->bm", user, items[candidates]) / self.config.temperature
+        return F.cross_entropy(scores, torch.zeros_like(labels))
+
+    def _squared_norm(self, user_ids, labels, negative_ids):
+        rows = labels if negative_ids is None else torch.cat([labels, negative_ids.flatten()])
+        squares = self.user_table(user_ids).square().sum() + self.item_table(rows).square().sum()
+        return squares / (2 * len(user_ids))
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=self.config.initializer_range)
+
+
+class _Propagation(torch.autograd.Function):
+    """A sparse matrix times a dense one, with the transposed product as its backward pass."""
+
+    @staticmethod
+    def forward(ctx, matrix, transposed, dense):
+        ctx.transposed = transposed
+        return matrix @ dense
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, None, ctx.transposed @ grad
+
+
+class LightGCNModel(MatrixFactorizationModel):
+    """LightGCN: matrix factorisation smoothed over the user-item graph.
+
+    With R the interactions and D the degrees, E^(l+1) = D^-1/2 [[0, R], [R^T, 0]] D^-1/2 E^(l), and the representation is
+    the mean of E^(0)..E^(n). The edges are buffers of the model, so a loaded model propagates without the data.
+
+    Args:
+        config: a [`LightGCNConfig`]; use [`LightGCNModel.from_interactions`] to fill its sizes.
+    """
+
+    config_class = LightGCNConfig
+
+    def __init__(self, config: LightGCNConfig):
+        super().__init__(config)
+        self.register_buffer("edge_users", torch.zeros(config.num_interactions, dtype=torch.int32))
+        self.register_buffer("edge_items", torch.zeros(config.num_interactions, dtype=torch.int32))
+        self._adjacency: torch.Tensor | None = None
+
+    @classmethod
+    def from_interactions(cls, config: LightGCNConfig, interactions: InteractionMatrix) -> LightGCNModel:
+        """A fresh model over the graph of `interactions` (the training interactions only)."""
+        config.num_users, config.num_items = interactions.num_users, interactions.num_items
+        config.num_interactions = len(interactions)
+        model = cls(config)
+        model.edge_users.copy_(torch.from_numpy(interactions.users))
+        model.edge_items.copy_(torch.from_numpy(interactions.items))
+        return model
+
+    def adjacency(self) -> torch.Tensor:
+        """The symmetrically normalised adjacency matrix, sparse CSR `[num_users + num_items] * 2`, built once."""
+        if self._adjacency is None or self._adjacency.device != self.edge_users.device:
+            size = self.config.num_users + self.config.num_items
+            users, items = self.edge_users.long(), self.edge_items.long() + self.config.num_users
+            rows, columns = torch.cat([users, items]), torch.cat([items, users])
+            degree = torch.bincount(rows, minlength=size).clamp(min=1).float()
+            values = (degree[rows] * degree[columns]).rsqrt()
+            coo = torch.sparse_coo_tensor(torch.stack([rows, columns]), values, (size, size))
+            self._adjacency = coo.coalesce().to_sparse_csr()
+        return self._adjacency
+
+    def representations(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Final representations of users `[num_users, d]` and items `[num_items, d]`, with gradient."""
+        layer = torch.cat([self.user_table.weight, self.item_table.weight])  # [num_users + num_items, d]
+        total, adjacency = layer, self.adjacency()
+        for _ in range(self.config.num_layers):
+            # The adjacency is symmetric, so it is its own transpose.
+            layer = _Propagation.apply(adjacency, adjacency, layer)
+            total = total + layer
+        mean = total / (self.config.num_layers + 1)
+        return mean[: self.config.num_users], mean[self.config.num_users :]

@@ -1,0 +1,290 @@
+"""The MQ-Tokenizer: a masked vector-quantised autoencoder (sections II-C2 to II-C5 of TokenRec, arXiv 2406.10450).
+
+It turns a collaborative vector into K codes: mask (Eq. 2-3), K-way encoder (Eq. 4), nearest codeword in each of K codebooks
+(Eq. 5-6), K-to-1 decoder (Eq. 9), and the losses that train it (Eq. 10-14). One model for users, another for items. It knows
+vectors and codes, nothing about ids, text or language models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .configuration_mq_tokenizer import MQTokenizerConfig
+
+ENCODE_CHUNK = 8192
+USAGE_DECAY = 0.95
+# A codeword is dead when its running share of assignments falls below this fraction of an equal share.
+DEAD_BELOW = 0.03
+
+
+@dataclass
+class MQTokenizerOutput(ModelOutput):
+    """Output of [`MQTokenizerModel`].
+
+    Args:
+        loss: Eq. 14, scalar: reconstruction + codebook + beta * commitment.
+        codes: w, index of the nearest codeword in each codebook, LongTensor `[B, K]`.
+        reconstruction: r, in the scale of the input vectors, `[B, d]`.
+        reconstruction_loss, codebook_loss, commitment_loss: the three terms (Eq. 10, 11, 12), scalars.
+    """
+
+    loss: torch.FloatTensor | None = None
+    codes: torch.LongTensor | None = None
+    reconstruction: torch.FloatTensor | None = None
+    reconstruction_loss: torch.FloatTensor | None = None
+    codebook_loss: torch.FloatTensor | None = None
+    commitment_loss: torch.FloatTensor | None = None
+
+
+class MLP(nn.Sequential):
+    """Linear layers of the given sizes with ReLU between them."""
+
+    def __init__(self, *sizes: int):
+        layers: list[nn.Module] = []
+        for before, after in zip(sizes, sizes[1:]):
+            layers += [nn.Linear(before, after), nn.ReLU()]
+        super().__init__(*layers[:-1])
+
+
+class MQTokenizerModel(PreTrainedModel):
+    """Masked vector-quantised tokenizer of collaborative vectors.
+
+    Args:
+        config: a [`MQTokenizerConfig`].
+
+    Before training call [`~MQTokenizerModel.prepare`] with all vectors: it stores their mean and scale in the model and, with
+    `kmeans_init`, starts the codebooks from them.
+    """
+
+    config_class = MQTokenizerConfig
+    base_model_prefix = "mq_tokenizer"
+    main_input_name = "vectors"
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: MQTokenizerConfig):
+        super().__init__(config)
+        d, hidden, d_c = config.embedding_dim, config.hidden_dim, config.codebook_dim
+        self.encoders = nn.ModuleList(MLP(d, hidden, hidden, hidden, d_c) for _ in range(config.num_codebooks))
+        self.codebooks = nn.Parameter(torch.empty(config.num_codebooks, config.codebook_size, d_c))
+        self.decoder = MLP(d_c, hidden, hidden, d)
+        self.register_buffer("mean", torch.zeros(d))
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("usage", torch.ones(config.num_codebooks, config.codebook_size))
+        self.post_init()
+
+    @torch.no_grad()
+    def encode(self, vectors: torch.Tensor) -> torch.LongTensor:
+        """Codes of collaborative vectors (Eq. 4-6, without a mask).
+
+        Args:
+            vectors: `[n, d]`, raw (not normalised).
+
+        Returns:
+            LongTensor `[n, K]` of values in `[0, L)`.
+
+        Raises:
+            ValueError: wrong shape, or a value that is not finite.
+        """
+        vectors = self._checked(vectors)
+        chunks = [self.assign(self.encoder_outputs(self._standardise(part))) for part in vectors.split(ENCODE_CHUNK)]
+        return torch.cat(chunks) if chunks else torch.empty(0, self.config.num_codebooks, dtype=torch.long)
+
+    @torch.no_grad()
+    def decode(self, codes: torch.LongTensor) -> torch.Tensor:
+        """Vectors reconstructed from codes (Eq. 9): LongTensor `[n, K]` to `[n, d]`.
+
+        Raises:
+            ValueError: wrong shape, or a code outside `[0, L)`.
+        """
+        count, size = self.config.num_codebooks, self.config.codebook_size
+        if codes.dim() != 2 or codes.shape[1] != count:
+            raise ValueError(f"codes have shape {tuple(codes.shape)} but the MQ-Tokenizer expects [n, {count}].")
+        if len(codes) and (codes.min() < 0 or codes.max() >= size):
+            raise ValueError(f"codes must be in [0, {size}) but range from {int(codes.min())} to {int(codes.max())}.")
+        return self._reconstruct(self.codewords(codes).mean(dim=1))
+
+    @property
+    def space_id(self) -> str:
+        """Fingerprint of everything that decides codes: encoders, codebooks and input standardisation (16 hex digits)."""
+        digest = hashlib.sha256(f"{self.config.num_codebooks},{self.config.codebook_size}".encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            if not name.startswith(("decoder", "usage")):
+                digest.update(name.encode() + tensor.detach().cpu().float().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    @torch.no_grad()
+    def prepare(self, vectors: torch.Tensor, seed: int = 0) -> None:
+        """Fits the input standardisation to `vectors` `[n, d]` and starts the codebooks by k-means of the encoder outputs."""
+        vectors = self._checked(vectors)
+        if not len(vectors):
+            raise ValueError("there are no vectors to train the MQ-Tokenizer on.")
+        self.mean.copy_(vectors.mean(dim=0))
+        # One scale for all dimensions, so that distances keep their proportions; a constant input keeps scale 1.
+        spread = (vectors - self.mean).square().mean().sqrt()
+        self.scale.copy_(spread if spread > 0 else torch.ones(()))
+        if self.config.kmeans_init:
+            outputs = self.encoder_outputs(self._standardise(vectors))  # [n, K, d_c]
+            for k in range(self.config.num_codebooks):
+                self.codebooks[k] = kmeans(outputs[:, k], self.config.codebook_size, seed=seed + k)
+
+    @torch.no_grad()
+    def statistics(self, vectors: torch.Tensor) -> dict[str, float]:
+        """How well the codes describe `vectors` `[n, d]`.
+
+        Returns:
+            `usage`: share of all K * L codewords that are used. `perplexity`: exp of the entropy of the codewords used, mean
+            over codebooks (at most L). `unique`: share of rows whose code tuple no other row has. `collision_rate`: 1 minus
+            the number of distinct tuples over the number of rows. `reconstruction_error`: sum ||x - r||^2 over
+            sum ||x - mean(x)||^2, the share of variance that is lost.
+        """
+        vectors = self._checked(vectors)
+        codes = self.encode(vectors)
+        counts = torch.stack(
+            [torch.bincount(column, minlength=self.config.codebook_size) for column in codes.T]
+        ).float()
+        share = counts / counts.sum(dim=1, keepdim=True)
+        entropy = -(share * share.clamp(min=1e-12).log()).sum(dim=1)
+        _, occurrences = codes.unique(dim=0, return_counts=True)
+        error = sum(
+            (x - self.decode(c)).square().sum() for x, c in zip(vectors.split(ENCODE_CHUNK), codes.split(ENCODE_CHUNK))
+        )
+        variance = (vectors - vectors.mean(dim=0)).square().sum().clamp(min=1e-12)
+        return {
+            "usage": float((counts > 0).float().mean()),
+            "perplexity": float(entropy.exp().mean()),
+            "unique": float((occurrences == 1).sum() / len(codes)),
+            "collision_rate": 1.0 - len(occurrences) / len(codes),
+            "reconstruction_error": float(error / variance),
+        }
+
+    def forward(self, vectors: torch.Tensor, labels: torch.Tensor | None = None) -> MQTokenizerOutput:
+        """Reconstructs `vectors` `[B, d]`; while training, from a masked copy (Eq. 2-3), against the unmasked input.
+
+        `labels` is ignored: the target is the input itself. It exists for `Trainer`, which evaluates a loss only with labels.
+        """
+        x = self._standardise(vectors)
+        outputs = self.encoder_outputs(self.mask(x) if self.training else x)  # a: [B, K, d_c]
+        codes = self.assign(outputs)  # w: [B, K]
+        if self.training and self.config.revive_dead:
+            self._revive_dead(outputs.detach(), codes)
+        words = self.codewords(codes)  # c: [B, K, d_c]
+        # Straight-through estimator: the decoder reads the codewords, its gradient goes to the encoder outputs.
+        quantised = outputs + (words - outputs).detach()
+        reconstruction = self.decoder(quantised.mean(dim=1))  # r: [B, d]
+        reconstruction_loss = (x - reconstruction).square().sum(dim=-1).mean()  # Eq. 10
+        codebook_loss = (outputs.detach() - words).square().sum(dim=(1, 2)).mean()  # Eq. 11
+        commitment_loss = (outputs - words.detach()).square().sum(dim=(1, 2)).mean()  # Eq. 12
+        return MQTokenizerOutput(
+            loss=reconstruction_loss + codebook_loss + self.config.commitment_weight * commitment_loss,
+            codes=codes,
+            reconstruction=self.mean + self.scale * reconstruction,
+            reconstruction_loss=reconstruction_loss,
+            codebook_loss=codebook_loss,
+            commitment_loss=commitment_loss,
+        )
+
+    def mask(self, x: torch.Tensor) -> torch.Tensor:
+        """A copy of `x` `[B, d]` with each element zeroed with probability rho, drawn anew at every call (Eq. 2-3)."""
+        return x * (torch.rand_like(x) >= self.config.mask_ratio)
+
+    def encoder_outputs(self, x: torch.Tensor) -> torch.Tensor:
+        """a^k = MLP^k(x) (Eq. 4): standardised `[B, d]` to `[B, K, d_c]`."""
+        return torch.stack([encoder(x) for encoder in self.encoders], dim=1)
+
+    def assign(self, outputs: torch.Tensor) -> torch.LongTensor:
+        """w^k = argmin_l ||a^k - c^k_l||^2 (Eq. 5-6): `[B, K, d_c]` to LongTensor `[B, K]`."""
+        codebooks = self.codebooks.detach()
+        # ||a||^2 does not change the argmin, so the distance is one matrix product.
+        distance = torch.baddbmm(
+            codebooks.square().sum(-1)[:, None, :],
+            outputs.detach().transpose(0, 1),
+            codebooks.transpose(1, 2),
+            alpha=-2,
+        )  # [K, B, L]
+        return distance.argmin(dim=-1).T
+
+    def codewords(self, codes: torch.LongTensor) -> torch.Tensor:
+        """c^k_{w^k}: LongTensor `[B, K]` to `[B, K, d_c]`."""
+        return self.codebooks[torch.arange(self.config.num_codebooks, device=codes.device), codes]
+
+    def _reconstruct(self, mean_codeword: torch.Tensor) -> torch.Tensor:
+        return self.mean + self.scale * self.decoder(mean_codeword)
+
+    def _standardise(self, vectors: torch.Tensor) -> torch.Tensor:
+        return (vectors - self.mean) / self.scale
+
+    def _checked(self, vectors: torch.Tensor) -> torch.Tensor:
+        vectors = torch.as_tensor(vectors, dtype=self.mean.dtype, device=self.mean.device)
+        d = self.config.embedding_dim
+        if vectors.dim() != 2 or vectors.shape[1] != d:
+            raise ValueError(
+                f"vectors have shape {list(vectors.shape)} but the MQ-Tokenizer expects [n, {d}]; "
+                f"train it with embedding_dim={vectors.shape[-1] if vectors.dim() else 1} or pass vectors of {d}."
+            )
+        bad = (~vectors.isfinite()).any(dim=1).nonzero()
+        if len(bad):
+            raise ValueError(
+                f"the vector in row {int(bad[0])} has a value that is not finite; remove it or train again."
+            )
+        return vectors
+
+    @torch.no_grad()
+    def _revive_dead(self, outputs: torch.Tensor, codes: torch.LongTensor) -> None:
+        count, size = self.config.num_codebooks, self.config.codebook_size
+        offsets = torch.arange(count, device=codes.device) * size
+        assigned = torch.bincount((codes + offsets).flatten(), minlength=count * size).view(count, size)
+        # The mean share of a codeword is 1, whatever the batch and L.
+        self.usage.lerp_(assigned * (size / len(codes)), 1 - USAGE_DECAY)
+        book, word = (self.usage < DEAD_BELOW).nonzero(as_tuple=True)
+        if len(book):
+            donor = torch.randint(len(outputs), (len(book),), device=outputs.device)
+            self.codebooks[book, word] = outputs[donor, book]
+            self.usage[book, word] = 1.0
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if isinstance(module, nn.Linear):
+            init.kaiming_normal_(module.weight, nonlinearity="relu")
+            init.zeros_(module.bias)
+        elif isinstance(module, MQTokenizerModel):
+            init.normal_(module.codebooks)
+
+
+def kmeans(points: torch.Tensor, num_clusters: int, num_iterations: int = 20, seed: int = 0) -> torch.Tensor:
+    """Lloyd's k-means that survives empty clusters.
+
+    Args:
+        points: `[n, d]`.
+        num_clusters: number of centres; may exceed n.
+        num_iterations: passes over the points.
+        seed: of the initial choice and of the replacements of empty clusters.
+
+    Returns:
+        Centres `[num_clusters, d]`. A cluster left empty restarts at a random point; with fewer points than clusters, the
+        surplus centres are points plus a little noise.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(points), generator=generator)
+    picks = order.repeat(-(-num_clusters // len(points)))[:num_clusters].to(points.device)
+    centres = points[picks].clone()
+    if num_clusters > len(points):
+        noise = torch.randn(centres.shape, generator=generator).to(centres) * (1e-3 * points.std(correction=0) + 1e-6)
+        centres[len(points) :] += noise[len(points) :]
+    for _ in range(num_iterations):
+        nearest = torch.cat(
+            [(centres.square().sum(-1) - 2 * part @ centres.T).argmin(-1) for part in points.split(ENCODE_CHUNK)]
+        )
+        counts = torch.bincount(nearest, minlength=num_clusters)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, points)
+        centres = torch.where((counts > 0)[:, None], sums / counts.clamp(min=1)[:, None], centres)
+        empty = (counts == 0).nonzero().flatten()
+        if len(empty) and num_clusters <= len(points):
+            centres[empty] = points[torch.randint(len(points), (len(empty),), generator=generator).to(points.device)]
+    return centres

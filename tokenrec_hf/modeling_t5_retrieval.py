@@ -1,0 +1,262 @@
+"""T5 for generative retrieval (sections II-D2, II-D3 and II-E1 of TokenRec, arXiv 2406.10450).
+
+A prompt made of words and user and item tokens goes through T5 once (Eq. 17), a three-layer projection turns the result into a
+query vector (Eq. 18), and the items nearest by cosine (Eq. 19) are the recommendation: no beam search. The item vectors belong
+to the embedding store and are bound to the model at run time; they are no part of its checkpoint. Knows nothing about ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import T5EncoderModel, T5Model
+from transformers import initialization as init
+from transformers.models.t5.modeling_t5 import T5PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .configuration_t5_retrieval import T5GenerativeRetrievalConfig
+
+
+@dataclass
+class GenerativeRetrievalOutput(ModelOutput):
+    """Output of [`T5ForGenerativeRetrieval`].
+
+    Args:
+        loss: scalar, when `labels` are given.
+        query_embeds: z, not normalised, `[B, d]`.
+    """
+
+    loss: torch.FloatTensor | None = None
+    query_embeds: torch.FloatTensor | None = None
+
+
+class ProjectionLinear(nn.Linear):
+    """A linear layer of the projection: its own class, because `_init_weights` sees leaves only and T5's gives std 1."""
+
+
+class T5ForGenerativeRetrieval(T5PreTrainedModel):
+    """A T5 backbone, a projection and a ranking loss on item vectors.
+
+    Args:
+        config: a [`T5GenerativeRetrievalConfig`].
+
+    Call [`~T5ForGenerativeRetrieval.bind_items`] before training or computing a loss.
+    """
+
+    config_class = T5GenerativeRetrievalConfig
+    config: T5GenerativeRetrievalConfig
+    base_model_prefix = "transformer"
+    # The forward pass computes a mean itself, so Trainer must divide by the gradient accumulation steps.
+    accepts_loss_kwargs = False
+    _keys_to_ignore_on_load_unexpected = [
+        r"lm_head\.weight",
+        r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
+    ]
+
+    def __init__(self, config: T5GenerativeRetrievalConfig):
+        super().__init__(config)
+        if config.pooling == "decoder":
+            self.transformer = T5Model(config)
+        else:
+            self.transformer = T5EncoderModel(config)
+            self._keys_to_ignore_on_load_unexpected = [r"lm_head\.weight", r"decoder\."]
+        self.projection = nn.Sequential(
+            ProjectionLinear(config.d_model, config.projection_dim),
+            nn.ReLU(),
+            nn.Dropout(config.dropout_rate),
+            ProjectionLinear(config.projection_dim, config.projection_dim),
+            nn.ReLU(),
+            nn.Dropout(config.dropout_rate),
+            ProjectionLinear(config.projection_dim, config.embedding_dim),
+        )
+        self.register_buffer("item_embeddings", torch.zeros(0, config.embedding_dim), persistent=False)
+        self.post_init()
+
+    def bind_items(self, vectors: torch.Tensor) -> None:
+        """Sets the item vectors q `[num_items, d]` that the loss compares queries with; stored normalised, never saved.
+
+        Raises:
+            ValueError: the vectors do not have `embedding_dim` dimensions, or one is not finite.
+        """
+        d = self.config.embedding_dim
+        if vectors.dim() != 2 or vectors.shape[1] != d:
+            raise ValueError(
+                f"item vectors have shape {list(vectors.shape)} but the model expects [n, {d}]; "
+                f"use the store it was trained with, or train it with embedding_dim={vectors.shape[-1]}."
+            )
+        if not vectors.isfinite().all():
+            raise ValueError("an item vector has a value that is not finite; check the embedding store.")
+        self.item_embeddings = F.normalize(vectors.detach().to(self.device, torch.float32), dim=-1)
+
+    @torch.no_grad()
+    def initialize_code_tokens(self, token_ids: torch.LongTensor, codebooks: torch.Tensor, seed: int = 0) -> None:
+        """Gives code tokens embeddings that resemble each other as their codewords do.
+
+        A codeword is centred, projected from `d_c` to `d_model` by a random Gaussian matrix, which keeps angles, and scaled to
+        the standard deviation of the other rows, so that a pretrained backbone meets inputs of the size it knows.
+
+        Args:
+            token_ids: vocabulary ids of the code tokens, LongTensor `[K, L]`.
+            codebooks: c, `[K, L, d_c]`.
+            seed: of the projection matrices, one per codebook.
+        """
+        table = self.get_input_embeddings().weight
+        first = int(token_ids.min())
+        target = table[:first].float().std() if first else torch.tensor(float(self.config.initializer_factor))
+        generator = torch.Generator().manual_seed(seed)
+        for ids, words in zip(token_ids, codebooks.detach().float().cpu()):
+            projection = torch.randn(words.shape[1], table.shape[1], generator=generator)
+            rows = (words - words.mean(dim=0)) @ projection  # [L, d_model]
+            spread = rows.std()
+            if not spread > 0:  # one codeword, or all alike: nothing to preserve
+                rows, spread = torch.randn(rows.shape, generator=generator), torch.tensor(1.0)
+            table[ids.to(table.device)] = (rows * (target.cpu() / spread)).to(table)
+
+    def encode_queries(self, input_ids=None, attention_mask=None, inputs_embeds=None) -> torch.Tensor:
+        """z = Proj(LLM4Rec(prompt)) (Eq. 17-18): token ids `[B, T]` to `[B, d]`.
+
+        Args:
+            input_ids: `[B, T]`.
+            attention_mask: `[B, T]`, 0 at padding. Default: derived from the padding id.
+            inputs_embeds: `[B, T, d_model]` in place of `input_ids`.
+        """
+        if attention_mask is None and input_ids is not None:
+            attention_mask = (input_ids != self.config.pad_token_id).long()
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        if self.config.pooling == "mean":
+            states = self.transformer(**inputs).last_hidden_state  # [B, T, d_model]
+            weights = (
+                torch.ones_like(states[..., :1]) if attention_mask is None else attention_mask[..., None].to(states)
+            )
+            hidden = (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+        else:
+            batch = (input_ids if input_ids is not None else inputs_embeds).shape[0]
+            start = torch.full(
+                (batch, 1), self.config.decoder_start_token_id or 0, dtype=torch.long, device=self.device
+            )
+            hidden = self.transformer(**inputs, decoder_input_ids=start, use_cache=False).last_hidden_state[:, 0]
+        return self.projection(hidden)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        negative_ids: torch.LongTensor | None = None,
+        seen_items: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> GenerativeRetrievalOutput:
+        """Computes queries and, given `labels`, the loss.
+
+        Args:
+            input_ids, attention_mask, inputs_embeds: see [`~T5ForGenerativeRetrieval.encode_queries`].
+            labels: rows of the items to retrieve, `[B]` or `[B, P]`; -100 is padding.
+            negative_ids: rows of un-interacted items: for each positive, `[B, P]` (`[B]`), for `cosine_ranking`; for `softmax`,
+                the sampled competitors `[B, m]`, without which all bound items compete.
+            seen_items: rows of items in each prompt, `[B, S]`, -100 is padding; the full softmax leaves them out of the
+                competition, since they are never recommended.
+
+        Raises:
+            ValueError: labels without bound items, or `cosine_ranking` without negatives.
+        """
+        queries = self.encode_queries(input_ids, attention_mask, inputs_embeds)
+        if labels is None:
+            return GenerativeRetrievalOutput(query_embeds=queries)
+        if not len(self.item_embeddings):
+            raise ValueError("the loss needs item vectors: call model.bind_items(store.vectors('item')) first.")
+        labels = labels.view(len(labels), -1)  # [B, P]
+        unit = F.normalize(queries.float(), dim=-1)
+        if self.config.loss_type == "cosine_ranking":
+            loss = self._cosine_ranking_loss(unit, labels, negative_ids)
+        else:
+            loss = self._softmax_loss(unit, labels, negative_ids, seen_items)
+        return GenerativeRetrievalOutput(loss=loss, query_embeds=queries)
+
+    def _cosine_ranking_loss(self, unit, labels, negative_ids):
+        """Eq. 20, the mean over positives: 1 - cos(z, q_j) and, for a negative, max(0, cos(z, q_j) - gamma)."""
+        if negative_ids is None:
+            raise ValueError("the cosine_ranking loss needs negative_ids, one per label; the data collator draws them.")
+        valid = labels >= 0
+        positive = self._cosines(unit, labels.clamp(min=0))  # [B, P]
+        negative = self._cosines(unit, negative_ids.view_as(labels))  # [B, P]
+        terms = 1 - positive + F.relu(negative - self.config.margin)
+        return (terms * valid).sum() / valid.sum().clamp(min=1)
+
+    def _softmax_loss(self, unit, labels, negative_ids, seen_items):
+        """-log softmax of cos(z, q_j) / tau, the mean over positives."""
+        valid = labels >= 0
+        positive = self._cosines(unit, labels.clamp(min=0)) / self.config.temperature  # [B, P]
+        if negative_ids is not None:
+            competitors = self._cosines(unit, negative_ids) / self.config.temperature  # [B, m]
+            # Every positive competes with the sampled negatives and itself.
+            total = torch.logaddexp(positive, competitors.logsumexp(dim=-1, keepdim=True))
+        else:
+            scores = unit @ self.item_embeddings.T / self.config.temperature  # [B, n]
+            if seen_items is not None:
+                scores = self._without(scores, seen_items)
+            total = scores.logsumexp(dim=-1, keepdim=True)
+        return ((total - positive) * valid).sum() / valid.sum().clamp(min=1)
+
+    def _cosines(self, unit, rows):
+        """cos(z, q_j) (Eq. 19) of unit queries `[B, d]` and item rows `[B, m]`: `[B, m]`."""
+        return torch.einsum("bd,bmd->bm", unit, self.item_embeddings[rows])
+
+    @staticmethod
+    def _without(scores, rows):
+        """`scores` `[B, n]` with minus infinity at `rows` `[B, S]`, -100 being padding."""
+        # Padding is sent to an extra column that is cut off again.
+        width = scores.shape[1]
+        banned = torch.zeros(len(scores), width + 1, dtype=torch.bool, device=scores.device)
+        banned.scatter_(1, torch.where(rows >= 0, rows, width), True)
+        return scores.masked_fill(banned[:, :width], float("-inf"))
+
+    @torch.inference_mode()
+    def recommend(self, inputs: Mapping, store, top_k: int = 10, exclude_seen: bool = True):
+        """The `top_k` items of `store` nearest to each prompt's query (Eq. 19).
+
+        Args:
+            inputs: tokenised prompts: `input_ids` `[B, T]` and `attention_mask` as tensors and, for `exclude_seen`, the lists
+                `user_ids` and `item_ids` that the tokenizer adds with `return_entities=True`.
+            store: an [`EmbeddingStore`].
+            top_k: how many items; fewer come back where fewer are left.
+            exclude_seen: leave out the items of the prompt and those that the store knows its users have seen.
+
+        Returns:
+            Per prompt a list of `{"item": id, "score": cosine}`, best first.
+
+        Raises:
+            ValueError: `exclude_seen` without the ids, or a store of another embedding space.
+        """
+        self._check_store(store)
+        queries = self.eval().encode_queries(
+            *(inputs[name].to(self.device) if name in inputs else None for name in ("input_ids", "attention_mask"))
+        )
+        exclude = self._seen(inputs, store) if exclude_seen else None
+        ids, scores = store.search(queries.float().cpu(), top_k, exclude)
+        return [[{"item": i, "score": s} for i, s in zip(*row)] for row in zip(ids, scores)]
+
+    def _check_store(self, store) -> None:
+        for kind, space_id in (self.config.space_ids or {}).items():
+            store.check_space(kind, space_id, "the model")
+
+    @staticmethod
+    def _seen(inputs, store) -> list[list[str]]:
+        if "user_ids" not in inputs or "item_ids" not in inputs:
+            raise ValueError(
+                "exclude_seen needs to know which users and items the prompts name: tokenise them with return_entities=True, "
+                "or pass exclude_seen=False."
+            )
+        recorded = [store.seen(users) for users in inputs["user_ids"]]
+        return [[*named, *(i for row in rows for i in row)] for named, rows in zip(inputs["item_ids"], recorded)]
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if isinstance(module, ProjectionLinear):
+            init.kaiming_normal_(module.weight, nonlinearity="relu")
+            init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)

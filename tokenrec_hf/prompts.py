@@ -1,0 +1,80 @@
+"""The prompt templates and how a prompt is written out (section II-D1 of TokenRec, arXiv 2406.10450).
+
+Eleven templates of our own wording in the paper's two families, user id only and user id with history: ten are trained on,
+one is held out to test unseen wording. Pure text: knows nothing about tokens, codes or models.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+_PLACEHOLDER = re.compile(r"\{user\}|\{history\}")
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """The wording of a prompt, with one `{user}` and, after it, at most one `{history}`.
+
+    A placeholder is a word of its own, with white space around it: punctuation directly after an id costs an extra token,
+    and what stands apart can be tokenised once and for all.
+
+    Args:
+        text: the wording, e.g. `"Guess what {user} wants to try."`.
+
+    Raises:
+        ValueError: the placeholders are not as said above.
+    """
+
+    text: str
+
+    def __post_init__(self):
+        placeholders = [word for word in self.text.split() if "{" in word or "}" in word]
+        if placeholders not in (["{user}"], ["{user}", "{history}"]):
+            raise ValueError(
+                f"prompt template {self.text!r} must hold {{user}} once and then {{history}} at most once, each between "
+                "white space and with no other braces."
+            )
+
+    @property
+    def uses_history(self) -> bool:
+        """Whether the prompt names the items of the user's history."""
+        return "{history}" in self.text
+
+    @property
+    def static_parts(self) -> tuple[str, ...]:
+        """The text before, between and after the placeholders: two strings, or three with history."""
+        return tuple(_PLACEHOLDER.split(self.text))
+
+
+USER_ONLY_TEMPLATES = (
+    PromptTemplate("What would {user} enjoy next?"),
+    PromptTemplate("Guess what {user} wants to try."),
+    PromptTemplate("Pick something new for {user} today."),
+    PromptTemplate("Think of {user} and name a good match."),
+    PromptTemplate("{user} asks for a suggestion."),
+)
+HISTORY_TEMPLATES = (
+    PromptTemplate("{user} liked {history} so far. What comes next?"),
+    PromptTemplate("Knowing that {user} chose {history} before, what else fits?"),
+    PromptTemplate("What should {user} try after {history} then?"),
+    PromptTemplate("The favourites of {user} are {history} and one is missing."),
+    PromptTemplate("Suggest more for {user} who picked {history} already."),
+)
+SEEN_TEMPLATES = USER_ONLY_TEMPLATES + HISTORY_TEMPLATES
+"""The ten templates to train on."""
+
+UNSEEN_TEMPLATE = PromptTemplate("Since {user} has spent time with {history} lately, find another item of that taste.")
+"""The template that is never trained on."""
+
+
+def render(template: PromptTemplate, user: str, history: Iterable[str] = ()) -> str:
+    """Writes out a prompt, e.g. `"What should user_03 try after item_08 item_24 then?"`.
+
+    Args:
+        template: the wording. One without `{history}` leaves `history` out.
+        user: the user's id.
+        history: item ids, written in the order given.
+    """
+    return template.text.format(user=f"user_{user}", history=" ".join(f"item_{one}" for one in history))

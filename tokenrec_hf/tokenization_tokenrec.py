@@ -1,0 +1,498 @@
+"""The tokenizer: text in which users and items are named by their ids, to the token ids that T5 reads.
+
+`user_03` becomes `user_<u1-128><u2-21><u3-35>` and `item_08` becomes `item_<v1-42><v2-12><v3-98>` (Eq. 7 of TokenRec, arXiv
+2406.10450): one token per sub-codebook, so that 2*K*L new tokens name any number of users and items. The code token of book k
+(from 1) and codeword w (from 0) is `<uk-(w+1)>` or `<vk-(w+1)>`. Which id has which codes is a table of arrays beside the
+vocabulary. Knows nothing about how codes are learned, and needs torch only to make codes for new vectors.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import threading
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import reduce
+from itertools import chain
+from operator import add
+from typing import Any, cast
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer
+from transformers import TokenizersBackend
+
+from .code_table import CodeTable, load_tables, save_tables
+from .id_index import MAX_ID_LENGTH, IdIndex, check_ids
+from .prompts import PromptTemplate
+from .t5_vocabulary import load_t5_tokenizer
+
+LETTERS = {"user": "u", "item": "v"}
+T5_MAX_LENGTH = 512
+
+# "superuser_03" and "multi-item_list" name nobody, and what is already expanded stays as it is. The second group is the
+# run of characters that the id begins; nothing of it is consumed, because more names may follow in it.
+_MENTION = re.compile(rf"(?<!\w)(?<!\w-)(user|item)_(?!<[uv]\d+-\d+>)(?=(\S{{1,{MAX_ID_LENGTH + 1}}}))")
+_CODE_TOKEN = re.compile(r"<[uv]\d+-\d+>")
+_NON_WORD = re.compile(r"\W")
+_TRAILING = re.compile(r"\W+$")
+# After an added token T5's pipeline begins a new word, and so decodes "item_08," as "item_08 ,".
+_SPACE_AFTER_CODE = re.compile(r"(<[uv]\d+-\d+>) (?=[,.;:!?)\]}'’”»…])")
+
+
+class TokenRecTokenizer(TokenizersBackend):
+    """A T5 tokenizer that knows users and items by their ids.
+
+    Anything a Hugging Face tokenizer takes may name ids: batches, pairs, words (`is_split_into_words=True`), targets. An id
+    is any string of up to 256 characters without white space, written `user_<id>` or `item_<id>` where a word begins. Of the
+    characters up to the next white space, the longest beginning that is a known id and ends where a word ends is taken:
+    `(user_03)`, `user_03's` and `item_08,item_24` are understood, and so is an id such as `a.b-c(1)`. Ids are compared
+    exactly, before any Unicode normalisation.
+
+    Called with `return_entities=True`, the tokenizer also gives the ids that each example names, in order, as the lists
+    `user_ids` and `item_ids`, which stay lists with `return_tensors`: this is how a model knows what not to recommend again.
+    Decoding gives ids back where no other id has the same codes, and code tokens otherwise or with `resolve_ids=False`.
+
+    Offsets (`return_offsets_mapping`) refer to the expanded text. Truncation counts tokens and may cut inside an item: cut
+    the history before writing the prompt.
+
+    Args:
+        codes_file: `codes.safetensors`, the ids and their codes; set by `from_pretrained`.
+        tables: the same as objects; set by `from_components`.
+        codebooks: K and L of each kind, e.g. `{"user": [3, 256], "item": [3, 512]}`.
+        space_ids: for each kind the hash of the MQ-Tokenizer that made its codes.
+        on_unknown: what to do with `user_...` or `item_...` that names no known id: `"error"` raises `KeyError` (this is
+            also what an ordinary word such as `user_friendly` meets), `"keep"` leaves it in the text.
+
+    Example:
+        >>> tokenizer = TokenRecTokenizer.from_components(user_mq=user_mq, item_mq=item_mq, store=store)
+        >>> tokenizer("I wonder what the user_03 will like.", return_tensors="pt")
+    """
+
+    vocab_files_names = {"tokenizer_file": "tokenizer.json", "codes_file": "codes.safetensors"}
+    model_input_names = ["input_ids", "attention_mask"]
+    # As `register_for_auto_class` would do: without the `auto_map` that it saves, `AutoTokenizer` of a process that does not
+    # know this class would silently load a tokenizer that leaves ids unexpanded.
+    _auto_class = "AutoTokenizer"
+    # Padding and truncation are state of the shared Rust object. Of the class, so that tokenizers still pickle.
+    _lock = threading.RLock()
+
+    def __init__(
+        self,
+        *args,
+        codes_file: str | None = None,
+        tables: dict[str, CodeTable] | None = None,
+        codebooks: Mapping[str, Sequence[int]] | None = None,
+        space_ids: dict[str, str] | None = None,
+        on_unknown: str = "error",
+        **kwargs,
+    ):
+        if codebooks is None or (codes_file is None and tables is None):
+            raise ValueError(
+                f"{kwargs.get('name_or_path') or 'this tokenizer'} has no codes.safetensors or was not saved by "
+                "TokenRecTokenizer; make one with TokenRecTokenizer.from_components."
+            )
+        if on_unknown not in ("error", "keep"):
+            raise ValueError(f"on_unknown is {on_unknown!r}; it must be 'error' or 'keep'.")
+        self.codebooks = {kind: list(codebooks[kind]) for kind in LETTERS}
+        self.space_ids = dict(space_ids or {})
+        self.on_unknown = on_unknown
+        super().__init__(
+            *args, codebooks=self.codebooks, space_ids=self.space_ids, on_unknown=self.on_unknown, **kwargs
+        )
+        self._vocabularies = {
+            kind: _CodeVocabulary(kind, self.backend_tokenizer, *self.codebooks[kind]) for kind in LETTERS
+        }
+        self._tables = tables or load_tables(str(codes_file), self.codebooks)
+        self._mqs: dict[str, Any] = {}
+
+    @classmethod
+    def from_components(
+        cls, t5_tokenizer: Any = None, *, user_mq: Any, item_mq: Any, store: Any, **kwargs
+    ) -> TokenRecTokenizer:
+        """Makes a tokenizer: T5's vocabulary, 2*K*L code tokens, and the codes of everything in the store.
+
+        Args:
+            t5_tokenizer: a T5 tokenizer; the path of a `spiece.model` or of a folder; a name on the Hub; or `None` for the
+                small English one bundled with the package (for a T5 trained from scratch). It is not changed.
+            user_mq: the users' [`MQTokenizerModel`].
+            item_mq: the items' [`MQTokenizerModel`].
+            store: the [`EmbeddingStore`] whose ids and vectors are to be encoded.
+            kwargs: `on_unknown`, `model_max_length` (default: the T5 tokenizer's own, or 512) and any other tokenizer setting.
+
+        Raises:
+            ValueError: the store holds vectors of another MQ-Tokenizer, of the wrong size or not finite, or the T5 tokenizer
+                already has code tokens.
+        """
+        base = load_t5_tokenizer(t5_tokenizer)
+        tables, codebooks, space_ids = {}, {}, {}
+        for kind, mq in (("user", user_mq), ("item", item_mq)):
+            space_ids[kind] = mq.space_id
+            store.check_space(kind, space_ids[kind], "the tokenizer")
+            codebooks[kind] = [mq.config.num_codebooks, mq.config.codebook_size]
+            ids = store.ids(kind)
+            tables[kind] = _encoded(kind, ids, store.vectors(kind), mq)
+
+        backend = copy.deepcopy(base.backend_tokenizer)
+        backend.no_padding()
+        backend.no_truncation()
+        names = [name for kind in LETTERS for name in _token_names(kind, *codebooks[kind]).ravel()]
+        present = next((name for name in names if backend.token_to_id(name) is not None), None)
+        if present is not None:
+            raise ValueError(f"the T5 tokenizer already has the code token {present}; pass a plain T5 tokenizer.")
+        backend.add_tokens([AddedToken(name, special=False, normalized=False) for name in names])
+
+        settings = {
+            name: getattr(base, name) for name in ("pad_token", "eos_token", "unk_token", "extra_special_tokens")
+        }
+        unlimited = base.model_max_length > 1_000_000
+        settings["model_max_length"] = T5_MAX_LENGTH if unlimited else base.model_max_length
+        tokenizer = cls(
+            tokenizer_object=backend, tables=tables, codebooks=codebooks, space_ids=space_ids, **{**settings, **kwargs}
+        )
+        tokenizer.attach(user_mq=user_mq, item_mq=item_mq)
+        return tokenizer
+
+    def ids(self, kind: str) -> list[str]:
+        """All ids of `"user"` or `"item"`, in row order: that of the store, newcomers last."""
+        return self._table(kind).index.ids()
+
+    def count(self, kind: str) -> int:
+        """The number of ids of `"user"` or `"item"`."""
+        return len(self._table(kind))
+
+    def codes(self, kind: str, ids: Sequence[str] | None = None) -> np.ndarray:
+        """The codes of `ids` (default: of all, in row order), int64 `[n, K]` of values in `[0, L)`.
+
+        Raises:
+            KeyError: an id is not known.
+        """
+        table = self._table(kind)
+        codes = table.codes if ids is None else table.codes[table.rows(ids)]
+        return codes.astype(np.int64)
+
+    def add_users(self, vectors: Mapping[str, Any]) -> None:
+        """Gives users codes, made by the frozen MQ-Tokenizer (section II-E2); a user already known gets new ones.
+
+        Args:
+            vectors: collaborative vector `[d]` of each user by id.
+
+        Raises:
+            ValueError: an id or a vector is not valid, or there is no MQ-Tokenizer of this tokenizer's space; then nothing
+                is added.
+        """
+        self._add("user", vectors)
+
+    def add_items(self, vectors: Mapping[str, Any]) -> None:
+        """Gives items codes; otherwise as `add_users`."""
+        self._add("item", vectors)
+
+    def attach(self, user_mq: Any = None, item_mq: Any = None) -> None:
+        """Sets the MQ-Tokenizers that `add_users` and `add_items` use.
+
+        Only needed where they are not in the folders `mq_user` and `mq_item` beside the tokenizer. They are neither saved nor
+        pickled with it.
+
+        Raises:
+            ValueError: an MQ-Tokenizer is not the one that made this tokenizer's codes.
+        """
+        for kind, mq in (("user", user_mq), ("item", item_mq)):
+            if mq is None:
+                continue
+            if mq.space_id != self.space_ids[kind]:
+                raise ValueError(
+                    f"the {kind} codes of this tokenizer were made by MQ-Tokenizer {self.space_ids[kind]} but the one given is "
+                    f"{mq.space_id}; use the one of the same repository, or make a new tokenizer with from_components."
+                )
+            self._mqs[kind] = mq
+
+    def code_token_ids(self, kind: str) -> np.ndarray:
+        """The vocabulary id of each code token, int64 `[K, L]`."""
+        self._table(kind)
+        return self._vocabularies[kind].token_ids.copy()
+
+    def entity_token_ids(self, kind: str, ids_or_rows: Sequence[str] | Sequence[int] | np.ndarray) -> np.ndarray:
+        """The tokens of `user_<id>` or `item_<id>` within a text, without any text: int64 `[n, P + K]`.
+
+        Args:
+            kind: `"user"` or `"item"`.
+            ids_or_rows: `n` ids, or `n` rows (positions in `ids(kind)`).
+
+        Returns:
+            P tokens of the word `user_` or `item_` and then K code tokens, per entity.
+
+        Raises:
+            KeyError: an id is not known.
+            IndexError: a row is out of range.
+        """
+        table, vocabulary = self._table(kind), self._vocabularies[kind]
+        if len(ids_or_rows) and isinstance(ids_or_rows[0], str):
+            rows = table.rows(cast("Sequence[str]", ids_or_rows))
+        else:
+            rows = np.asarray(ids_or_rows, dtype=np.int64)
+            if len(rows) and not 0 <= rows.min() <= rows.max() < len(table):
+                raise IndexError(f"{kind} rows {rows.min()} to {rows.max()} are not all in [0, {len(table)}).")
+        codes = vocabulary.token_ids[np.arange(len(vocabulary.token_ids)), table.codes[rows]]
+        prefix = np.broadcast_to(vocabulary.prefix_ids, (len(rows), len(vocabulary.prefix_ids)))
+        return np.concatenate([prefix, codes], axis=1)
+
+    def split_prompt(self, template: PromptTemplate) -> tuple[np.ndarray, ...]:
+        """The tokens of a template's static parts, so that prompts can be put together from arrays.
+
+        Joined in turn with the `entity_token_ids` of the user and of the history, they are exactly what this tokenizer makes of
+        the rendered prompt.
+
+        Returns:
+            int64 arrays: before the user, between user and history (only where the template uses history), and after, the
+            last with the end-of-sequence token.
+        """
+        *before, after = template.static_parts
+        parts = [self.encode(part, add_special_tokens=False) for part in before] + [self.encode(after)]
+        return tuple(np.array(part, dtype=np.int64) for part in parts)
+
+    @classmethod
+    def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs) -> dict[str, Any]:
+        """Keeps `tokenizer_file`, which the inherited method would rebuild without its normaliser and decoder."""
+        return kwargs
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_mqs": {}}
+
+    def _encode_plus(  # type: ignore[override]
+        self,
+        text,
+        text_pair=None,
+        is_split_into_words: bool = False,
+        return_tensors=None,
+        return_entities: bool = False,
+        **kwargs,
+    ):
+        strings = [*_strings(text), *_strings(text_pair)]
+        expanded, named = self._expand(strings)
+        remaining = iter(expanded)
+        text, text_pair = _replaced(text, remaining), _replaced(text_pair, remaining)
+        with self._lock:
+            encoding = super()._encode_plus(
+                text, text_pair, is_split_into_words=is_split_into_words, return_tensors=return_tensors, **kwargs
+            )
+        if not return_entities:
+            return encoding
+
+        batched = isinstance(text, (list, tuple)) and not (is_split_into_words and text and isinstance(text[0], str))
+        parts = (text, text_pair or ()) if batched else ([text], [text_pair])
+        owners = [row for part in parts for row, one in enumerate(part) for _ in _strings(one)]
+        for kind in LETTERS:
+            found: list[list[str]] = [[] for _ in parts[0]]
+            for row, entities in zip(owners, named):
+                found[row] += [one for one_kind, one in entities if one_kind == kind]
+            if kwargs.get("return_overflowing_tokens"):
+                found = [found[row] for row in encoding["overflow_to_sample_mapping"]]
+            flat = not batched and return_tensors is None and not kwargs.get("return_overflowing_tokens")
+            encoding[f"{kind}_ids"] = found[0] if flat else found
+        return encoding
+
+    def _decode(
+        self,
+        token_ids: int | list[int],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        resolve_ids: bool = True,
+        **kwargs,
+    ) -> str:
+        text = super()._decode(token_ids, skip_special_tokens, clean_up_tokenization_spaces, **kwargs)
+        text = _SPACE_AFTER_CODE.sub(r"\1", text)
+        if resolve_ids:
+            for kind in LETTERS:
+                text = self._resolve(kind, text)
+        return text
+
+    def _save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        file_names: tuple[str, ...],
+        legacy_format: bool | None = None,
+        filename_prefix: str | None = None,
+    ) -> tuple[str, ...]:
+        prefix = f"{filename_prefix}-" if filename_prefix else ""
+        path = os.path.join(save_directory, prefix + self.vocab_files_names["codes_file"])
+        save_tables(self._tables, path)
+        with self._lock:
+            # What the last call asked for is no part of the tokenizer.
+            self.backend_tokenizer.no_padding()
+            self.backend_tokenizer.no_truncation()
+            return (*super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix), path)
+
+    def _table(self, kind: str) -> CodeTable:
+        if kind not in self._tables:
+            raise ValueError(f"kind is {kind!r}; it must be 'user' or 'item'.")
+        return self._tables[kind]
+
+    def _add(self, kind: str, vectors: Mapping[str, Any]) -> None:
+        import torch
+
+        mq = self._mq(kind)
+        ids = check_ids(vectors, kind)
+        size = mq.config.embedding_dim
+        rows = [torch.as_tensor(vector, dtype=torch.float32).detach().cpu() for vector in vectors.values()]
+        wrong = next((i for i, row in enumerate(rows) if row.shape != (size,)), None)
+        if wrong is not None:
+            raise ValueError(
+                f"the vector of {kind} {ids[wrong]!r} has shape {list(rows[wrong].shape)} but the MQ-Tokenizer expects "
+                f"[{size}]; pass vectors of {size} from the space it was trained on."
+            )
+        added = _encoded(kind, ids, torch.stack(rows) if rows else torch.empty(0, size), mq)
+        with self._lock:
+            self._tables = {**self._tables, kind: self._tables[kind].updated(ids, added.codes)}
+
+    def _mq(self, kind: str) -> Any:
+        if kind not in self._mqs:
+            from .modeling_mq_tokenizer import MQTokenizerModel
+
+            try:
+                if not self.name_or_path:
+                    raise OSError("this tokenizer was not loaded from a folder or repository")
+                mq = MQTokenizerModel.from_pretrained(self.name_or_path, subfolder=f"mq_{kind}")
+            except OSError as error:
+                raise ValueError(
+                    f"no MQ-Tokenizer to make {kind} codes with: there is none in mq_{kind} of "
+                    f"{self.name_or_path or 'the tokenizer'!r}; give the one that made this tokenizer's codes with "
+                    f"attach({kind}_mq=...)."
+                ) from error
+            self.attach(**{f"{kind}_mq": mq})
+        return self._mqs[kind]
+
+    def _expand(self, texts: Sequence[str]) -> tuple[list[str], list[list[tuple[str, str]]]]:
+        """Puts code tokens in the place of ids; returns the texts and, per text, the entities found as (kind, id)."""
+        found = self._find({mention for text in texts for mention in _MENTION.findall(text)})
+        expanded, named = [], []
+        for text in texts:
+            pieces: list[str] = []
+            entities: list[tuple[str, str]] = []
+            end = 0
+            for match in _MENTION.finditer(text):
+                start = match.start()
+                # A name within the id just taken is part of that id.
+                if start < end:
+                    continue
+                kind, run = match.groups()
+                if (kind, run) not in found:
+                    self._check_ordinary(kind, run)
+                    continue
+                one, tokens = found[kind, run]
+                entities.append((kind, one))
+                pieces += (text[end:start], tokens)
+                end = match.end() + len(one)
+            pieces.append(text[end:])
+            expanded.append("".join(pieces))
+            named.append(entities)
+        return expanded, named
+
+    def _resolve(self, kind: str, text: str) -> str:
+        """Puts ids in the place of the codes of one kind that belong to one id only."""
+        pattern, table = self._vocabularies[kind].pattern, self._tables[kind]
+        found = pattern.findall(text)
+        if not found:
+            return text
+        rows = table.owners(np.array(found, dtype=np.int64).reshape(len(found), -1) - 1)
+        names = iter([f"{kind}_{table.index[row]}" if row >= 0 else None for row in rows])
+        return pattern.sub(lambda match: next(names) or match[0], text)
+
+    def _check_ordinary(self, kind: str, run: str) -> None:
+        """Raises KeyError where a run of characters without a known id names one all the same and that is not allowed."""
+        one = _TRAILING.sub("", run)
+        if one and self.on_unknown == "error":
+            raise KeyError(
+                f"the text names {kind} {one!r}, which is unknown to this tokenizer; give it codes with add_{kind}s, or set "
+                "on_unknown='keep' to leave such words as they are."
+            )
+
+    def _find(self, mentions: set[tuple[str, str]]) -> dict[tuple[str, str], tuple[str, str]]:
+        """Finds the known id that begins each run of characters: (kind, run) to (id, its expansion)."""
+        found = {}
+        for kind, table in self._tables.items():
+            candidates = {run: _beginnings(run, table.longest) for one_kind, run in mentions if one_kind == kind}
+            ids = list(dict.fromkeys(chain.from_iterable(candidates.values())))
+            rows = table.index.rows(ids)
+            known = np.flatnonzero(rows >= 0)
+            names = self._vocabularies[kind].names
+            tokens = reduce(add, [names[k][codes] for k, codes in enumerate(table.codes[rows[known]].T)], f"{kind}_")
+            expansions = {ids[at]: text for at, text in zip(known.tolist(), tokens)}
+            for run, several in candidates.items():
+                for one in several:
+                    if one in expansions:
+                        found[kind, run] = one, expansions[one]
+                        break
+        return found
+
+
+class _CodeVocabulary:
+    """The code tokens of one kind: names and vocabulary ids, both `[K, L]`, and the ids `[P]` of the word before them."""
+
+    def __init__(self, kind: str, backend: Tokenizer, num_codebooks: int, codebook_size: int):
+        self.names = _token_names(kind, num_codebooks, codebook_size)
+        self.token_ids = np.array([backend.token_to_id(name) or -1 for name in self.names.flat], dtype=np.int64)
+        entity = backend.encode(f"{kind}_{''.join(self.names[:, 0])}", add_special_tokens=False).ids
+        if (self.token_ids < 0).any() or entity[-num_codebooks:] != self.token_ids[:: max(codebook_size, 1)].tolist():
+            raise ValueError(
+                f"tokenizer.json does not have the {kind} code tokens {self.names.flat[0]} to {self.names.flat[-1]}; load the "
+                "files of one save together."
+            )
+        self.token_ids = self.token_ids.reshape(self.names.shape)
+        self.prefix_ids = np.array(entity[:-num_codebooks], dtype=np.int64)
+        books = "".join(rf"<{LETTERS[kind]}{k}-([1-9]\d{{0,8}})>" for k in range(1, num_codebooks + 1))
+        self.pattern = re.compile(rf"(?<!\w){kind}_{books}")
+
+
+def _token_names(kind: str, num_codebooks: int, codebook_size: int) -> np.ndarray:
+    """The names of the code tokens, strings `[K, L]`."""
+    letter = LETTERS[kind]
+    names = [[f"<{letter}{k}-{w}>" for w in range(1, codebook_size + 1)] for k in range(1, num_codebooks + 1)]
+    return np.array(names, dtype=object)
+
+
+def _encoded(kind: str, ids: Sequence[str], vectors: Any, mq: Any) -> CodeTable:
+    """The table of new ids, each once, with the codes of their vectors `[n, d]`."""
+    like_code = next((one for one in ids if _CODE_TOKEN.match(one)), None)
+    if like_code is not None:
+        raise ValueError(f"{kind} {like_code[:60]!r} begins like a code token, so no text could name it; rename it.")
+    expected = mq.config.embedding_dim
+    if vectors.shape[1] != expected:
+        raise ValueError(
+            f"{kind} embeddings have {vectors.shape[1]} dimensions but the MQ-Tokenizer expects {expected}; train it with "
+            f"embedding_dim={vectors.shape[1]} or pass vectors of {expected}."
+        )
+    finite = vectors.isfinite().all(dim=1)
+    if not finite.all():
+        one = ids[int(finite.long().argmin())]
+        raise ValueError(f"the embedding of {kind} {one!r} holds NaN or infinity; give it a vector of finite numbers.")
+    codes = mq.encode(vectors).cpu().numpy() if len(ids) else np.empty((0, mq.config.num_codebooks), dtype=np.int64)
+    return CodeTable(kind, IdIndex(ids, kind), codes, mq.config.codebook_size)
+
+
+def _beginnings(run: str, longest: int) -> list[str]:
+    """What of `run` may be an id, the longest first: all of it, or up to a punctuation mark or symbol."""
+    whole = [run] if len(run) <= longest else []
+    if run.isalnum():
+        return whole
+    cuts = [match.start() for match in _NON_WORD.finditer(run, 1, longest + 1)]
+    # A vowel sign or an accent of its own is no word character to `re`, and yet no word ends before it.
+    return whole + [run[:cut] for cut in reversed(cuts) if unicodedata.category(run[cut])[0] in "PS"]
+
+
+def _strings(text: Any) -> Iterator[str]:
+    if isinstance(text, str):
+        yield text
+    elif isinstance(text, (list, tuple)):
+        for one in text:
+            yield from _strings(one)
+
+
+def _replaced(text: Any, strings: Iterator[str]) -> Any:
+    """`text`, a string or nested lists and tuples of them, with the next of `strings` in the place of each."""
+    if isinstance(text, str):
+        return next(strings)
+    if isinstance(text, (list, tuple)):
+        replaced: Iterable[Any] = (_replaced(one, strings) for one in text)
+        return list(replaced) if isinstance(text, list) else tuple(replaced)
+    return text
