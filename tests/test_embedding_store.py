@@ -63,12 +63,14 @@ class AgainstDictionaries(RuleBasedStateMachine):
     numbers = st.integers(-2, 2).map(float)
     vectors = st.lists(st.tuples(ids, st.tuples(numbers, numbers, numbers)), max_size=6)
 
-    @initialize(folder=st.uuids(), top_k=st.integers(1, 8))
-    def start(self, folder, top_k):
-        self.folder, self.top_k = self.root / str(folder), top_k
+    @initialize(folder=st.uuids(), users=vectors, items=vectors)
+    def start(self, folder, users, items):
+        self.folder = self.root / str(folder)
         self.store = EmbeddingStore(DIM)
         self.model = {"user": {}, "item": {}}
         self.seen = {}
+        self.upsert("user", users)
+        self.upsert("item", items)
 
     @rule(kind=kinds, rows=vectors)
     def upsert(self, kind, rows):
@@ -103,15 +105,15 @@ class AgainstDictionaries(RuleBasedStateMachine):
         assert snapshot(opened) == snapshot(self.store)
         self.store = opened
 
-    @rule(query=st.tuples(numbers, numbers, numbers), exclude=st.lists(ids, max_size=4))
-    def search(self, query, exclude):
-        [found], [scores] = self.store.search(torch.tensor([query]), self.top_k, [exclude])
+    @rule(query=st.tuples(numbers, numbers, numbers), top_k=st.integers(1, 8), exclude=st.lists(ids, max_size=4))
+    def search(self, query, top_k, exclude):
+        [found], [scores] = self.store.search(torch.tensor([query]), top_k, [exclude])
         expected = {}
         for item, vector in self.model["item"].items():
             lengths = np.linalg.norm(vector) * np.linalg.norm(query)
             expected[item] = np.dot(vector, query) / lengths if lengths else 0.0
         allowed = [item for item in expected if item not in exclude]
-        assert len(found) == len(set(found)) == min(self.top_k, len(allowed))
+        assert len(found) == len(set(found)) == min(top_k, len(allowed))
         assert set(found) <= set(allowed)
         np.testing.assert_allclose(scores, [expected[item] for item in found], atol=1e-6)
         np.testing.assert_allclose(
@@ -262,6 +264,13 @@ def test_setting_replaces_and_adding_appends(store):
     assert store.seen(numbered("u", 4)) == [["i2", "i4", "i2"], [], ["i5", "i0", "i1", "i3"], []]
 
 
+def test_of_a_user_given_twice_the_last_list_counts_and_added_ones_follow_each_other(store):
+    store.set_seen(["u1", "u0", "u1"], [["i0", "i1"], ["i2"], ["i3"]])
+    assert store.seen(["u0", "u1"]) == [["i2"], ["i3"]]
+    store.add_seen(["u1", "u0", "u1"], [["i5"], ["i4"], ["i0"]])
+    assert store.seen(["u0", "u1"]) == [["i2", "i4"], ["i3", "i5", "i0"]]
+
+
 def test_deleted_items_and_users_leave_the_seen_items(store):
     store.delete("item", ["i1", "i5"])
     assert store.seen(numbered("u", 4)) == [["i3"], [], ["i0"], []]
@@ -360,8 +369,10 @@ def test_search_sees_every_change_at_once(store):
     assert store.search(query, 1)[0] == [["twin"]]
     store.upsert("item", ["twin"], -query)
     assert store.search(query, 7)[0][0][-1] == "twin"
-    store.delete("item", ["twin"])
-    assert "twin" not in store.search(query, 7)[0][0]
+    before = dict(zip(*(one[0] for one in store.search(query, 7))))
+    store.delete("item", ["i2", "i4"])
+    after = dict(zip(*(one[0] for one in store.search(query, 7))))
+    assert after == pytest.approx({item: score for item, score in before.items() if item not in ("i2", "i4")})
 
 
 def test_an_empty_store_and_an_empty_batch_find_nothing(store):

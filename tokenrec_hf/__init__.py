@@ -1,0 +1,120 @@
+"""TokenRec for the Hugging Face stack: users and items as tokens of T5, recommendations by vector retrieval.
+
+Importing the package costs next to nothing: names are loaded when they are used, and `AutoConfig`, `AutoModel` and
+`AutoTokenizer` learn the *names* of the classes here as soon as transformers' auto modules are imported, not before.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+import types
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "interactions": ("load_interactions", "leave_one_out"),
+    "interaction_matrix": ("InteractionMatrix",),
+    "configuration_collaborative": ("LightGCNConfig", "MatrixFactorizationConfig"),
+    "modeling_collaborative": ("LightGCNModel", "MatrixFactorizationModel"),
+    "embedding_store": ("EmbeddingStore",),
+    "configuration_mq_tokenizer": ("MQTokenizerConfig",),
+    "modeling_mq_tokenizer": ("MQTokenizerModel",),
+    "tokenization_tokenrec": ("TokenRecTokenizer",),
+    "prompts": ("PromptTemplate", "SEEN_TEMPLATES", "UNSEEN_TEMPLATE", "render"),
+    "data_collator": ("DataCollatorForGenerativeRetrieval", "PromptDataset"),
+    "configuration_t5_retrieval": ("T5GenerativeRetrievalConfig",),
+    "modeling_t5_retrieval": ("T5ForGenerativeRetrieval",),
+    "metrics": ("RankingMetrics", "evaluate_embeddings"),
+    "recipes": ("load_recipe",),
+    "training": ("train",),
+    "recommender": ("Recommender",),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+__all__ = sorted(_HOME)
+
+# model_type -> (configuration, model, tokenizer or None)
+_AUTO = {
+    "t5_generative_retrieval": ("T5GenerativeRetrievalConfig", "T5ForGenerativeRetrieval", "TokenRecTokenizer"),
+    "tokenrec_mq_tokenizer": ("MQTokenizerConfig", "MQTokenizerModel", None),
+    "tokenrec_lightgcn": ("LightGCNConfig", "LightGCNModel", None),
+    "tokenrec_matrix_factorization": ("MatrixFactorizationConfig", "MatrixFactorizationModel", None),
+}
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        return getattr(importlib.import_module("." + _HOME[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])
+
+
+def _register_configs(module) -> None:
+    for model_type, (config, _, _) in _AUTO.items():
+        module.CONFIG_MAPPING_NAMES[model_type] = config
+        module.CONFIG_MAPPING._mapping.setdefault(model_type, config)
+
+
+def _register_models(module) -> None:
+    for model_type, (config, model, _) in _AUTO.items():
+        module.MODEL_MAPPING_NAMES[model_type] = model
+        module.MODEL_MAPPING._reverse_config_mapping[config] = model_type
+
+
+def _register_tokenizers(module) -> None:
+    for model_type, (config, _, tokenizer) in _AUTO.items():
+        if tokenizer is not None:
+            module.TOKENIZER_MAPPING_NAMES[model_type] = tokenizer
+            module.TOKENIZER_MAPPING._reverse_config_mapping[config] = model_type
+
+
+_REGISTER = {
+    "transformers.models.auto.configuration_auto": _register_configs,
+    "transformers.models.auto.modeling_auto": _register_models,
+    "transformers.models.auto.tokenization_auto": _register_tokenizers,
+}
+
+
+class _AutoFinder(importlib.abc.MetaPathFinder):
+    """Registers the names right after transformers' auto modules have been imported by whoever needs them."""
+
+    _busy: set[str] = set()
+
+    def find_spec(self, name, path=None, target=None):
+        if name not in _REGISTER or name in self._busy:
+            return None
+        self._busy.add(name)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._busy.discard(name)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module):
+            execute(module)
+            _REGISTER[name](module)
+
+        spec.loader.exec_module = execute_and_register
+        return spec
+
+
+def _install() -> None:
+    # transformers looks a model type's classes up as attributes of `transformers.models.<model_type>`.
+    for model_type in _AUTO:
+        alias = types.ModuleType(f"transformers.models.{model_type}")
+        alias.__dict__.update(__getattr__=__getattr__, __file__=__file__, __path__=[])
+        sys.modules.setdefault(alias.__name__, alias)
+    for name, register in _REGISTER.items():
+        if name in sys.modules:
+            register(sys.modules[name])
+    sys.meta_path.insert(0, _AutoFinder())
+
+
+_install()

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from .interaction_matrix import InteractionMatrix, bounded, stateless_random
-from .prompts import SEEN_TEMPLATES, PromptTemplate
+from .prompts import HISTORY_TEMPLATES, SEEN_TEMPLATES, PromptTemplate
 
 # Numbers of the random streams of one example; each stream is disjoint from the others.
 _TEMPLATE, _HISTORY_SIZE, _NEGATIVES = 0, 1, 16
@@ -65,7 +65,8 @@ class DataCollatorForGenerativeRetrieval:
         tokenizer: a [`TokenRecTokenizer`] that knows all the users and items.
         interactions: the training interactions, in rows.
         user_ids, item_ids: the id of each row, as the tokenizer knows it.
-        templates: the templates to choose from at random.
+        templates: the templates to choose from at random while training.
+        evaluation_templates: the same for examples with a target.
         max_length: tokens of the longest prompt.
         max_history: items of the longest history.
         train_history: items of the longest history while training (default: `max_history`); shorter ones train faster.
@@ -90,6 +91,7 @@ class DataCollatorForGenerativeRetrieval:
         item_ids: Sequence[str],
         *,
         templates: Sequence[PromptTemplate] = SEEN_TEMPLATES,
+        evaluation_templates: Sequence[PromptTemplate] = HISTORY_TEMPLATES,
         max_length: int = 512,
         max_history: int = 100,
         train_history: int | None = None,
@@ -103,14 +105,15 @@ class DataCollatorForGenerativeRetrieval:
         self.pad_token_id = tokenizer.pad_token_id
         self.user_tokens = tokenizer.entity_token_ids("user", user_ids)  # [num_users, E_u]
         self.item_tokens = tokenizer.entity_token_ids("item", item_ids)  # [num_items, E_v]
-        self.parts = [tokenizer.split_prompt(template) for template in templates]
-        self.uses_history = np.array([template.uses_history for template in templates])
+        every = [*templates, *evaluation_templates]
+        self.parts = [tokenizer.split_prompt(template) for template in every]
+        self.uses_history = np.array([template.uses_history for template in every])
+        self.training_pool, self.evaluation_pool = np.split(np.arange(len(every)), [len(templates)])
+        # For users without history; where every template has one, its words around no item at all.
+        plain = np.flatnonzero(~self.uses_history)
+        self.plain_pool = plain if len(plain) else np.arange(len(every))
         self.shuffle_history, self.with_seen_items = shuffle_history, with_seen_items
         self.targets_per_prompt, self.num_negatives = targets_per_prompt, num_negatives
-        self.plain_templates = np.flatnonzero(~self.uses_history)
-        if not len(self.plain_templates):
-            # For users without history: the template's words around no item at all.
-            self.plain_templates = np.arange(len(templates))
         widths = np.array([sum(map(len, parts)) for parts in self.parts]) + self.user_tokens.shape[1]
         self.capacity = np.minimum((max_length - widths) // self.item_tokens.shape[1], max_history)
         if (self.capacity[self.uses_history] < 1).any():
@@ -118,6 +121,7 @@ class DataCollatorForGenerativeRetrieval:
         self.train_history = min(train_history or max_history, max_history)
 
     def __call__(self, features: Sequence[dict[str, int]]) -> dict[str, torch.Tensor]:
+        """Makes a batch, see the class."""
         users = np.array([feature["user"] for feature in features])
         epoch = features[0]["epoch"]
         targets = np.array([feature["target"] for feature in features]) if "target" in features[0] else None
@@ -140,9 +144,10 @@ class DataCollatorForGenerativeRetrieval:
     def _templates(self, users: np.ndarray, epoch: int, training: bool) -> np.ndarray:
         """The template of each user, `[B]`; one without history for those who have none to show."""
         random = stateless_random(self.seed, epoch, users, 1, _TEMPLATE)[:, 0]
-        template = bounded(random, len(self.parts))
+        pool = self.training_pool if training else self.evaluation_pool
+        template = pool[bounded(random, len(pool))]
         short = self.interactions.lengths[users] < (2 if training else 1)
-        plain = self.plain_templates[bounded(random, len(self.plain_templates))]
+        plain = self.plain_pool[bounded(random, len(self.plain_pool))]
         return np.where(short & self.uses_history[template], plain, template)
 
     def _split(self, users, epoch, template):

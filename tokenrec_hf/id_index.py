@@ -26,10 +26,14 @@ def check_ids(ids: Iterable[str], kind: str = "id") -> list[str]:
         # str.split() drops every kind of white space, so a clean id is its own only part.
         clean = one.split() == [one] and (one.isascii() or one == _encoded(one).decode(errors="replace"))
         if not clean or len(one) > MAX_ID_LENGTH:
-            problem = "is empty" if not one else "contains white space" if one.split() != [one] else "is not Unicode text"
+            problem = (
+                "is empty" if not one else "contains white space" if one.split() != [one] else "is not Unicode text"
+            )
             if len(one) > MAX_ID_LENGTH:
                 problem = f"has {len(one)} characters, more than {MAX_ID_LENGTH}"
-            raise ValueError(f"{kind} {one[:60]!r} {problem}; ids are strings of 1 to {MAX_ID_LENGTH} characters without white space.")
+            raise ValueError(
+                f"{kind} {one[:60]!r} {problem}; ids are strings of 1 to {MAX_ID_LENGTH} characters without white space."
+            )
     return checked
 
 

@@ -7,7 +7,6 @@ interrupted, which is what makes a resumed run equal to an uninterrupted one. Kn
 
 from __future__ import annotations
 
-
 import numpy as np
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

@@ -204,10 +204,11 @@ def _read_sequences(folder: Path) -> tuple[pa.Table, str]:
                 f"{train_path} has {len(train)} lines but {test_path} has {len(sequences)}; they must be the same users."
             )
     users, lengths = [one[0] for one in sequences], [len(one) - 1 for one in sequences]
-    if len(set(users)) < len(users):
-        twice = next(number for number, user in enumerate(users) if user in users[:number])
+    last_line = {user: number for number, user in enumerate(users, 1)}
+    if len(last_line) < len(users):
+        user = next(user for number, user in enumerate(users, 1) if last_line[user] != number)
         raise ValueError(
-            f"line {twice + 1} of {path} is a second line of user {users[twice]!r}; put a user's items on one line."
+            f"line {last_line[user]} of {path} is a second line of user {user!r}; put a user's items on one line."
         )
     rows = pa.array(np.repeat(np.arange(len(users)), lengths))
     items = pa.array([item for sequence in sequences for item in sequence[1:]], pa.string())

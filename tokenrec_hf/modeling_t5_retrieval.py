@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import T5EncoderModel, T5Model
+from transformers import T5Config, T5EncoderModel, T5Model
 from transformers import initialization as init
 from transformers.models.t5.modeling_t5 import T5PreTrainedModel
 from transformers.utils import ModelOutput
@@ -76,6 +76,24 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
         self.register_buffer("item_embeddings", torch.zeros(0, config.embedding_dim), persistent=False)
         self.post_init()
 
+    @classmethod
+    def from_backbone(cls, backbone: str, **settings) -> T5ForGenerativeRetrieval:
+        """A model whose T5 is that of any T5 checkpoint, loaded exactly; the projection is fresh.
+
+        Args:
+            backbone: folder or Hub name of a T5, T5 v1.1, flan-T5 or mT5 checkpoint.
+            settings: fields of [`T5GenerativeRetrievalConfig`] in place of the backbone's; its sizes cannot be changed.
+
+        Raises:
+            OSError: the checkpoint cannot be found.
+        """
+        base = T5Config.from_pretrained(backbone).to_dict()
+        for name in ("model_type", "architectures", "transformers_version", "dtype"):
+            base.pop(name, None)
+        sizes = ("d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_layers")
+        kept = {name: value for name, value in settings.items() if name not in sizes}
+        return cls.from_pretrained(backbone, config=T5GenerativeRetrievalConfig(**{**base, **kept}))
+
     def bind_items(self, vectors: torch.Tensor) -> None:
         """Sets the item vectors q `[num_items, d]` that the loss compares queries with; stored normalised, never saved.
 
@@ -93,7 +111,9 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
         self.item_embeddings = F.normalize(vectors.detach().to(self.device, torch.float32), dim=-1)
 
     @torch.no_grad()
-    def initialize_code_tokens(self, token_ids: torch.LongTensor, codebooks: torch.Tensor, seed: int = 0) -> None:
+    def initialize_code_tokens(
+        self, token_ids: torch.LongTensor, codebooks: torch.Tensor, num_words: int, seed: int = 0
+    ) -> None:
         """Gives code tokens embeddings that resemble each other as their codewords do.
 
         A codeword is centred, projected from `d_c` to `d_model` by a random Gaussian matrix, which keeps angles, and scaled to
@@ -102,11 +122,11 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
         Args:
             token_ids: vocabulary ids of the code tokens, LongTensor `[K, L]`.
             codebooks: c, `[K, L, d_c]`.
+            num_words: rows of the vocabulary before the first code token, whose standard deviation is taken.
             seed: of the projection matrices, one per codebook.
         """
         table = self.get_input_embeddings().weight
-        first = int(token_ids.min())
-        target = table[:first].float().std() if first else torch.tensor(float(self.config.initializer_factor))
+        target = table[:num_words].float().std()
         generator = torch.Generator().manual_seed(seed)
         for ids, words in zip(token_ids, codebooks.detach().float().cpu()):
             projection = torch.randn(words.shape[1], table.shape[1], generator=generator)
@@ -260,3 +280,7 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
             init.zeros_(module.bias)
         else:
             super()._init_weights(module)
+
+
+T5GenerativeRetrievalConfig.register_for_auto_class()
+T5ForGenerativeRetrieval.register_for_auto_class("AutoModel")

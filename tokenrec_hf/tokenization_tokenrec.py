@@ -36,7 +36,6 @@ T5_MAX_LENGTH = 512
 _MENTION = re.compile(rf"(?<!\w)(?<!\w-)(user|item)_(?!<[uv]\d+-\d+>)(?=(\S{{1,{MAX_ID_LENGTH + 1}}}))")
 _CODE_TOKEN = re.compile(r"<[uv]\d+-\d+>")
 _NON_WORD = re.compile(r"\W")
-_TRAILING = re.compile(r"\W+$")
 # After an added token T5's pipeline begins a new word, and so decodes "item_08," as "item_08 ,".
 _SPACE_AFTER_CODE = re.compile(r"(<[uv]\d+-\d+>) (?=[,.;:!?)\]}'’”»…])")
 
@@ -191,8 +190,8 @@ class TokenRecTokenizer(TokenizersBackend):
     def attach(self, user_mq: Any = None, item_mq: Any = None) -> None:
         """Sets the MQ-Tokenizers that `add_users` and `add_items` use.
 
-        Only needed where they are not in the folders `mq_user` and `mq_item` beside the tokenizer. They are neither saved nor
-        pickled with it.
+        Only needed where they are not in the folders `mq_user` and `mq_item` beside the tokenizer. They are neither saved,
+        pickled nor copied with it.
 
         Raises:
             ValueError: an MQ-Tokenizer is not the one that made this tokenizer's codes.
@@ -400,7 +399,9 @@ class TokenRecTokenizer(TokenizersBackend):
 
     def _check_ordinary(self, kind: str, run: str) -> None:
         """Raises KeyError where a run of characters without a known id names one all the same and that is not allowed."""
-        one = _TRAILING.sub("", run)
+        one = run
+        while one and _may_follow(one[-1]):
+            one = one[:-1]
         if one and self.on_unknown == "error":
             raise KeyError(
                 f"the text names {kind} {one!r}, which is unknown to this tokenizer; give it codes with add_{kind}s, or set "
@@ -476,8 +477,12 @@ def _beginnings(run: str, longest: int) -> list[str]:
     if run.isalnum():
         return whole
     cuts = [match.start() for match in _NON_WORD.finditer(run, 1, longest + 1)]
-    # A vowel sign or an accent of its own is no word character to `re`, and yet no word ends before it.
-    return whole + [run[:cut] for cut in reversed(cuts) if unicodedata.category(run[cut])[0] in "PS"]
+    return whole + [run[:cut] for cut in reversed(cuts) if _may_follow(run[cut])]
+
+
+def _may_follow(character: str) -> bool:
+    """Whether a word may end before this character: punctuation and symbols, but no accent or vowel sign of its own."""
+    return unicodedata.category(character)[0] in "PS"
 
 
 def _strings(text: Any) -> Iterator[str]:

@@ -1,0 +1,129 @@
+"""A trained repository, opened: model, tokenizer and store together, ready to recommend."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from .embedding_store import EmbeddingStore
+from .modeling_t5_retrieval import T5ForGenerativeRetrieval
+from .prompts import HISTORY_TEMPLATES, USER_ONLY_TEMPLATES, PromptTemplate, render
+from .tokenization_tokenrec import TokenRecTokenizer
+
+# Without these, a folder is no trained repository.
+REQUIRED = ("config.json", "tokenizer.json", "codes.safetensors", "store/store.json", "model.safetensors")
+
+
+class Recommender:
+    """Model, tokenizer and store of one repository, checked against each other.
+
+    Args:
+        model: a [`T5ForGenerativeRetrieval`].
+        tokenizer: its [`TokenRecTokenizer`].
+        store: its [`EmbeddingStore`].
+
+    Raises:
+        ValueError: the three belong to different MQ-Tokenizers.
+    """
+
+    def __init__(self, model: T5ForGenerativeRetrieval, tokenizer: TokenRecTokenizer, store: EmbeddingStore):
+        for kind, space_id in tokenizer.space_ids.items():
+            store.check_space(kind, space_id, "the tokenizer")
+            trained_on = (model.config.space_ids or {}).get(kind, space_id)
+            if trained_on != space_id:
+                raise ValueError(
+                    f"the model was trained on {kind} tokens of MQ-Tokenizer {trained_on} but the tokenizer makes those of "
+                    f"{space_id}; load model and tokenizer of the same repository."
+                )
+        self.model, self.tokenizer, self.store = model.eval(), tokenizer, store
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike) -> Recommender:
+        """Opens a trained repository.
+
+        Args:
+            folder: its folder.
+
+        Raises:
+            FileNotFoundError: the folder is missing, or training in it has not finished.
+            ValueError: its parts are damaged or do not belong together.
+        """
+        check_repository(folder)
+        return cls(
+            T5ForGenerativeRetrieval.from_pretrained(folder),
+            TokenRecTokenizer.from_pretrained(folder),
+            EmbeddingStore.open(Path(folder) / "store"),
+        )
+
+    def recommend(
+        self,
+        users: Sequence[str],
+        histories: Sequence[Sequence[str] | None] | None = None,
+        *,
+        top_k: int = 10,
+        exclude_seen: bool = True,
+        template: PromptTemplate | None = None,
+    ) -> list[list[dict]]:
+        """The best items for each user.
+
+        Args:
+            users: user ids.
+            histories: for each user the ids of items to show the model, oldest first; `None` takes what the store knows. An empty one
+                asks by user id only.
+            top_k: how many items; fewer come back where fewer are left.
+            exclude_seen: leave out the items of the histories and those that the store knows the user has seen.
+            template: the wording; one without history ignores the histories.
+
+        Returns:
+            Per user a list of `{"item": id, "score": cosine}`, best first.
+
+        Raises:
+            KeyError: an id is unknown to the tokenizer.
+        """
+        inputs = self.tokenizer(
+            self.prompts(users, histories, template), padding=True, return_tensors="pt", return_entities=True
+        )
+        return self.model.recommend(inputs, self.store, top_k=top_k, exclude_seen=exclude_seen)
+
+    def prompts(
+        self,
+        users: Sequence[str],
+        histories: Sequence[Sequence[str] | None] | None = None,
+        template: PromptTemplate | None = None,
+    ) -> list[str]:
+        """The prompts that `recommend` asks with: histories cut to the latest items that the model can read."""
+        known = self.store.seen(list(users))
+        given = [None] * len(users) if histories is None else histories
+        chosen = [own if one is None else list(one) for one, own in zip(given, known)]
+        written = []
+        for user, history in zip(users, chosen):
+            wording = template or (HISTORY_TEMPLATES[0] if history else USER_ONLY_TEMPLATES[0])
+            written.append(render(wording, user, history[len(history) - self._room(wording, len(history)) :]))
+        return written
+
+    def _room(self, template: PromptTemplate, wanted: int) -> int:
+        """How many of `wanted` history items fit beside the words of a template."""
+        if not template.uses_history or not wanted:
+            return 0
+        words = sum(map(len, self.tokenizer.split_prompt(template)))
+        user, item = (self.tokenizer.entity_token_ids(kind, [0]).shape[1] for kind in ("user", "item"))
+        return min(wanted, (self.tokenizer.model_max_length - words - user) // item)
+
+
+def check_repository(folder: str | os.PathLike) -> None:
+    """Makes sure that a folder is a finished trained repository.
+
+    Raises:
+        FileNotFoundError: it is not; the message says what is missing and what to do.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}; train one with `tokenrec train --output_dir {folder}`.")
+    missing = [name for name in REQUIRED if not (folder / name).is_file()]
+    if missing:
+        if (folder / "training").is_dir():
+            advice = "training has not finished; run the same `tokenrec train` again and it goes on where it stopped"
+        else:
+            advice = "it is no trained repository; give the --output_dir of `tokenrec train`"
+        raise FileNotFoundError(f"{folder} has no {missing[0]}: {advice}.")

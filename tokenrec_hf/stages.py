@@ -1,0 +1,400 @@
+"""The three training stages as functions around the stock `Trainer` (section II-E1 of TokenRec, arXiv 2406.10450).
+
+Step 0 trains a collaborative model, step 1 an MQ-Tokenizer for users and one for items, step 2 T5 with everything else frozen.
+Each function resumes from the last checkpoint in its folder, and a resumed run ends with the same weights as an uninterrupted
+one. Works on rows and tensors; `training.py` turns a data set and a recipe into these calls.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from .configuration_collaborative import LightGCNConfig, MatrixFactorizationConfig
+from .configuration_mq_tokenizer import MQTokenizerConfig
+from .data_collator import DataCollatorForGenerativeRetrieval, PromptDataset
+from .interaction_matrix import InteractionMatrix
+from .metrics import evaluate_embeddings
+from .modeling_collaborative import LightGCNModel, MatrixFactorizationModel
+from .modeling_mq_tokenizer import MQTokenizerModel
+from .modeling_t5_retrieval import T5ForGenerativeRetrieval
+
+SELECT_BY = "ndcg@20"
+_TRAINING_ARGUMENTS = {field.name for field in fields(TrainingArguments)}
+
+
+@dataclass
+class StageResult:
+    """What a stage leaves behind.
+
+    Args:
+        model: the trained model: with validation the best, else the last one.
+        epochs: epochs trained to reach that model, the length of a refit.
+        metrics: the last evaluation of that model, without the `eval_` prefix.
+    """
+
+    model: Any
+    epochs: float
+    metrics: dict[str, float]
+
+
+@dataclass
+class Holdout:
+    """Users and the item held out for each of them, in rows.
+
+    Args:
+        users: int64 `[n]`.
+        targets: int64 `[n]`.
+    """
+
+    users: np.ndarray
+    targets: np.ndarray
+
+
+class InteractionDataset(Dataset):
+    """Batches of interactions with negatives, fetched whole.
+
+    Args:
+        interactions: where positives come from, and what a negative must not be in.
+        num_negatives: un-interacted items per interaction; 0 for none.
+        seed: of the negatives.
+        holdout: pairs to go through in place of the interactions themselves (evaluation).
+    """
+
+    def __init__(self, interactions: InteractionMatrix, num_negatives: int, seed: int, holdout: Holdout | None = None):
+        self.interactions, self.num_negatives, self.seed = interactions, num_negatives, seed
+        self.users, self.items = (
+            (interactions.users, interactions.items) if holdout is None else (holdout.users, holdout.targets)
+        )
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Makes the next pass draw the negatives of this epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def __getitems__(self, rows: list[int]) -> dict[str, torch.Tensor]:
+        """The batch of the interactions numbered `rows`: `user_ids`, `labels` `[B]` and `negative_ids` `[B, m]`."""
+        chosen = np.asarray(rows)
+        users = self.users[chosen]
+        batch = {"user_ids": torch.from_numpy(users), "labels": torch.from_numpy(self.items[chosen])}
+        if self.num_negatives:
+            negatives = self.interactions.sample_negatives(
+                users, self.num_negatives, seed=self.seed, epoch=self.epoch, examples=chosen
+            )
+            batch["negative_ids"] = torch.from_numpy(negatives)
+        return batch
+
+
+class VectorDataset(Dataset):
+    """Batches of vectors, fetched whole; the labels are the vectors themselves, so that `Trainer` evaluates."""
+
+    def __init__(self, vectors: torch.Tensor):
+        self.vectors = vectors
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def __getitems__(self, rows: list[int]) -> dict[str, torch.Tensor]:
+        """The rows numbered `rows`, `[B, d]`."""
+        return {"vectors": self.vectors[rows], "labels": self.vectors[rows]}
+
+
+class SetEpoch(TrainerCallback):
+    """Tells the training set which epoch begins, for its stateless random draws."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        """Passes the epoch on, also after a resumption in mid-epoch."""
+        self.dataset.set_epoch(int((state.epoch or 0) + 1e-6))
+
+
+class StopAt(TrainerCallback):
+    """Ends training after a number of steps, with the learning-rate schedule of the whole length."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Stops at the step."""
+        control.should_training_stop |= state.global_step >= self.step
+
+
+class Progress(TrainerCallback):
+    """A progress bar with the stage's name and its latest evaluation."""
+
+    def __init__(self, name: str, shown: tuple[str, ...]):
+        self.name, self.shown = name, shown
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Opens the bar where training begins or goes on."""
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.name, unit="step", mininterval=1.0)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Moves on."""
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        """Shows the latest metrics."""
+        found = {name: metrics[f"eval_{name}"] for name in self.shown if f"eval_{name}" in (metrics or {})}
+        self.bar.set_postfix({name: f"{value:.4f}" for name, value in found.items()})
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Closes the bar."""
+        self.bar.close()
+
+
+def train_collaborative(
+    interactions: InteractionMatrix,
+    settings: Mapping[str, Any],
+    folder: Path,
+    *,
+    holdout: Holdout | None = None,
+    epochs: float | None = None,
+    seed: int = 0,
+) -> StageResult:
+    """Step 0: LightGCN or matrix factorisation on the training interactions.
+
+    Args:
+        interactions: the training interactions.
+        settings: the recipe's section: `model`, `config`, `num_negatives`, `evaluate_every`, `patience`, `training`.
+        folder: where checkpoints go.
+        holdout: the validation items; the best epoch by NDCG@20 (dot product) is kept. Without it, all `epochs` count.
+        epochs: stop after so many, with the learning-rate schedule unchanged (the refit).
+        seed: of everything random.
+    """
+    set_seed(seed)
+    if settings["model"] == "lightgcn":
+        model: Any = LightGCNModel.from_interactions(LightGCNConfig(**settings["config"]), interactions)
+    elif settings["model"] == "matrix_factorization":
+        sizes = {"num_users": interactions.num_users, "num_items": interactions.num_items}
+        config = {name: value for name, value in settings["config"].items() if name != "num_layers"}
+        model = MatrixFactorizationModel(MatrixFactorizationConfig(**config, **sizes))
+    else:
+        raise ValueError(
+            f"collaborative.model is {settings['model']!r} but must be 'lightgcn' or 'matrix_factorization'."
+        )
+    negatives = settings["num_negatives"]
+
+    def metrics(prediction):
+        users, items = torch.from_numpy(prediction.predictions), model.item_embeddings().cpu()
+        return evaluate_embeddings(users, items, holdout.targets, *interactions.of_users(holdout.users), cosine=False)
+
+    return _fit(
+        model,
+        settings,
+        folder,
+        InteractionDataset(interactions, negatives, seed),
+        _as_is,
+        name="collaborative model",
+        evaluation=InteractionDataset(interactions, negatives, seed, holdout) if holdout is not None else None,
+        compute_metrics=metrics,
+        # All users in one batch, so that the graph is propagated once.
+        eval_batch_size=len(holdout.users) if holdout is not None else 1,
+        epochs=epochs,
+        seed=seed,
+    )
+
+
+def train_mq_tokenizer(
+    vectors: torch.Tensor, settings: Mapping[str, Any], folder: Path, *, name: str = "MQ-Tokenizer", seed: int = 0
+) -> StageResult:
+    """Step 1: an MQ-Tokenizer on collaborative vectors `[n, d]`; logs the statistics of its codes while training.
+
+    Args:
+        vectors: all vectors, raw.
+        settings: the recipe's section: `config`, `evaluate_every`, `training`. A `codebook_size` of `auto` is 256 for up to
+            10,000 vectors and 512 for more, the paper's choices for small and large data.
+        folder: where checkpoints go.
+        name: shown while training.
+        seed: of everything random.
+    """
+    set_seed(seed)
+    config = dict(settings["config"], embedding_dim=vectors.shape[1])
+    if config["codebook_size"] == "auto":
+        config["codebook_size"] = 256 if len(vectors) <= 10_000 else 512
+    model = MQTokenizerModel(MQTokenizerConfig(**config))
+    model.prepare(vectors, seed)
+    dataset = VectorDataset(vectors)
+    return _fit(
+        model,
+        settings,
+        folder,
+        dataset,
+        _as_is,
+        name=name,
+        shown=("usage", "unique", "reconstruction_error"),
+        evaluation=dataset,
+        compute_metrics=lambda _: model.statistics(vectors),
+        # The statistics are computed from all vectors at once: of the forward pass, nothing is kept.
+        preprocess_logits=lambda logits, labels: logits[0],
+        select=False,
+        seed=seed,
+    )
+
+
+def train_retrieval(
+    model: T5ForGenerativeRetrieval,
+    collator: DataCollatorForGenerativeRetrieval,
+    settings: Mapping[str, Any],
+    folder: Path,
+    *,
+    holdout: Holdout | None = None,
+    epochs: float | None = None,
+    seed: int = 0,
+) -> StageResult:
+    """Step 2: T5, its token embeddings and the projection; vectors and MQ-Tokenizers stay as they are.
+
+    Args:
+        model: with items bound.
+        collator: makes the prompts; its interactions are the training interactions.
+        settings: the recipe's section: `evaluate_every`, `patience`, `training`.
+        folder: where checkpoints go.
+        holdout: the validation items; the best epoch by NDCG@20 is kept. Without it, all `epochs` count.
+        epochs: stop after so many, with the learning-rate schedule unchanged (the refit).
+        seed: of everything random that the collator does not draw.
+    """
+    interactions = collator.interactions
+    evaluation = None
+    if holdout is not None:
+        holdout = by_history_length(holdout, interactions)
+        evaluation = PromptDataset(holdout.users, holdout.targets)
+
+    def metrics(prediction):
+        queries = torch.from_numpy(prediction.predictions).float()
+        seen = interactions.of_users(holdout.users)
+        return evaluate_embeddings(queries, model.item_embeddings.cpu(), holdout.targets, *seen, cosine=True)
+
+    return _fit(
+        model,
+        settings,
+        folder,
+        PromptDataset.for_training(interactions),
+        collator,
+        name="T5 retrieval",
+        evaluation=evaluation,
+        compute_metrics=metrics,
+        epochs=epochs,
+        seed=seed,
+    )
+
+
+def by_history_length(holdout: Holdout, interactions: InteractionMatrix) -> Holdout:
+    """The same pairs, users with like histories together, so that batches carry little padding."""
+    order = np.argsort(interactions.lengths[holdout.users], kind="stable")
+    return Holdout(holdout.users[order], holdout.targets[order])
+
+
+def _as_is(batch):
+    return batch
+
+
+def _fit(
+    model: PreTrainedModel,
+    settings: Mapping[str, Any],
+    folder: Path,
+    dataset: Any,
+    collator: Callable,
+    *,
+    name: str,
+    shown: tuple[str, ...] = ("hr@20", SELECT_BY),
+    evaluation: Dataset | None = None,
+    compute_metrics: Callable | None = None,
+    preprocess_logits: Callable | None = None,
+    eval_batch_size: int | None = None,
+    select: bool = True,
+    epochs: float | None = None,
+    seed: int = 0,
+) -> StageResult:
+    arguments = dict(settings["training"])
+    _check_training_arguments(arguments)
+    if eval_batch_size is not None:
+        arguments["per_device_eval_batch_size"] = eval_batch_size
+    steps_per_epoch = math.ceil(len(dataset) / arguments["per_device_train_batch_size"])
+    every = max(1, round(settings["evaluate_every"] * steps_per_epoch)) if "max_steps" not in arguments else None
+    every = every or settings["evaluate_every"]
+    select = select and evaluation is not None
+    full = {
+        "output_dir": str(folder),
+        "seed": seed,
+        "eval_strategy": "steps" if evaluation is not None else "no",
+        "eval_steps": every,
+        "save_steps": every,
+        "logging_steps": every,
+        "save_total_limit": 1,
+        "load_best_model_at_end": select,
+        "metric_for_best_model": SELECT_BY if select else None,
+        "greater_is_better": True if select else None,
+        "remove_unused_columns": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        # Item vectors and graph are the same in every process; broadcasting them at each step would only cost time.
+        "ddp_broadcast_buffers": False,
+        "ddp_find_unused_parameters": False,
+        **arguments,
+    }
+    callbacks: list[TrainerCallback] = [Progress(name, shown)]
+    if hasattr(dataset, "set_epoch"):
+        callbacks.append(SetEpoch(dataset))
+    if select:
+        callbacks.append(EarlyStoppingCallback(settings["patience"]))
+    if epochs is not None:
+        callbacks.append(StopAt(max(1, round(epochs * steps_per_epoch))))
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(**full),
+        data_collator=collator,
+        train_dataset=dataset,
+        eval_dataset=evaluation,
+        compute_metrics=compute_metrics if evaluation is not None else None,
+        preprocess_logits_for_metrics=preprocess_logits,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+    metrics = _evaluations(trainer, select)
+    model.eval()
+    best = trainer.state.best_global_step if select else None
+    return StageResult(model, (best or trainer.state.global_step) / steps_per_epoch, metrics)
+
+
+def _evaluations(trainer: Trainer, select: bool) -> dict[str, float]:
+    """The metrics logged at the step of the best model (or of the last evaluation)."""
+    found = [entry for entry in trainer.state.log_history if any(key.startswith("eval_") for key in entry)]
+    if select:
+        found = [entry for entry in found if entry["step"] == trainer.state.best_global_step]
+    if not found:
+        return {}
+    timings = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+    return {key[5:]: value for key, value in found[-1].items() if key.startswith("eval_") and key not in timings}
+
+
+def _check_training_arguments(arguments: Mapping[str, Any]) -> None:
+    for name in arguments:
+        if name not in _TRAINING_ARGUMENTS:
+            raise ValueError(
+                f"{name!r} is not one of transformers' TrainingArguments; see their documentation for the names."
+            )

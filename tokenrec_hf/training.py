@@ -1,0 +1,366 @@
+"""From interactions and a recipe to a trained repository: all stages, selection and refit (II-E1, III-A of TokenRec).
+
+Everything is chosen on validation items in a first run on the training interactions (`training/selection` of the output
+folder). The chosen lengths are then trained once more on training + validation interactions (the refit, the output folder
+itself), and the test items are looked at once. A stage that is finished is not repeated; one that was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict
+from transformers import set_seed
+
+from .configuration_t5_retrieval import T5GenerativeRetrievalConfig
+from .data_collator import DataCollatorForGenerativeRetrieval
+from .embedding_store import EmbeddingStore
+from .evaluation import evaluate_baselines, evaluate_retrieval
+from .id_index import IdIndex
+from .interaction_matrix import InteractionMatrix
+from .modeling_collaborative import LightGCNModel, MatrixFactorizationModel
+from .modeling_mq_tokenizer import MQTokenizerModel
+from .modeling_t5_retrieval import T5ForGenerativeRetrieval
+from .recipes import save_recipe
+from .stages import Holdout, train_collaborative, train_mq_tokenizer, train_retrieval
+from .tokenization_tokenrec import TokenRecTokenizer
+
+SPLITS = ("train", "validation", "test")
+VARIANTS = ("tokenrec", "tokenrec_user_id_only", "tokenrec_unseen_prompt")
+
+
+@dataclass
+class IndexedSplits:
+    """Splits in rows: ids, the interactions that a run trains on, and the items held out.
+
+    Args:
+        user_ids, item_ids: the id of each row, of all splits, in order of first appearance.
+        interactions: what is trained on, of users in rows.
+        holdout: what is evaluated on.
+    """
+
+    user_ids: list[str]
+    item_ids: list[str]
+    interactions: InteractionMatrix
+    holdout: Holdout
+
+
+def index_splits(splits: DatasetDict, evaluate_on: str) -> IndexedSplits:
+    """Rows for a run that is evaluated on `"validation"` (and trained on train) or `"test"` (on train + validation)."""
+    columns = {name: (splits[name]["user_id"][:], splits[name]["item_id"][:]) for name in SPLITS}
+    user_ids = list(dict.fromkeys(user for name in SPLITS for user in columns[name][0]))
+    item_ids = list(dict.fromkeys(item for name in SPLITS for item in columns[name][1]))
+    user_index, item_index = IdIndex(user_ids, "user"), IdIndex(item_ids, "item")
+    rows = {name: (user_index.rows(users), item_index.rows(items)) for name, (users, items) in columns.items()}
+    trained = SPLITS[: SPLITS.index(evaluate_on)]
+    users, items = (np.concatenate([rows[name][side] for name in trained]) for side in (0, 1))
+    interactions = InteractionMatrix(users, items, len(user_ids), len(item_ids))
+    return IndexedSplits(user_ids, item_ids, interactions, Holdout(*rows[evaluate_on]))
+
+
+def train(
+    splits: DatasetDict,
+    recipe: Mapping[str, Any],
+    output_dir: str | os.PathLike,
+    *,
+    dataset_name: str = "custom",
+    refit: bool = True,
+    log: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Trains a recommender and writes it to `output_dir`; goes on where an earlier call with the same arguments stopped.
+
+    Args:
+        splits: `train`, `validation` and `test`, as `leave_one_out` makes them.
+        recipe: as `load_recipe` gives it.
+        output_dir: becomes a trained repository.
+        dataset_name: for the records.
+        refit: train once more on training + validation interactions and evaluate on the test items. Without it the selection
+            run is the result, and its test numbers, if asked for later, are those of a model that never saw the validation items.
+        log: is told, in one line each, what happens.
+
+    Returns:
+        The content of `metrics.json`.
+
+    Raises:
+        ValueError: the folder holds a run of other settings or data, or a setting is wrong.
+    """
+    output = Path(output_dir)
+    training = output / "training"
+    training.mkdir(parents=True, exist_ok=True)
+    _claim(training, splits, recipe, dataset_name, refit)
+    _save_splits(splits, training / "interactions")
+    metrics: dict[str, Any] = {
+        "dataset": dataset_name,
+        "recipe": recipe["recipe"],
+        "seed": recipe["seed"],
+        "refit": refit,
+    }
+    selection_folder = training / "selection" if refit else output
+    chosen = _Run("selection", selection_folder, training, recipe, log)
+    data = index_splits(splits, "validation")
+    metrics["users"], metrics["items"] = len(data.user_ids), len(data.item_ids)
+    metrics["interactions"] = sum(len(splits[name]) for name in SPLITS)
+    metrics["validation"] = chosen.complete(data)
+    metrics["epochs"], metrics["codes"], metrics["seconds"] = chosen.epochs, chosen.codes, chosen.seconds
+    if refit:
+        final = _Run("refit", output, training, recipe, log, epochs=chosen.epochs)
+        metrics["test"] = final.complete(index_splits(splits, "test"))
+        metrics["codes"] = final.codes
+        metrics["seconds"] = {"selection": chosen.seconds, "refit": final.seconds}
+    save_recipe({**recipe}, output / "recipe.yaml")
+    _write_json(output / "metrics.json", metrics)
+    return metrics
+
+
+def load_splits(output_dir: str | os.PathLike) -> DatasetDict:
+    """The interactions that a repository was trained and evaluated on.
+
+    Raises:
+        FileNotFoundError: they are not there, for example because the repository was pulled from the Hub.
+    """
+    folder = Path(output_dir) / "training" / "interactions"
+    missing = [name for name in SPLITS if not (folder / f"{name}.parquet").is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} has no {missing[0]}.parquet, so there is nothing to evaluate on; evaluate in the folder that "
+            "`tokenrec train` wrote."
+        )
+    return DatasetDict(
+        {name: Dataset.from_parquet(str(folder / f"{name}.parquet"), keep_in_memory=True) for name in SPLITS}
+    )
+
+
+def build_retrieval_model(
+    retrieval: Mapping[str, Any],
+    tokenizer: TokenRecTokenizer,
+    user_mq: MQTokenizerModel,
+    item_mq: MQTokenizerModel,
+    seed: int = 0,
+) -> T5ForGenerativeRetrieval:
+    """T5 with the tokenizer's vocabulary, from a checkpoint or from scratch, its code tokens started from the codewords.
+
+    Args:
+        retrieval: the recipe's section: `backbone` and `config`.
+        tokenizer: gives the vocabulary.
+        user_mq, item_mq: give the codewords.
+        seed: of the fresh weights.
+
+    Raises:
+        ValueError: the backbone is neither a folder nor to be had from the Hub.
+    """
+    set_seed(seed)
+    own = {
+        "embedding_dim": item_mq.config.embedding_dim,
+        "space_ids": tokenizer.space_ids,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "decoder_start_token_id": tokenizer.pad_token_id,
+    }
+    backbone = retrieval["backbone"]
+    if backbone is None:
+        config = T5GenerativeRetrievalConfig(vocab_size=len(tokenizer), **{**retrieval["config"], **own})
+        model = T5ForGenerativeRetrieval(config)
+    else:
+        try:
+            model = T5ForGenerativeRetrieval.from_backbone(backbone, **{**retrieval["config"], **own})
+        except OSError as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(
+                f"the backbone {backbone!r} is no folder here and could not be fetched from the Hub ({reason}); connect, give the "
+                "folder of a T5 checkpoint as retrieval.backbone, or train from scratch with --recipe cpu."
+            ) from None
+        if len(tokenizer) > model.config.vocab_size:
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    first = min(int(tokenizer.code_token_ids(kind).min()) for kind in ("user", "item"))
+    for kind, mq in (("user", user_mq), ("item", item_mq)):
+        ids = torch.from_numpy(tokenizer.code_token_ids(kind))
+        model.initialize_code_tokens(ids, mq.codebooks.detach(), first, seed=seed + (kind == "item"))
+    return model
+
+
+def build_collator(
+    tokenizer: TokenRecTokenizer, data: IndexedSplits, recipe: Mapping[str, Any], **changes
+) -> DataCollatorForGenerativeRetrieval:
+    """The collator that a recipe describes; `changes` replace single arguments."""
+    config, negatives = recipe["retrieval"]["config"], recipe["retrieval"]["num_negatives"]
+    prompts = recipe["prompts"]
+    full_softmax = config["loss_type"] == "softmax" and not negatives
+    if config["loss_type"] == "cosine_ranking":
+        negatives = prompts["targets_per_prompt"]  # Eq. 20: one for each positive
+    settings = {
+        "num_negatives": negatives,
+        "with_seen_items": full_softmax,
+        "seed": recipe["seed"],
+        **prompts,
+        **changes,
+    }
+    return DataCollatorForGenerativeRetrieval(tokenizer, data.interactions, data.user_ids, data.item_ids, **settings)
+
+
+class _Run:
+    """One pass over the stages, in a folder that becomes a trained repository.
+
+    Finished stages are recorded in `training/<name>.json`, written last; their models are then read from the folder.
+    """
+
+    def __init__(self, name, folder: Path, training: Path, recipe, log, epochs: Mapping[str, float] | None = None):
+        self.name, self.folder, self.recipe, self.log = name, folder, recipe, log
+        self.fixed_epochs = epochs
+        self.checkpoints = training / "checkpoints" / name
+        self.record_path = training / f"{name}.json"
+        self.record = json.loads(self.record_path.read_text()) if self.record_path.is_file() else {}
+
+    @property
+    def epochs(self) -> dict[str, float]:
+        """Epochs that gave the best validation result, of the stages that are selected."""
+        return {name: entry["epochs"] for name, entry in self.record.items() if "epochs" in entry}
+
+    @property
+    def codes(self) -> dict[str, dict[str, float]]:
+        """Statistics of the users' and the items' codes."""
+        return {kind: self.record[f"mq_{kind}"]["metrics"] for kind in ("user", "item")}
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Time of each stage."""
+        return {name: entry["seconds"] for name, entry in self.record.items()}
+
+    def complete(self, data: IndexedSplits) -> dict[str, dict[str, float]]:
+        """Runs what is not finished and returns the results on the held-out items."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        holdout = None if self.fixed_epochs else data.holdout
+        self._stage("collaborative", lambda at: self._collaborative(data, holdout, at))
+        store = self._store(data)
+        for kind in ("user", "item"):
+            self._stage(f"mq_{kind}", lambda at, kind=kind: self._mq_tokenizer(store, kind, at))
+        self._stage("retrieval", lambda at: self._retrieval(data, holdout, store, at))
+        self._stage("evaluation", lambda at: self._evaluate(data))
+        return self.record["evaluation"]["metrics"]
+
+    def _stage(self, name: str, run: Callable[[Path], Mapping[str, Any]]) -> None:
+        if name in self.record:
+            self.log(f"{self.name}: {name} is finished already")
+            return
+        started = time.monotonic()
+        checkpoints = self.checkpoints / name
+        outcome = dict(run(checkpoints))
+        outcome["seconds"] = round(time.monotonic() - started, 1)
+        self.record[name] = outcome
+        _write_json(self.record_path, self.record)
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        self.log(f"{self.name}: {name} took {outcome['seconds']:.0f} s")
+
+    def _collaborative(self, data, holdout, checkpoints):
+        result = train_collaborative(
+            data.interactions,
+            self.recipe["collaborative"],
+            checkpoints,
+            holdout=holdout,
+            epochs=(self.fixed_epochs or {}).get("collaborative"),
+            seed=self.recipe["seed"],
+        )
+        result.model.save_pretrained(self.folder / "collaborative")
+        return {"epochs": result.epochs, "metrics": result.metrics}
+
+    def _store(self, data: IndexedSplits) -> EmbeddingStore:
+        """The store of the collaborative vectors and the items that users have seen, made anew from the model."""
+        kinds = {"lightgcn": LightGCNModel, "matrix_factorization": MatrixFactorizationModel}
+        model = kinds[self.recipe["collaborative"]["model"]].from_pretrained(self.folder / "collaborative")
+        store = EmbeddingStore(model.config.embedding_dim)
+        store.upsert("user", data.user_ids, model.user_embeddings())
+        store.upsert("item", data.item_ids, model.item_embeddings())
+        indptr = data.interactions.indptr
+        names = np.array(data.item_ids, dtype=object)[data.interactions.items]
+        store.set_seen(data.user_ids, [names[a:b] for a, b in zip(indptr, indptr[1:])])
+        return store
+
+    def _mq_tokenizer(self, store, kind, checkpoints):
+        seed = self.recipe["seed"] + (kind == "item")
+        vectors = store.vectors(kind)
+        result = train_mq_tokenizer(
+            vectors, self.recipe["mq_tokenizer"], checkpoints, name=f"{kind} MQ-Tokenizer", seed=seed
+        )
+        result.model.save_pretrained(self.folder / f"mq_{kind}")
+        return {"metrics": result.model.statistics(vectors)}
+
+    def _retrieval(self, data, holdout, store, checkpoints):
+        mqs = {kind: MQTokenizerModel.from_pretrained(self.folder / f"mq_{kind}") for kind in ("user", "item")}
+        store.space_ids = {kind: mq.space_id for kind, mq in mqs.items()}
+        section = self.recipe["retrieval"]
+        vocabulary = section["vocabulary"] or section["backbone"]
+        tokenizer = TokenRecTokenizer.from_components(vocabulary, user_mq=mqs["user"], item_mq=mqs["item"], store=store)
+        model = build_retrieval_model(section, tokenizer, mqs["user"], mqs["item"], seed=self.recipe["seed"])
+        model.bind_items(store.vectors("item"))
+        result = train_retrieval(
+            model,
+            build_collator(tokenizer, data, self.recipe),
+            section,
+            checkpoints,
+            holdout=holdout,
+            epochs=(self.fixed_epochs or {}).get("retrieval"),
+            seed=self.recipe["seed"],
+        )
+        store.save_pretrained(self.folder / "store")
+        tokenizer.save_pretrained(self.folder)
+        # Last, because config.json is what makes the folder a repository.
+        result.model.save_pretrained(self.folder)
+        return {"epochs": result.epochs, "metrics": result.metrics}
+
+    def _evaluate(self, data: IndexedSplits) -> dict[str, Any]:
+        results = evaluate_baselines(data, EmbeddingStore.open(self.folder / "store"))
+        results |= {variant: evaluate_retrieval(self.folder, data, self.recipe, variant) for variant in VARIANTS}
+        return {"metrics": results}
+
+
+def _claim(training: Path, splits: DatasetDict, recipe: Mapping[str, Any], dataset_name: str, refit: bool) -> None:
+    """Ties the folder to these data and settings, so that stages of two different runs are never mixed."""
+    digest = hashlib.sha256()
+    for name in SPLITS:
+        for column in ("user_id", "item_id"):
+            digest.update("\n".join(splits[name][column][:]).encode() + b"\0")
+    # The name of the data set is a label; its content is what counts.
+    mine = {"data": digest.hexdigest()[:16], "refit": refit, "recipe": json.loads(json.dumps(dict(recipe)))}
+    path = training / "run.json"
+    if not path.is_file():
+        _write_json(path, mine)
+        return
+    theirs = json.loads(path.read_text())
+    if theirs != mine:
+        difference = _first_difference(theirs, mine)
+        raise ValueError(
+            f"{training.parent} holds a run with {difference}; give another --output_dir, or delete this one to start over."
+        )
+
+
+def _first_difference(theirs: Any, mine: Any, place: str = "") -> str:
+    if isinstance(theirs, dict) and isinstance(mine, dict):
+        for key in [*theirs, *mine]:
+            if theirs.get(key) != mine.get(key):
+                return _first_difference(theirs.get(key), mine.get(key), f"{place}.{key}" if place else key)
+    return f"{place} = {theirs!r} where this one has {mine!r}"
+
+
+def _save_splits(splits: DatasetDict, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in SPLITS:
+        path = folder / f"{name}.parquet"
+        if not path.is_file():
+            temporary = path.with_suffix(".tmp")
+            splits[name].to_parquet(str(temporary))
+            os.replace(temporary, path)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
