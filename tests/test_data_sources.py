@@ -34,7 +34,7 @@ MOVIES = packed({"ml-100k/u.data": UDATA, "ml-100k/u.item": "1|Café (1995)|x\n2
 
 
 def tuples(dataset):
-    return list(zip(*(dataset[name] for name in dataset.column_names)))
+    return list(zip(*dataset[:].values()))
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,8 @@ def server():
         def do_GET(self):
             self.server.requests += 1
             if self.path not in self.server.answers:
-                return self.send_error(404)
+                self.send_error(404)
+                return
             content, length = self.server.answers[self.path]
             self.send_response(200)
             if length is not None:
@@ -67,7 +68,7 @@ def server():
 
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
         server.answers, server.requests = {}, 0
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
         server.shutdown()
 
@@ -152,7 +153,10 @@ REVIEWS = "".join(
 )
 
 
-@pytest.mark.parametrize("content", [gzip.compress(REVIEWS.encode())[:-9], b"<html>gone</html>"])
+WHOLE = gzip.compress(REVIEWS.encode())
+
+
+@pytest.mark.parametrize("content", [WHOLE[:-9], WHOLE[:10] + b"\xff" + WHOLE[11:], b"<html>gone</html>"])
 def test_without_a_checksum_a_download_must_be_a_whole_gzip_file(publish, tmp_path, content):
     publish("beauty", content, length=None, md5=None)
     with pytest.raises(ValueError, match=r"reviews_Beauty_5\.json\.gz is not a whole gzip file"):
@@ -235,6 +239,15 @@ def test_a_damaged_archive_is_named(tmp_path, monkeypatch):
         (tmp_path / "ml-1m" / "ml-1m.zip").write_bytes(content)
         with pytest.raises(ValueError, match=r"ml-1m/ratings\.dat in .*ml-1m\.zip cannot be unpacked .*fetch it again"):
             load_interactions("ml-1m")
+
+
+@pytest.mark.parametrize("content", [WHOLE[:-9], WHOLE[:10] + b"\xff" + WHOLE[11:], b"<html>gone</html>"])
+def test_a_damaged_copy_on_disk_is_named(tmp_path, monkeypatch, content):
+    (tmp_path / "beauty").mkdir()
+    (tmp_path / "beauty" / "reviews_Beauty_5.json.gz").write_bytes(content)
+    monkeypatch.setenv("TOKENREC_DATA_DIR", str(tmp_path))
+    with pytest.raises(ValueError, match=r"reviews_Beauty_5\.json\.gz cannot be unpacked .*fetch it again"):
+        load_interactions("beauty")
 
 
 def test_an_absent_set_names_file_address_and_variable(publish, server, monkeypatch):

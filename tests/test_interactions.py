@@ -39,7 +39,7 @@ def real(name):
 
 
 def tuples(dataset):
-    return list(zip(*(dataset[name] for name in dataset.column_names)))
+    return list(zip(*dataset[:].values()))
 
 
 def delimited(delimiter, header):
@@ -442,7 +442,7 @@ def test_prepared_sets_give_the_targets_of_their_files(name, users, items, inter
 def test_movielens_100k_is_read_whole_and_in_time_order():
     found = load_interactions(real("ml-100k") / "ml-100k.inter")
     assert (len(found.unique("user_id")), len(found.unique("item_id")), len(found)) == (943, 1682, 100_000)
-    users, times = np.array(found["user_id"]), np.array(found["timestamp"])
+    users, times = np.array(found["user_id"][:]), np.array(found["timestamp"][:])
     same = users[1:] == users[:-1]
     assert same.sum() == 100_000 - 943
     assert (np.diff(times)[same] >= 0).all()

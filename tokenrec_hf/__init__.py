@@ -101,7 +101,7 @@ class _AutoFinder(importlib.abc.MetaPathFinder):
             execute(module)
             _REGISTER[name](module)
 
-        spec.loader.exec_module = execute_and_register
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
 
 

@@ -17,7 +17,7 @@ class MQTokenizerConfig(PreTrainedConfig):
         codebook_dim: d_c, the size of a codeword.
         hidden_dim: width of the hidden layers of encoders and decoder.
         mask_ratio: rho, the probability that an input element is zeroed while training (Eq. 2). The paper's best: 0.2.
-        commitment_weight: beta, the weight of the commitment loss (Eq. 13).
+        commitment_weight: beta, the weight of the commitment loss (Eq. 13-14).
         kmeans_init: start the codebooks from a k-means of the encoder outputs (else from random numbers).
         revive_dead: while training, replace codewords that are no longer used by encoder outputs of the batch.
     """

@@ -76,7 +76,7 @@ class DataCollatorForGenerativeRetrieval:
         shuffle_history: random order of the history, else time order.
         seed: of all random choices.
 
-    Returns (when called): `input_ids`, `attention_mask` `[B, T]`; `labels` `[B, P]`, or `[B]` for given targets; with
+    Returns (when called): `input_ids`, `attention_mask` `[B, T]`; `labels` `[B, P]`, filled up with -100; with
     `num_negatives`, `negative_ids` `[B, num_negatives]`; with `with_seen_items`, `seen_items` `[B, S]`. LongTensors.
 
     Raises:
@@ -129,7 +129,9 @@ class DataCollatorForGenerativeRetrieval:
         if targets is None:
             indptr, history, labels = self._split(users, epoch, template)
         else:
-            (indptr, history), labels = self._whole_history(users, epoch, template), targets
+            indptr, history = self._whole_history(users, epoch, template)
+            labels = np.full((len(users), self.targets_per_prompt), IGNORED)
+            labels[:, 0] = targets
         batch = self._assemble(users, template, indptr, history)
         batch["labels"] = torch.from_numpy(labels)
         if self.num_negatives:

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ class RawFile:
             else:
                 with self.path.open("rb") as stream:
                     yield stream
-        except (zipfile.BadZipFile, gzip.BadGzipFile, EOFError, KeyError) as error:
+        except (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError, KeyError) as error:
             raise ValueError(f"{self} cannot be unpacked ({error}); delete it and fetch it again.") from error
 
 
@@ -372,7 +373,7 @@ def _check(source: DataSource, part: Path, md5: str) -> None:
             with gzip.open(part) as stream:
                 while stream.read(_CHUNK):
                     pass
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             problem = f"is not a whole gzip file ({error})"
     if problem:
         raise ValueError(

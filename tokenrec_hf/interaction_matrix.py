@@ -60,7 +60,8 @@ class InteractionMatrix:
         self.num_users, self.num_items = num_users, num_items
         self.users, self.items = users[order], items[order]
         self.indptr = np.concatenate([[0], np.cumsum(np.bincount(users, minlength=num_users))]).astype(np.int64)
-        self._keys = np.sort(self.users * num_items + self.items)
+        # Without repetitions, so that the number of a user's keys tells whether an item is left.
+        self._keys = np.unique(self.users * num_items + self.items)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -109,19 +110,20 @@ class InteractionMatrix:
         Raises:
             ValueError: a user has interacted with every item, so that no negative exists.
         """
-        full = np.flatnonzero(self.lengths[users] >= self.num_items)
+        first, end = np.searchsorted(self._keys, [users * self.num_items, (users + 1) * self.num_items])
+        full = np.flatnonzero(end - first == self.num_items)
         if len(full):
             raise ValueError(
                 f"user row {users[full[0]]} has interacted with all {self.num_items} items, so it has no negative item; "
                 "remove this user or add items."
             )
         negatives = bounded(stateless_random(seed, epoch, examples, num_negatives, first_draw), self.num_items)
-        draw = first_draw + num_negatives
+        draw = (first_draw + 1) << 32
         bad = np.argwhere(self.contains(users[:, None], negatives))
         while len(bad):
-            # A rejected draw is replaced from a further stream of the same example: uniform over what is left.
+            # A rejected draw is replaced from a stream that no other `first_draw` has: uniform over what is left.
             row, column = bad[:, 0], bad[:, 1]
-            fresh = stateless_random(seed, epoch, examples[row] * num_negatives + column, 1, (1 << 32) + draw)
+            fresh = stateless_random(seed, epoch, examples[row] * num_negatives + column, 1, draw)
             negatives[row, column] = bounded(fresh[:, 0], self.num_items)
             bad = bad[self.contains(users[row], negatives[row, column])]
             draw += 1

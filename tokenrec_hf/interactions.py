@@ -343,16 +343,14 @@ def _clean(table: pa.Table, origin: str, min_rating: float | None, k_core: int) 
 
 def _encode(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
     """Each value as a number, int64 `[n]`, and the different values in order of first appearance."""
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
     encoded = column.dictionary_encode().unify_dictionaries().combine_chunks()
-    if isinstance(encoded, pa.ChunkedArray):
-        encoded = encoded.chunk(0) if encoded.num_chunks else pa.array([], column.type).dictionary_encode()
     return encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64), encoded.dictionary
 
 
 def _ids(column: pa.ChunkedArray, kind: str, origin: str) -> tuple[np.ndarray, pa.Array]:
     """Each id as a number, int64 `[n]`, and the different ids as checked text."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
     if pa.types.is_floating(column.type):
         column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
     if column.null_count:
@@ -361,13 +359,11 @@ def _ids(column: pa.ChunkedArray, kind: str, origin: str) -> tuple[np.ndarray, p
             f"{origin}: {column.null_count} of {len(column)} rows have no {kind}, the first of them row {first}; "
             "remove or complete them."
         )
+    if pa.types.is_floating(column.type) and pc.all(pc.equal(column, pc.floor(column))).as_py():
+        column = column.cast(pa.int64())
+    if not (pa.types.is_integer(column.type) or _is_text(column.type)):
+        raise ValueError(f"{origin}: the {kind}s are of type {column.type}; ids are text or whole numbers.")
     codes, values = _encode(column)
-    if pa.types.is_floating(values.type) and pc.all(pc.equal(values, pc.floor(values))).as_py():
-        values = values.cast(pa.int64())
-    if not (
-        pa.types.is_integer(values.type) or pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
-    ):
-        raise ValueError(f"{origin}: the {kind}s are of type {values.type}; ids are text or whole numbers.")
     values = values.cast(pa.string())
     if pc.all(pc.match_substring_regex(values, _INTEGERS_WITH_POINT)).as_py():
         values = pc.utf8_slice_codeunits(values, 0, -2)
@@ -399,7 +395,7 @@ def _parsed(
     column: pa.ChunkedArray, kinds: list[pa.DataType], what: str, expected: str, origin: str
 ) -> pa.ChunkedArray:
     """Text as the first of the Arrow types `kinds` that fits all of it; other columns as they are."""
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+    if not _is_text(column.type):
         return column
     for kind in kinds:
         if _fits(column, kind):
@@ -408,6 +404,10 @@ def _parsed(
         if not any(_fits(value, kind) for kind in kinds):
             raise ValueError(f"{origin}: the {what} {value.as_py()!r} of row {row} is not {expected}.")
     raise ValueError(f"{origin}: the {what}s are written in more than one way; each must be {expected}, all alike.")
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def _fits(text: pa.ChunkedArray | pa.Scalar, kind: pa.DataType) -> bool:

@@ -37,7 +37,10 @@ def target_ranks(
     Raises:
         ValueError: the shapes do not fit, a score is NaN, or an item does not exist.
     """
-    return _ranks(*_masked(scores, targets, seen))
+    scores, targets = _masked(_copied(scores), targets, seen)
+    # The maximum of a row that holds NaN is NaN, and costs a tenth of looking at each score.
+    _check_no_nan(scores.amax(dim=1))
+    return _ranks(scores, scores.gather(1, targets))
 
 
 def hit_rate(ranks: torch.Tensor | np.ndarray, k: int) -> float:
@@ -95,13 +98,22 @@ class RankingMetrics:
         self, scores: torch.Tensor | np.ndarray, targets: torch.Tensor | np.ndarray, seen: SeenPairs | None = None
     ) -> None:
         """Adds a batch of users; arguments and errors as in [`target_ranks`]."""
+        self._add(_copied(scores), targets, seen)
+
+    def _add(self, scores: torch.Tensor, targets: torch.Tensor | np.ndarray, seen: SeenPairs | None) -> None:
+        """`update` with scores that may be written to."""
         scores, targets = _masked(scores, targets, seen)
         if scores.shape[1] != self.num_items:
             raise ValueError(
                 f"scores are given for {scores.shape[1]} items but the catalogue has {self.num_items}; score them all."
             )
-        self._histogram += _histogram(_ranks(scores, targets), max(self.top_ks))
-        items, values = (one.cpu() for one in stable_topk(scores, max(self.top_ks)))
+        longest = max(self.top_ks)
+        # One more than the longest list decides every rank up to its end, so the other scores need not be looked at.
+        items, values = stable_topk(scores, longest + 1)
+        # NaN sorts above everything else.
+        _check_no_nan(values[:, 0])
+        self._histogram += _histogram(_ranks(values, scores.gather(1, targets)), longest)
+        items, values = items[:, :longest].cpu(), values[:, :longest].cpu()
         # A masked item fills the list where fewer than K are left, but nobody is recommended it.
         listed = values > -torch.inf
         for i, k in enumerate(self.top_ks):
@@ -177,16 +189,20 @@ def evaluate_embeddings(
         end = min(start + batch_size, len(queries))
         rows = np.repeat(np.arange(end - start), np.diff(indptr[start : end + 1]))
         seen = rows, np.asarray(seen_indices[indptr[start] : indptr[end]])
-        metrics.update(queries[start:end] @ items.T, targets[start:end], seen)
+        metrics._add(queries[start:end] @ items.T, targets[start:end], seen)
     return metrics.compute()
 
 
-def _masked(
-    scores: torch.Tensor | np.ndarray, targets: torch.Tensor | np.ndarray, seen: SeenPairs | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Checked copies: scores with `-inf` at seen items other than the target, and targets as int64 `[B, 1]`."""
+def _copied(scores: torch.Tensor | np.ndarray) -> torch.Tensor:
+    """Scores as a floating-point tensor of its own memory."""
     scores = torch.as_tensor(scores)
-    scores = scores.detach().clone() if scores.is_floating_point() else scores.to(torch.float64)
+    return scores.detach().clone() if scores.is_floating_point() else scores.to(torch.float64)
+
+
+def _masked(
+    scores: torch.Tensor, targets: torch.Tensor | np.ndarray, seen: SeenPairs | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores with `-inf` at seen items other than the target, in place, and targets as int64 `[B, 1]`, checked."""
     targets = torch.as_tensor(targets, dtype=torch.int64, device=scores.device)
     if scores.ndim != 2 or targets.shape != scores.shape[:1]:
         raise ValueError(
@@ -201,23 +217,25 @@ def _masked(
     for numbers, what in ((targets, "targets"), (items, "seen")):
         if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < scores.shape[1]:
             raise ValueError(f"{what} names an item outside 0..{scores.shape[1] - 1}; score all items that occur.")
-    # The maximum of a row that holds NaN is NaN, and costs a tenth of looking at each score.
-    nan = torch.isnan(scores.amax(dim=1))
-    if nan.any():
-        row = int(nan.nonzero()[0])
-        raise ValueError(
-            f"the scores of row {row} hold NaN, which has no rank; look for a division by zero or an overflow in the "
-            "model."
-        )
     targets = targets[:, None]
     own = scores.gather(1, targets)
     scores[rows, items] = -torch.inf
     return scores.scatter_(1, targets, own), targets
 
 
-def _ranks(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """How many items score at least as much as the target, itself not counted, int64 `[B]`."""
-    return (scores >= scores.gather(1, targets)).sum(dim=1) - 1
+def _check_no_nan(best: torch.Tensor) -> None:
+    """Raises if the best score of a row, `[B]`, is NaN."""
+    nan = best.isnan().nonzero()
+    if len(nan):
+        raise ValueError(
+            f"the scores of row {int(nan[0])} hold NaN, which has no rank; look for a division by zero or an overflow in the "
+            "model."
+        )
+
+
+def _ranks(scores: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """How many of `scores` `[B, n]` are at least the target's, `[B, 1]`, itself not counted, int64 `[B]`."""
+    return (scores >= own).sum(dim=1) - 1
 
 
 # What the rank `r` (float64 `[K]`, from 0) of the target earns.

@@ -29,8 +29,8 @@ class CollaborativeOutput(ModelOutput):
         user_embeds: final representations of the users asked for, `[B, d]`.
     """
 
-    loss: torch.FloatTensor | None = None
-    user_embeds: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    user_embeds: torch.Tensor | None = None
 
 
 class MatrixFactorizationModel(PreTrainedModel):
@@ -67,9 +67,9 @@ class MatrixFactorizationModel(PreTrainedModel):
 
     def forward(
         self,
-        user_ids: torch.LongTensor,
-        labels: torch.LongTensor | None = None,
-        negative_ids: torch.LongTensor | None = None,
+        user_ids: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        negative_ids: torch.Tensor | None = None,
     ) -> CollaborativeOutput:
         """Represents a batch of users and, given `labels`, computes the loss.
 
@@ -139,6 +139,8 @@ class LightGCNModel(MatrixFactorizationModel):
     """
 
     config_class = LightGCNConfig
+    edge_users: torch.Tensor
+    edge_items: torch.Tensor
 
     def __init__(self, config: LightGCNConfig):
         super().__init__(config)
@@ -167,6 +169,10 @@ class LightGCNModel(MatrixFactorizationModel):
             coo = torch.sparse_coo_tensor(torch.stack([rows, columns]), values, (size, size))
             self._adjacency = coo.coalesce().to_sparse_csr()
         return self._adjacency
+
+    def __getstate__(self):
+        # A sparse CSR tensor can be neither copied nor pickled; it is built again from the edges.
+        return {**self.__dict__, "_adjacency": None}
 
     def representations(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Final representations of users `[num_users, d]` and items `[num_items, d]`, with gradient."""

@@ -29,18 +29,18 @@ class MQTokenizerOutput(ModelOutput):
     """Output of [`MQTokenizerModel`].
 
     Args:
-        loss: Eq. 14, scalar: reconstruction + codebook + beta * commitment.
+        loss: Eq. 13 (items) or 14 (users), scalar: reconstruction + codebook + beta * commitment.
         codes: w, index of the nearest codeword in each codebook, LongTensor `[B, K]`.
         reconstruction: r, in the scale of the input vectors, `[B, d]`.
         reconstruction_loss, codebook_loss, commitment_loss: the three terms (Eq. 10, 11, 12), scalars.
     """
 
-    loss: torch.FloatTensor | None = None
-    codes: torch.LongTensor | None = None
-    reconstruction: torch.FloatTensor | None = None
-    reconstruction_loss: torch.FloatTensor | None = None
-    codebook_loss: torch.FloatTensor | None = None
-    commitment_loss: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    codes: torch.Tensor | None = None
+    reconstruction: torch.Tensor | None = None
+    reconstruction_loss: torch.Tensor | None = None
+    codebook_loss: torch.Tensor | None = None
+    commitment_loss: torch.Tensor | None = None
 
 
 class MLP(nn.Sequential):
@@ -67,6 +67,9 @@ class MQTokenizerModel(PreTrainedModel):
     base_model_prefix = "mq_tokenizer"
     main_input_name = "vectors"
     accepts_loss_kwargs = False
+    mean: torch.Tensor
+    scale: torch.Tensor
+    usage: torch.Tensor
 
     def __init__(self, config: MQTokenizerConfig):
         super().__init__(config)
@@ -80,7 +83,7 @@ class MQTokenizerModel(PreTrainedModel):
         self.post_init()
 
     @torch.no_grad()
-    def encode(self, vectors: torch.Tensor) -> torch.LongTensor:
+    def encode(self, vectors: torch.Tensor) -> torch.Tensor:
         """Codes of collaborative vectors (Eq. 4-6, without a mask).
 
         Args:
@@ -97,7 +100,7 @@ class MQTokenizerModel(PreTrainedModel):
         return torch.cat(chunks) if chunks else torch.empty(0, self.config.num_codebooks, dtype=torch.long)
 
     @torch.no_grad()
-    def decode(self, codes: torch.LongTensor) -> torch.Tensor:
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Vectors reconstructed from codes (Eq. 9): LongTensor `[n, K]` to `[n, d]`.
 
         Raises:
@@ -198,7 +201,7 @@ class MQTokenizerModel(PreTrainedModel):
         """a^k = MLP^k(x) (Eq. 4): standardised `[B, d]` to `[B, K, d_c]`."""
         return torch.stack([encoder(x) for encoder in self.encoders], dim=1)
 
-    def assign(self, outputs: torch.Tensor) -> torch.LongTensor:
+    def assign(self, outputs: torch.Tensor) -> torch.Tensor:
         """w^k = argmin_l ||a^k - c^k_l||^2 (Eq. 5-6): `[B, K, d_c]` to LongTensor `[B, K]`."""
         codebooks = self.codebooks.detach()
         # ||a||^2 does not change the argmin, so the distance is one matrix product.
@@ -210,7 +213,7 @@ class MQTokenizerModel(PreTrainedModel):
         )  # [K, B, L]
         return distance.argmin(dim=-1).T
 
-    def codewords(self, codes: torch.LongTensor) -> torch.Tensor:
+    def codewords(self, codes: torch.Tensor) -> torch.Tensor:
         """c^k_{w^k}: LongTensor `[B, K]` to `[B, K, d_c]`."""
         return self.codebooks[torch.arange(self.config.num_codebooks, device=codes.device), codes]
 
@@ -236,16 +239,17 @@ class MQTokenizerModel(PreTrainedModel):
         return vectors
 
     @torch.no_grad()
-    def _revive_dead(self, outputs: torch.Tensor, codes: torch.LongTensor) -> None:
+    def _revive_dead(self, outputs: torch.Tensor, codes: torch.Tensor) -> None:
         count, size = self.config.num_codebooks, self.config.codebook_size
         offsets = torch.arange(count, device=codes.device) * size
         assigned = torch.bincount((codes + offsets).flatten(), minlength=count * size).view(count, size)
         # The mean share of a codeword is 1, whatever the batch and L.
-        self.usage.lerp_(assigned * (size / len(codes)), 1 - USAGE_DECAY)
-        book, word = (self.usage < DEAD_BELOW).nonzero(as_tuple=True)
+        self.usage.lerp_((assigned * (size / len(codes))).to(self.usage), 1 - USAGE_DECAY)
+        # A word that this batch uses stays, so that `codes` keep naming the nearest codewords.
+        book, word = ((self.usage < DEAD_BELOW) & (assigned == 0)).nonzero(as_tuple=True)
         if len(book):
             donor = torch.randint(len(outputs), (len(book),), device=outputs.device)
-            self.codebooks[book, word] = outputs[donor, book]
+            self.codebooks[book, word] = outputs[donor, book].to(self.codebooks)
             self.usage[book, word] = 1.0
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +31,8 @@ class GenerativeRetrievalOutput(ModelOutput):
         query_embeds: z, not normalised, `[B, d]`.
     """
 
-    loss: torch.FloatTensor | None = None
-    query_embeds: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    query_embeds: torch.Tensor | None = None
 
 
 class ProjectionLinear(nn.Linear):
@@ -50,6 +51,7 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
     config_class = T5GenerativeRetrievalConfig
     config: T5GenerativeRetrievalConfig
     base_model_prefix = "transformer"
+    item_embeddings: torch.Tensor
     # The forward pass computes a mean itself, so Trainer must divide by the gradient accumulation steps.
     accepts_loss_kwargs = False
     _keys_to_ignore_on_load_unexpected = [
@@ -60,18 +62,19 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
     def __init__(self, config: T5GenerativeRetrievalConfig):
         super().__init__(config)
         if config.pooling == "decoder":
-            self.transformer = T5Model(config)
+            self.transformer: nn.Module = T5Model(config)
         else:
             self.transformer = T5EncoderModel(config)
             self._keys_to_ignore_on_load_unexpected = [r"lm_head\.weight", r"decoder\."]
+        width = cast(int, config.projection_dim)
         self.projection = nn.Sequential(
-            ProjectionLinear(config.d_model, config.projection_dim),
+            ProjectionLinear(config.d_model, width),
             nn.ReLU(),
             nn.Dropout(config.dropout_rate),
-            ProjectionLinear(config.projection_dim, config.projection_dim),
+            ProjectionLinear(width, width),
             nn.ReLU(),
             nn.Dropout(config.dropout_rate),
-            ProjectionLinear(config.projection_dim, config.embedding_dim),
+            ProjectionLinear(width, config.embedding_dim),
         )
         self.register_buffer("item_embeddings", torch.zeros(0, config.embedding_dim), persistent=False)
         self.post_init()
@@ -112,7 +115,7 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
 
     @torch.no_grad()
     def initialize_code_tokens(
-        self, token_ids: torch.LongTensor, codebooks: torch.Tensor, num_words: int, seed: int = 0
+        self, token_ids: torch.Tensor, codebooks: torch.Tensor, num_words: int, seed: int = 0
     ) -> None:
         """Gives code tokens embeddings that resemble each other as their codewords do.
 
@@ -125,7 +128,7 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
             num_words: rows of the vocabulary before the first code token, whose standard deviation is taken.
             seed: of the projection matrices, one per codebook.
         """
-        table = self.get_input_embeddings().weight
+        table = cast(torch.Tensor, self.get_input_embeddings().weight)
         target = table[:num_words].float().std()
         generator = torch.Generator().manual_seed(seed)
         for ids, words in zip(token_ids, codebooks.detach().float().cpu()):
@@ -163,11 +166,11 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-        negative_ids: torch.LongTensor | None = None,
-        seen_items: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
+        negative_ids: torch.Tensor | None = None,
+        seen_items: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> GenerativeRetrievalOutput:
         """Computes queries and, given `labels`, the loss.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,13 @@ RECIPES = ("paper", "best", "cpu", "quickstart")
 _FOLDER = Path(__file__).parent / "assets" / "recipes"
 # Sections whose keys are those of a configuration class or of TrainingArguments, checked there.
 _OPEN = ("config", "training")
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads `1e-3` as a number; for YAML 1.1 it is text, because it has no point."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
 
 
 def load_recipe(
@@ -61,7 +69,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no recipe file {path}; check --config.")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
@@ -71,7 +79,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _merge(recipe: dict[str, Any], changes: Mapping[str, Any], origin: str, path: Sequence[str] = ()) -> None:
     for key, value in changes.items():
-        place = ".".join([*path, key])
+        place = ".".join([*path, str(key)])
         is_open = bool(path) and path[-1] in _OPEN
         if key not in recipe and not is_open:
             raise ValueError(f"{origin}: there is no setting {place!r}; here there are {', '.join(recipe)}.")

@@ -6,6 +6,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from .embedding_store import EmbeddingStore
 from .modeling_t5_retrieval import T5ForGenerativeRetrieval
 from .prompts import HISTORY_TEMPLATES, USER_ONLY_TEMPLATES, PromptTemplate, render
@@ -51,7 +53,7 @@ class Recommender:
         """
         check_repository(folder)
         return cls(
-            T5ForGenerativeRetrieval.from_pretrained(folder),
+            load_model(folder),
             TokenRecTokenizer.from_pretrained(folder),
             EmbeddingStore.open(Path(folder) / "store"),
         )
@@ -111,6 +113,20 @@ class Recommender:
         return min(wanted, (self.tokenizer.model_max_length - words - user) // item)
 
 
+def load_model(folder: str | os.PathLike) -> T5ForGenerativeRetrieval:
+    """The T5 of a trained repository.
+
+    Raises:
+        ValueError: its weights are damaged.
+    """
+    try:
+        return T5ForGenerativeRetrieval.from_pretrained(folder)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{Path(folder) / 'model.safetensors'} is damaged ({error}); restore it from a copy or train again."
+        ) from None
+
+
 def check_repository(folder: str | os.PathLike) -> None:
     """Makes sure that a folder is a finished trained repository.
 
@@ -120,9 +136,11 @@ def check_repository(folder: str | os.PathLike) -> None:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}; train one with `tokenrec train --output_dir {folder}`.")
-    missing = [name for name in REQUIRED if not (folder / name).is_file()]
+    unfinished = (folder / "training").is_dir()
+    # metrics.json is written last of all.
+    missing = [name for name in (*REQUIRED, *["metrics.json"] * unfinished) if not (folder / name).is_file()]
     if missing:
-        if (folder / "training").is_dir():
+        if unfinished:
             advice = "training has not finished; run the same `tokenrec train` again and it goes on where it stopped"
         else:
             advice = "it is no trained repository; give the --output_dir of `tokenrec train`"

@@ -132,14 +132,17 @@ class SetEpoch(TrainerCallback):
 
 
 class StopAt(TrainerCallback):
-    """Ends training after a number of steps, with the learning-rate schedule of the whole length."""
+    """Ends training after a number of steps (default: all), with the learning-rate schedule of the whole length."""
 
-    def __init__(self, step: int):
+    def __init__(self, step: float = math.inf):
         self.step = step
 
     def on_step_end(self, args, state, control, **kwargs):
         """Stops at the step."""
         control.should_training_stop |= state.global_step >= self.step
+        if control.should_training_stop and not args.load_best_model_at_end:
+            # Trainer goes on from a checkpoint of the last step by training one step too many.
+            control.should_save = False
 
 
 class Progress(TrainerCallback):
@@ -189,7 +192,7 @@ def train_collaborative(
     if settings["model"] == "lightgcn":
         model: Any = LightGCNModel.from_interactions(LightGCNConfig(**settings["config"]), interactions)
     elif settings["model"] == "matrix_factorization":
-        sizes = {"num_users": interactions.num_users, "num_items": interactions.num_items}
+        sizes: dict[str, Any] = {"num_users": interactions.num_users, "num_items": interactions.num_items}
         config = {name: value for name, value in settings["config"].items() if name != "num_layers"}
         model = MatrixFactorizationModel(MatrixFactorizationConfig(**config, **sizes))
     else:
@@ -199,6 +202,7 @@ def train_collaborative(
     negatives = settings["num_negatives"]
 
     def metrics(prediction):
+        assert holdout is not None
         users, items = torch.from_numpy(prediction.predictions), model.item_embeddings().cpu()
         return evaluate_embeddings(users, items, holdout.targets, *interactions.of_users(holdout.users), cosine=False)
 
@@ -283,6 +287,7 @@ def train_retrieval(
         evaluation = PromptDataset(holdout.users, holdout.targets)
 
     def metrics(prediction):
+        assert holdout is not None
         queries = torch.from_numpy(prediction.predictions).float()
         seen = interactions.of_users(holdout.users)
         return evaluate_embeddings(queries, model.item_embeddings.cpu(), holdout.targets, *seen, cosine=True)
@@ -347,6 +352,8 @@ def _fit(
         "load_best_model_at_end": select,
         "metric_for_best_model": SELECT_BY if select else None,
         "greater_is_better": True if select else None,
+        # Early stopping goes on counting where it was interrupted.
+        "restore_callback_states_from_checkpoint": True,
         "remove_unused_columns": False,
         "report_to": "none",
         "disable_tqdm": True,
@@ -361,8 +368,7 @@ def _fit(
         callbacks.append(SetEpoch(dataset))
     if select:
         callbacks.append(EarlyStoppingCallback(settings["patience"]))
-    if epochs is not None:
-        callbacks.append(StopAt(max(1, round(epochs * steps_per_epoch))))
+    callbacks.append(StopAt(max(1, round(epochs * steps_per_epoch)) if epochs is not None else math.inf))
     trainer = Trainer(
         model=model,
         args=TrainingArguments(**full),

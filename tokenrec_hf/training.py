@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +243,7 @@ class _Run:
         self._stage("collaborative", lambda at: self._collaborative(data, holdout, at))
         store = self._store(data)
         for kind in ("user", "item"):
-            self._stage(f"mq_{kind}", lambda at, kind=kind: self._mq_tokenizer(store, kind, at))
+            self._stage(f"mq_{kind}", partial(self._mq_tokenizer, store, kind))
         self._stage("retrieval", lambda at: self._retrieval(data, holdout, store, at))
         self._stage("evaluation", lambda at: self._evaluate(data))
         return self.record["evaluation"]["metrics"]

@@ -1,0 +1,69 @@
+"""Fixtures that several test files share: the demo data, a recipe of seconds, and a repository trained with it."""
+
+import os
+from pathlib import Path
+
+# Before anything imports the Hub's client, which reads it once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+from tokenrec_hf import leave_one_out, load_interactions, load_recipe, train
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+# As settings by dotted name, so that a command line can take them too.
+TINY = {
+    "collaborative.config": {"embedding_dim": 16, "num_layers": 2},
+    "collaborative.evaluate_every": 10,
+    "collaborative.training.num_train_epochs": 40,
+    "mq_tokenizer.config": {"num_codebooks": 3, "codebook_size": 32, "codebook_dim": 16, "hidden_dim": 32},
+    "mq_tokenizer.evaluate_every": 300,
+    "mq_tokenizer.training.max_steps": 300,
+    "prompts.train_history": 10,
+    "retrieval.config": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "projection_dim": 32, "dropout_rate": 0.0},
+    "retrieval.evaluate_every": 4,
+    "retrieval.training": {"num_train_epochs": 12, "learning_rate": 0.01, "warmup_steps": 20},
+}
+
+
+@pytest.fixture(scope="session")
+def demo_splits():
+    """The demo data set (400 users, 300 items), split leave-one-out."""
+    return leave_one_out(load_interactions("demo"))
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe():
+    """A complete recipe that trains in seconds: d = 16, K = 3, L = 32, a T5 of one layer."""
+    return load_recipe("cpu", overrides=TINY)
+
+
+@pytest.fixture(scope="session")
+def trained_repository(tmp_path_factory, demo_splits, tiny_recipe):
+    """The folder of a repository trained on the demo data, with refit. Shared: copy it before changing anything in it."""
+    folder = tmp_path_factory.mktemp("trained") / "repository"
+    train(demo_splits, tiny_recipe, folder, dataset_name="demo")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def lastfm_dir():
+    """The folder with LastFM's train.txt and test.txt."""
+    folder = Path(os.environ.get("TOKENREC_DATA_DIR") or SHARED / "data") / "lastfm"
+    if not (folder / "train.txt").is_file():
+        pytest.skip(f"no LastFM at {folder}; set TOKENREC_DATA_DIR")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def t5_spiece_model():
+    """The SentencePiece file of the original T5 vocabulary."""
+    path = Path(os.environ.get("TOKENREC_MODELS_DIR") or SHARED / "models") / "t5_tokenizer" / "spiece.model"
+    if not path.is_file():
+        pytest.skip(f"no T5 vocabulary at {path}; set TOKENREC_MODELS_DIR")
+    return path
