@@ -25,7 +25,14 @@ TINY = {
     "mq_tokenizer.evaluate_every": 300,
     "mq_tokenizer.training.max_steps": 300,
     "prompts.train_history": 10,
-    "retrieval.config": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "projection_dim": 32, "dropout_rate": 0.0},
+    "retrieval.config": {
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 64,
+        "num_layers": 1,
+        "projection_dim": 32,
+        "dropout_rate": 0.0,
+    },
     "retrieval.evaluate_every": 4,
     "retrieval.training": {"num_train_epochs": 12, "learning_rate": 0.01, "warmup_steps": 20},
 }

@@ -86,6 +86,18 @@ def test_the_gradient_of_the_propagation_is_that_of_a_dense_product(interactions
     assert torch.allclose(found, leaf.grad, atol=1e-6)
 
 
+def test_training_runs_under_bfloat16_autocast(interactions):
+    for loss_type in ("bpr", "softmax"):
+        for model in both(interactions, loss_type=loss_type):
+            inputs = {"user_ids": USERS, "labels": POSITIVES, "negative_ids": NEGATIVES}
+            exact = model(**inputs).loss.item()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = model(**inputs).loss
+            loss.backward()
+            assert loss.item() == pytest.approx(exact, rel=0.05)
+            assert model.user_table.weight.grad.isfinite().all()
+
+
 def test_without_layers_light_gcn_is_matrix_factorisation(interactions):
     model = light_gcn(interactions, num_layers=0)
     assert torch.equal(model.user_embeddings(), model.user_table.weight)

@@ -121,7 +121,9 @@ class _Propagation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, matrix, transposed, dense):
         ctx.transposed = transposed
-        return matrix @ dense
+        # Sparse products know float32 only, also under mixed precision.
+        with torch.autocast(dense.device.type, enabled=False):
+            return matrix @ dense.float()
 
     @staticmethod
     def backward(ctx, grad):
@@ -166,7 +168,7 @@ class LightGCNModel(MatrixFactorizationModel):
             rows, columns = torch.cat([users, items]), torch.cat([items, users])
             degree = torch.bincount(rows, minlength=size).clamp(min=1).float()
             values = (degree[rows] * degree[columns]).rsqrt()
-            coo = torch.sparse_coo_tensor(torch.stack([rows, columns]), values, (size, size))
+            coo = torch.sparse_coo_tensor(torch.stack([rows, columns]), values, (size, size), check_invariants=False)
             self._adjacency = coo.coalesce().to_sparse_csr()
         return self._adjacency
 

@@ -158,9 +158,9 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
             hidden = (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
         else:
             batch = (input_ids if input_ids is not None else inputs_embeds).shape[0]
-            start = torch.full(
-                (batch, 1), self.config.decoder_start_token_id or 0, dtype=torch.long, device=self.device
-            )
+            # A configuration made from scratch need not have it; T5 starts with the padding token.
+            first = getattr(self.config, "decoder_start_token_id", self.config.pad_token_id) or 0
+            start = torch.full((batch, 1), first, dtype=torch.long, device=self.device)
             hidden = self.transformer(**inputs, decoder_input_ids=start, use_cache=False).last_hidden_state[:, 0]
         return self.projection(hidden)
 
@@ -178,8 +178,8 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
         Args:
             input_ids, attention_mask, inputs_embeds: see [`~T5ForGenerativeRetrieval.encode_queries`].
             labels: rows of the items to retrieve, `[B]` or `[B, P]`; -100 is padding.
-            negative_ids: rows of un-interacted items: for each positive, `[B, P]` (`[B]`), for `cosine_ranking`; for `softmax`,
-                the sampled competitors `[B, m]`, without which all bound items compete.
+            negative_ids: rows of un-interacted items: for each positive, `[B, P]` (`[B]`; surplus columns are left out), for
+                `cosine_ranking`; for `softmax`, the sampled competitors `[B, m]`, without which all bound items compete.
             seen_items: rows of items in each prompt, `[B, S]`, -100 is padding; the full softmax leaves them out of the
                 competition, since they are never recommended.
 
@@ -205,7 +205,9 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
             raise ValueError("the cosine_ranking loss needs negative_ids, one per label; the data collator draws them.")
         valid = labels >= 0
         positive = self._cosines(unit, labels.clamp(min=0))  # [B, P]
-        negative = self._cosines(unit, negative_ids.view_as(labels))  # [B, P]
+        # Evaluation has one label but as many negatives as a training prompt may have labels.
+        negative_ids = negative_ids.view(len(labels), -1)[:, : labels.shape[1]].reshape(labels.shape)
+        negative = self._cosines(unit, negative_ids)  # [B, P]
         terms = 1 - positive + F.relu(negative - self.config.margin)
         return (terms * valid).sum() / valid.sum().clamp(min=1)
 
@@ -218,7 +220,7 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
             # Every positive competes with the sampled negatives and itself.
             total = torch.logaddexp(positive, competitors.logsumexp(dim=-1, keepdim=True))
         else:
-            scores = unit @ self.item_embeddings.T / self.config.temperature  # [B, n]
+            scores = unit @ self.item_embeddings.to(unit).T / self.config.temperature  # [B, n]
             if seen_items is not None:
                 scores = self._without(scores, seen_items)
             total = scores.logsumexp(dim=-1, keepdim=True)
@@ -226,7 +228,8 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
 
     def _cosines(self, unit, rows):
         """cos(z, q_j) (Eq. 19) of unit queries `[B, d]` and item rows `[B, m]`: `[B, m]`."""
-        return torch.einsum("bd,bmd->bm", unit, self.item_embeddings[rows])
+        # Casting the model, to bfloat16 say, casts the bound items too.
+        return torch.einsum("bd,bmd->bm", unit, self.item_embeddings[rows].to(unit))
 
     @staticmethod
     def _without(scores, rows):

@@ -82,10 +82,14 @@ class Recommender:
 
         Raises:
             KeyError: an id is unknown to the tokenizer.
+            ValueError: there is not one history for each user.
         """
+        chosen = self._histories(users, histories)
         inputs = self.tokenizer(
-            self.prompts(users, histories, template), padding=True, return_tensors="pt", return_entities=True
+            self.prompts(users, chosen, template), padding=True, return_tensors="pt", return_entities=True
         )
+        # Whole histories: what a prompt leaves out was seen all the same.
+        inputs["item_ids"] = chosen
         return self.model.recommend(inputs, self.store, top_k=top_k, exclude_seen=exclude_seen)
 
     def prompts(
@@ -95,14 +99,18 @@ class Recommender:
         template: PromptTemplate | None = None,
     ) -> list[str]:
         """The prompts that `recommend` asks with: histories cut to the latest items that the model can read."""
-        known = self.store.seen(list(users))
-        given = [None] * len(users) if histories is None else histories
-        chosen = [own if one is None else list(one) for one, own in zip(given, known)]
         written = []
-        for user, history in zip(users, chosen):
+        for user, history in zip(users, self._histories(users, histories)):
             wording = template or (HISTORY_TEMPLATES[0] if history else USER_ONLY_TEMPLATES[0])
             written.append(render(wording, user, history[len(history) - self._room(wording, len(history)) :]))
         return written
+
+    def _histories(self, users, histories) -> list[list[str]]:
+        known = self.store.seen(list(users))
+        given = [None] * len(users) if histories is None else histories
+        if len(given) != len(users):
+            raise ValueError(f"there are {len(given)} histories for {len(users)} users; pass one for each, or None.")
+        return [own if one is None else list(one) for one, own in zip(given, known)]
 
     def _room(self, template: PromptTemplate, wanted: int) -> int:
         """How many of `wanted` history items fit beside the words of a template."""

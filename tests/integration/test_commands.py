@@ -1,0 +1,167 @@
+"""The installed `tokenrec` command as a user runs it: processes, files and exit codes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+TOKENREC = Path(sys.executable).with_name("tokenrec.exe" if os.name == "nt" else "tokenrec")
+
+CONFIG = {
+    "collaborative": {
+        "config": {"embedding_dim": 8, "num_layers": 2},
+        "training": {"num_train_epochs": 10, "per_device_train_batch_size": 256},
+    },
+    "mq_tokenizer": {
+        "config": {"num_codebooks": 2, "codebook_size": 8, "codebook_dim": 8, "hidden_dim": 16},
+        "evaluate_every": 50,
+        "training": {"max_steps": 50},
+    },
+    "retrieval": {
+        "config": {"d_model": 16, "d_kv": 8, "num_heads": 2, "d_ff": 32, "num_layers": 1, "projection_dim": 16},
+        "evaluate_every": 1,
+        "patience": 100,
+        "training": {"num_train_epochs": 20, "per_device_train_batch_size": 16, "warmup_steps": 5},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A working folder with a table of 48 users and 24 items in two tastes, and a config.yaml."""
+    folder = tmp_path_factory.mktemp("work")
+    rows = [
+        f"{user:02d},{(2 * ((user // 2 + 5 * step) % 12) + user % 2):02d},{step}"
+        for user in range(48)
+        for step in range(7)
+    ]
+    (folder / "interactions.csv").write_text("user_id,item_id,timestamp\n" + "\n".join(rows) + "\n")
+    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    return folder
+
+
+def command(*argv, python_module=False):
+    start = [sys.executable, "-m", "tokenrec_hf.cli"] if python_module else [str(TOKENREC)]
+    return [*start, *map(str, argv)]
+
+
+def run(work, *argv, **kwargs):
+    return subprocess.run(command(*argv, **kwargs), cwd=work, capture_output=True, text=True)
+
+
+def train(out, *argv):
+    return ("train", "--dataset", "interactions.csv", "--config", "config.yaml", "--output_dir", out, *argv)
+
+
+def assert_refused(finished, says):
+    assert (finished.returncode, finished.stdout) == (1, ""), finished.stderr
+    last = finished.stderr.splitlines()[-1]
+    assert last.startswith("tokenrec: error: ") and says in last
+    assert "Traceback" not in finished.stderr
+
+
+def numbers(folder):
+    """What was measured, without the time it took."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    del metrics["seconds"]
+    return metrics
+
+
+@pytest.fixture(scope="module")
+def trained(work):
+    finished = run(work, *train("out", "--json"))
+    assert finished.returncode == 0, finished.stderr
+    recorded = json.loads((work / "out" / "metrics.json").read_text())
+    assert json.loads(finished.stdout) == {"repository": "out", **recorded}
+    return work / "out"
+
+
+def test_noise_of_libraries_is_kept_away(work, trained):
+    finished = run(work, *train("out"))
+    assert "arning" not in finished.stderr and "Loading weights" not in finished.stderr
+
+
+def test_a_second_identical_train_repeats_nothing(work, trained):
+    stages = ("training/selection.json", "training/refit.json", "model.safetensors", "store/store.json")
+    before = {name: (trained / name).stat().st_mtime_ns for name in stages}
+    finished = run(work, *train("out"), python_module=True)
+    assert finished.returncode == 0, finished.stderr
+    assert {name: (trained / name).stat().st_mtime_ns for name in stages} == before
+    assert finished.stderr.count("is finished already") == 10
+
+
+def test_a_fresh_process_with_auto_classes_recommends_the_same_bit_for_bit(work, trained):
+    argv = ("recommend", "out", "--user", "03", "--history", "01", "11", "--top-k", "7", "--json")
+    finished = run(work, *argv)
+    assert finished.returncode == 0, finished.stderr
+    script = """
+import json
+import tokenrec_hf
+from transformers import AutoModel, AutoTokenizer
+from tokenrec_hf import EmbeddingStore, SEEN_TEMPLATES, render
+model, tokenizer = AutoModel.from_pretrained("out"), AutoTokenizer.from_pretrained("out")
+prompt = render(next(one for one in SEEN_TEMPLATES if one.uses_history), "03", ["01", "11"])
+inputs = tokenizer([prompt], return_tensors="pt", padding=True, return_entities=True)
+print(json.dumps(model.recommend(inputs, EmbeddingStore.open("out"), top_k=7)[0]))
+"""
+    fresh = subprocess.run([sys.executable, "-c", script], cwd=work, capture_output=True, text=True)
+    assert fresh.returncode == 0, fresh.stderr
+    shown = json.loads(finished.stdout)["recommendations"]
+    assert [{"item": row["item"], "score": row["score"]} for row in shown] == json.loads(fresh.stdout)
+    assert len(shown) == 7 and not {"01", "11"} & {row["item"] for row in shown}
+
+
+def test_evaluate_and_info_give_what_was_recorded(work, trained):
+    recorded = json.loads((trained / "metrics.json").read_text())
+    evaluated = run(work, "evaluate", "out", "--json")
+    assert evaluated.returncode == 0, evaluated.stderr
+    for name, values in json.loads(evaluated.stdout)["metrics"].items():
+        assert values == pytest.approx(recorded["test"][name], abs=1e-6)
+    info = json.loads(run(work, "info", "out", "--json").stdout)
+    assert (info["test"], info["counts"]) == (recorded["test"], {"user": 48, "item": 24})
+
+
+def test_a_changed_setting_in_the_same_folder_is_refused(work, trained, capsys):
+    assert_refused(run(work, *train("out", "--learning_rate", "0.1")), "learning_rate")
+
+
+def test_a_half_written_folder_says_how_to_go_on(work, trained):
+    half = shutil.copytree(trained, work / "half")
+    for name in ("metrics.json", "config.json"):
+        (half / name).unlink()
+    assert_refused(run(work, "recommend", "half", "--user", "03"), "run the same `tokenrec train` again")
+
+
+def test_a_backbone_that_cannot_be_fetched_is_named(work):
+    finished = run(work, *train("none", "--retrieval.backbone", "nobody/no-such-t5"))
+    assert_refused(finished, "'nobody/no-such-t5'")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("stage", ["selection", "refit"])
+def test_a_killed_run_ends_like_an_uninterrupted_one(work, trained, stage):
+    out = work / f"killed-{stage}"
+    checkpoints = out / "training" / "checkpoints" / stage / "retrieval"
+    process = subprocess.Popen(
+        command(*train(out.name)), cwd=work, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    # Checkpoints are only written in the middle of a stage.
+    while not list(checkpoints.glob("checkpoint-*")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
+    assert not (out / "metrics.json").exists()
+    assert list(checkpoints.glob("checkpoint-*"))
+    resumed = run(work, *train(out.name))
+    assert resumed.returncode == 0, resumed.stderr
+    assert numbers(out) == numbers(trained)
+    assert (out / "model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()

@@ -1,0 +1,151 @@
+import copy
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from tokenrec_hf import evaluation
+from tokenrec_hf.data_collator import DataCollatorForGenerativeRetrieval
+from tokenrec_hf.data_sources import demo_interactions
+from tokenrec_hf.embedding_store import EmbeddingStore
+from tokenrec_hf.evaluation import encode_prompts, evaluate_baselines, evaluate_retrieval
+from tokenrec_hf.interactions import leave_one_out
+from tokenrec_hf.modeling_t5_retrieval import T5ForGenerativeRetrieval
+from tokenrec_hf.prompts import HISTORY_TEMPLATES, UNSEEN_TEMPLATE, USER_ONLY_TEMPLATES, render
+from tokenrec_hf.recipes import load_recipe
+from tokenrec_hf.tokenization_tokenrec import TokenRecTokenizer
+from tokenrec_hf.training import index_splits, train
+
+TINY = {
+    "collaborative.config": {"embedding_dim": 8, "num_layers": 1},
+    "collaborative.training.num_train_epochs": 10,
+    "mq_tokenizer.config": {"codebook_size": 16, "codebook_dim": 8, "hidden_dim": 16},
+    "mq_tokenizer.evaluate_every": 20,
+    "mq_tokenizer.training": {"max_steps": 20, "per_device_train_batch_size": 32},
+    "prompts": {"max_history": 12, "shuffle_history": False},
+    "retrieval.config": {"d_model": 16, "d_kv": 8, "num_heads": 2, "d_ff": 32, "num_layers": 1, "projection_dim": 16},
+    "retrieval.training": {"num_train_epochs": 4, "per_device_eval_batch_size": 7, "warmup_steps": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A small repository, the validation items that it has not seen, and its parts."""
+    folder = tmp_path_factory.mktemp("trained") / "out"
+    splits = leave_one_out(demo_interactions(seed=3, num_users=48, num_items=60))
+    recipe = load_recipe("cpu", overrides=TINY)
+    metrics = train(splits, recipe, folder, refit=False)
+    return SimpleNamespace(
+        folder=folder,
+        recipe=recipe,
+        metrics=metrics,
+        data=index_splits(splits, "validation"),
+        store=EmbeddingStore.open(folder / "store"),
+        tokenizer=TokenRecTokenizer.from_pretrained(folder),
+        model=T5ForGenerativeRetrieval.from_pretrained(folder).eval(),
+    )
+
+
+def naive_metrics(data, scores_of):
+    """All metrics of a ranking, user by user, from their definitions; `scores_of(user)` is `[num_items]`."""
+    popularity = np.bincount(data.interactions.items, minlength=len(data.item_ids))
+    ranks, lists = [], []
+    for user, target in zip(data.holdout.users.tolist(), data.holdout.targets.tolist()):
+        scores = np.array(scores_of(user), dtype=np.float64)
+        scores[data.interactions.of(user)] = -np.inf
+        ranks.append(sum(score >= scores[target] for score in scores) - 1)
+        lists.append([item for item in np.argsort(-scores, kind="stable").tolist() if scores[item] > -np.inf])
+    results = {}
+    for k in (10, 20, 30):
+        results[f"hr@{k}"] = np.mean([rank < k for rank in ranks])
+        results[f"ndcg@{k}"] = np.mean([1 / math.log2(rank + 2) if rank < k else 0 for rank in ranks])
+        results[f"mrr@{k}"] = np.mean([1 / (rank + 1) if rank < k else 0 for rank in ranks])
+        results[f"coverage@{k}"] = len({item for items in lists for item in items[:k]}) / len(data.item_ids)
+        results[f"popularity@{k}"] = np.mean([popularity[items[:k]].mean() for items in lists]) / popularity.max()
+    return results
+
+
+def query(trained, template, user):
+    """z of one user, through text, tokenizer and model."""
+    history = [trained.data.item_ids[item] for item in trained.data.interactions.of(user)][-12:]
+    inputs = trained.tokenizer(render(template, trained.data.user_ids[user], history), return_tensors="pt")
+    with torch.no_grad():
+        return trained.model.encode_queries(inputs["input_ids"], inputs["attention_mask"])[0]
+
+
+@pytest.mark.parametrize(
+    ("variant", "template"),
+    [
+        ("tokenrec", HISTORY_TEMPLATES[2]),
+        ("tokenrec_user_id_only", USER_ONLY_TEMPLATES[1]),
+        ("tokenrec_unseen_prompt", UNSEEN_TEMPLATE),
+    ],
+)
+def test_evaluation_agrees_with_a_loop_over_users_through_text(trained, monkeypatch, variant, template):
+    monkeypatch.setitem(evaluation.TEMPLATES, variant, (template,))
+    items = trained.store.get("item", trained.data.item_ids)
+
+    def cosines(user):
+        return torch.cosine_similarity(query(trained, template, user)[None], items).tolist()
+
+    results = evaluate_retrieval(trained.folder, trained.data, trained.recipe, variant)
+    expected = naive_metrics(trained.data, cosines)
+    assert results == pytest.approx(expected, abs=1e-6)
+    assert 0 < results["hr@20"] < 1
+
+
+def test_the_baselines_agree_with_a_loop_over_users(trained):
+    data = trained.data
+    users, items = trained.store.get("user", data.user_ids), trained.store.get("item", data.item_ids)
+    popularity = np.bincount(data.interactions.items, minlength=len(data.item_ids))
+    results = evaluate_baselines(data, trained.store)
+    assert set(results) == {"popularity", "collaborative", "collaborative_cosine"}
+    for name, scores_of in {
+        "popularity": lambda user: popularity,
+        "collaborative": lambda user: (items @ users[user]).tolist(),
+        "collaborative_cosine": lambda user: torch.cosine_similarity(users[user][None], items).tolist(),
+    }.items():
+        assert results[name] == pytest.approx(naive_metrics(data, scores_of), abs=1e-6), name
+
+
+def test_training_reports_what_evaluation_measures(trained):
+    for variant in ("tokenrec", "tokenrec_user_id_only", "tokenrec_unseen_prompt"):
+        assert (
+            evaluate_retrieval(trained.folder, trained.data, trained.recipe, variant)
+            == (trained.metrics["validation"][variant])
+        )
+
+
+def test_the_variants_differ_in_their_prompts(trained):
+    assert evaluation.TEMPLATES["tokenrec_unseen_prompt"] == (UNSEEN_TEMPLATE,)
+    assert all(template.uses_history for template in evaluation.TEMPLATES["tokenrec"])
+    assert not any(template.uses_history for template in evaluation.TEMPLATES["tokenrec_user_id_only"])
+    values = [trained.metrics["validation"][variant]["ndcg@30"] for variant in evaluation.TEMPLATES]
+    assert len(set(values)) == 3
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 1000])
+def test_queries_come_in_the_order_of_the_users_whatever_the_batch(trained, batch_size):
+    collator = DataCollatorForGenerativeRetrieval(
+        trained.tokenizer,
+        trained.data.interactions,
+        trained.data.user_ids,
+        trained.data.item_ids,
+        evaluation_templates=(UNSEEN_TEMPLATE,),
+        max_history=12,
+        shuffle_history=False,
+    )
+    users = np.random.default_rng(0).permutation(len(trained.data.user_ids))[:20]
+    found = encode_prompts(trained.model, collator, users, batch_size)
+    expected = torch.stack([query(trained, UNSEEN_TEMPLATE, user) for user in users.tolist()])
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_evaluation_does_not_depend_on_the_batch_size(trained):
+    recipe = copy.deepcopy(trained.recipe)
+    recipe["retrieval"]["training"]["per_device_eval_batch_size"] = 64
+    expected = trained.metrics["validation"]["tokenrec"]
+    assert evaluate_retrieval(trained.folder, trained.data, recipe) == pytest.approx(expected, abs=1e-6)

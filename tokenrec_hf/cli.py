@@ -1,0 +1,624 @@
+"""The `tokenrec` command: quickstart, train, evaluate, recommend and info.
+
+A thin shell: each command reads its arguments, calls the package and returns one document, which is shown as text or, with
+`--json`, as it is. Results go to stdout, progress and notes to stderr. Everything heavy is imported inside the commands, so
+that help costs nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from . import __version__
+from .recipes import RECIPES, load_recipe
+
+if TYPE_CHECKING:
+    from .recommender import Recommender
+
+SHORTCUTS = {"seed": "seed", "loss_type": "retrieval.config.loss_type"}
+SHOWN = ("hr@10", "hr@20", "ndcg@20")
+LABELS = {
+    "popularity": "popularity",
+    "collaborative": "collaborative (dot product)",
+    "collaborative_cosine": "collaborative (cosine)",
+    "tokenrec": "TokenRec",
+    "tokenrec_user_id_only": "TokenRec, user id only",
+    "tokenrec_unseen_prompt": "TokenRec, unseen prompt",
+}
+STAGES = ("collaborative", "mq_user", "mq_item", "retrieval", "evaluation")
+# Titles are known for these data sets.
+TITLED = ("demo", "ml-100k")
+
+
+class UsageError(ValueError):
+    """An argument that there is not, or that contradicts another one."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: the arguments after `tokenrec`; by default those of the process.
+
+    Returns:
+        The exit status: 0, 1 where the command failed, 130 where it was interrupted. A wrong usage ends in argparse's
+        `SystemExit(2)`. With the environment variable `TOKENREC_DEBUG`, errors keep their traceback.
+    """
+    parser, commands = _parsers()
+    arguments, settings = parser.parse_known_args(_respelled(sys.argv[1:] if argv is None else argv, commands))
+    command = commands[arguments.command]
+    trains = arguments.command in ("quickstart", "train")
+    if settings and arguments.command != "train":
+        command.error(f"unrecognized arguments: {' '.join(settings)}")
+    arguments.settings = settings
+    try:
+        # What a library prints must not get into the one JSON document.
+        with contextlib.redirect_stdout(sys.stderr):
+            document = arguments.run(arguments)
+        if arguments.json:
+            _write(json.dumps(document, indent=2, ensure_ascii=False))
+        else:
+            _write(arguments.show(document))
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        _note("tokenrec: interrupted" + ("; the same command goes on where this one stopped." if trains else "."))
+        return 130
+    except BrokenPipeError:
+        # The reader, say `head`, has enough. Python would complain when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (UsageError, ValueError, KeyError, OSError) as error:
+        if os.environ.get("TOKENREC_DEBUG"):
+            raise
+        message = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
+        if isinstance(error, UsageError):
+            command.error(message)
+        _note(f"tokenrec: error: {message}")
+        return 1
+    return 0
+
+
+# The commands ---------------------------------------------------------------------------------------------------------
+
+
+def _quickstart(arguments: argparse.Namespace) -> dict[str, Any]:
+    from .interactions import leave_one_out, load_interactions
+    from .recommender import Recommender
+    from .training import train
+
+    _quiet()
+    folder = Path(arguments.output_dir)
+    splits = leave_one_out(load_interactions("demo"))
+    finished = (folder / "metrics.json").is_file()
+    if not finished:
+        _note(
+            "training on the demo data set: a collaborative model (LightGCN), two MQ-Tokenizers and a T5, first to choose the "
+            "number of epochs, then once more with the validation items; this takes a few minutes."
+        )
+    log = (lambda line: None) if finished else _note
+    metrics = train(splits, load_recipe("quickstart"), folder, dataset_name="demo", log=log)
+    recommender, titles = Recommender.from_pretrained(folder), _titles("demo")
+    users = splits["test"]["user_id"][:3]
+    return {
+        "repository": str(folder),
+        "metrics": metrics,
+        "held_out": dict(zip(users, splits["test"]["item_id"][:3])),
+        "users": [_recommendations(recommender, user, titles, top_k=5) for user in users],
+    }
+
+
+def _show_quickstart(document: Mapping[str, Any]) -> str:
+    folder, first = document["repository"], document["users"][0]
+    blocks = [_results(document["metrics"], ("popularity", "collaborative", "tokenrec"))]
+    for user in document["users"]:
+        blocks.append(_show_recommendations(user, document["held_out"][user["user"]]))
+    seen = " ".join(first["history"][-2:])
+    blocks.append(
+        "* the item held out for the test\n\n"
+        "Next:\n"
+        f"  tokenrec recommend {folder} --user {first['user']} --history {seen} --top-k 10\n"
+        f"  tokenrec evaluate {folder} --unseen-prompt\n"
+        f"  tokenrec info {folder}\n"
+        "  tokenrec train --dataset interactions.csv --output_dir out"
+    )
+    return "\n\n".join(blocks)
+
+
+def _train(arguments: argparse.Namespace) -> dict[str, Any]:
+    recipe = _recipe(arguments)
+    from .data_sources import DATA_SOURCES
+    from .interactions import leave_one_out, load_interactions
+    from .training import train
+
+    _quiet()
+    _check_settings(recipe, arguments)
+    columns = ("user_column", "item_column", "rating_column", "timestamp_column", "min_rating", "k_core")
+    interactions = load_interactions(arguments.dataset, **{name: getattr(arguments, name) for name in columns})
+    name = arguments.dataset
+    if name not in ("demo", *DATA_SOURCES):
+        # Where it lies is nobody's business, and a folder `demo/` is not the data set `demo`.
+        path = Path(name).expanduser().resolve()
+        name = path.name + "/" * path.is_dir()
+    splits = leave_one_out(interactions)
+    metrics = train(splits, recipe, arguments.output_dir, dataset_name=name, refit=not arguments.no_refit, log=_note)
+    return {"repository": arguments.output_dir, **metrics}
+
+
+def _show_train(document: Mapping[str, Any]) -> str:
+    folder = document["repository"]
+    return (
+        f"{_results(document, tuple(LABELS))}\n\n{_code_lines(document['codes'])}\n\n"
+        f"Next:\n  tokenrec recommend {folder} --user <id>\n  tokenrec info {folder}"
+    )
+
+
+def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
+    from .evaluation import evaluate_baselines, evaluate_retrieval
+    from .recommender import Recommender
+    from .training import index_splits, load_splits
+
+    _quiet()
+    folder, split = Path(arguments.repository), arguments.split
+    recommender = Recommender.from_pretrained(folder)
+    splits = load_splits(folder)
+    run = _read_json(folder / "training" / "run.json")
+    # After a refit, the model of the repository knows the validation items; the one of the selection does not.
+    if split == "validation" and run["refit"]:
+        folder = folder / "training" / "selection"
+        recommender = Recommender.from_pretrained(folder)
+    data = index_splits(splits, split)
+    metrics = evaluate_baselines(data, recommender.store)
+    metrics[arguments.variant] = evaluate_retrieval(folder, data, run["recipe"], arguments.variant)
+    return {
+        "repository": arguments.repository,
+        "split": split,
+        "variant": arguments.variant,
+        "users": len(data.holdout.users),
+        "metrics": metrics,
+    }
+
+
+def _show_evaluation(document: Mapping[str, Any]) -> str:
+    metrics = document["metrics"]
+    names = list(metrics[document["variant"]])
+    rows = [[LABELS[name], *(_number(values.get(key)) for key in names)] for name, values in metrics.items()]
+    # More metrics than a line is wide, so they go down and the methods across.
+    table = list(zip(*[["", *names], *rows]))
+    return f"{document['split']}, {document['users']} users\n\n{_table(table)}"
+
+
+def _recommend(arguments: argparse.Namespace) -> dict[str, Any]:
+    from .recommender import Recommender
+
+    _quiet()
+    folder = Path(arguments.repository)
+    recommender = Recommender.from_pretrained(folder)
+    known = folder / "metrics.json"
+    return _recommendations(
+        recommender,
+        arguments.user,
+        _titles(_read_json(known)["dataset"] if known.is_file() else ""),
+        history=arguments.history,
+        top_k=arguments.top_k,
+        exclude_seen=not arguments.include_seen,
+    )
+
+
+def _show_recommendations(document: Mapping[str, Any], held_out: str | None = None) -> str:
+    titled = any(row["title"] for row in document["recommendations"])
+    rows = [["rank", "item", "score", "tokens", *["title"] * titled]]
+    for row in document["recommendations"]:
+        mark = " *" if row["item"] == held_out else ""
+        title = [row["title"] or ""] * titled
+        cells = [str(row["rank"]), row["item"], _number(row["score"]), row["tokens"], *title]
+        rows.append([*cells[:-1], cells[-1] + mark])
+    return f"user_{document['user']} = {document['tokens']}\n{_table(rows)}"
+
+
+def _info(arguments: argparse.Namespace) -> dict[str, Any]:
+    folder = Path(arguments.repository)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}; train one with `tokenrec train --output_dir {folder}`.")
+    found = {
+        name: _read_json(path) if (path := folder / place).is_file() else {}
+        for name, place in {
+            "model": "config.json",
+            "tokenizer": "tokenizer_config.json",
+            "store": "store/store.json",
+            "metrics": "metrics.json",
+            "run": "training/run.json",
+        }.items()
+    }
+    if not found["run"] and "codebooks" not in found["tokenizer"]:
+        raise FileNotFoundError(f"{folder} is no trained repository; give the --output_dir of `tokenrec train`.")
+    metrics = found["metrics"]
+    recipe = found["run"].get("recipe", {})
+    document = {
+        "repository": str(folder),
+        "finished": bool(metrics) or not found["run"],
+        "dataset": metrics.get("dataset"),
+        "recipe": metrics.get("recipe") or recipe.get("recipe"),
+        "seed": metrics.get("seed", recipe.get("seed")),
+        "refit": metrics.get("refit", found["run"].get("refit")),
+        "counts": found["store"].get("counts"),
+        "interactions": metrics.get("interactions"),
+        "embedding_dim": found["store"].get("embedding_dim"),
+        "codebooks": found["tokenizer"].get("codebooks"),
+        "space_ids": found["model"].get("space_ids") or found["tokenizer"].get("space_ids"),
+        **{name: metrics.get(name) for name in ("codes", "epochs", "seconds", "validation", "test")},
+        "bytes": _size(folder) - _size(folder / "training"),
+        "training_bytes": _size(folder / "training"),
+    }
+    if not document["finished"]:
+        runs = ("selection", "refit") if found["run"]["refit"] else ("selection",)
+        records = {name: folder / "training" / f"{name}.json" for name in runs}
+        document["stages"] = {
+            run: [stage for stage in STAGES if path.is_file() and stage in _read_json(path)]
+            for run, path in records.items()
+        }
+    return document
+
+
+def _show_info(document: Mapping[str, Any]) -> str:
+    rows = [["repository", document["repository"]]]
+    for name in ("dataset", "recipe", "seed"):
+        if document[name] is not None:
+            rows.append([name, str(document[name])])
+    if counts := document["counts"]:
+        known = f"{counts['user']} users, {counts['item']} items"
+        if document["interactions"] is not None:
+            known += f", {document['interactions']} interactions"
+        rows.append(["store", f"{known}, {document['embedding_dim']} dimensions"])
+    for kind, (number, size) in (document["codebooks"] or {}).items():
+        rows.append([f"{kind} tokens", f"K = {number}, L = {size}, MQ-Tokenizer {document['space_ids'][kind]}"])
+    if epochs := document["epochs"]:
+        rows.append(["epochs", ", ".join(f"{name} {count:g}" for name, count in epochs.items())])
+    size = f"{document['bytes'] / 1e6:.1f} MB"
+    if document["training_bytes"]:
+        size += f", and {document['training_bytes'] / 1e6:.1f} MB in training/"
+    rows.append(["on disk", size])
+    blocks = [_table(rows)]
+    if not document["finished"]:
+        done = "\n".join(f"  {run}: {', '.join(stages) or 'nothing yet'}" for run, stages in document["stages"].items())
+        blocks.append(f"Training has not finished; the same `tokenrec train` goes on. Done so far:\n{done}")
+    if document["codes"]:
+        blocks.append(_code_lines(document["codes"]))
+    if document["validation"]:
+        blocks.append(_results(document, tuple(LABELS)))
+    return "\n\n".join(blocks)
+
+
+# Arguments ------------------------------------------------------------------------------------------------------------
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    parser = argparse.ArgumentParser(
+        prog="tokenrec",
+        description="Recommendation with users and items as tokens of T5 (TokenRec).",
+        epilog="example: tokenrec quickstart",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"tokenrec {__version__}")
+    group = parser.add_subparsers(dest="command", required=True, metavar="command")
+    commands = {}
+
+    def command(name: str, run: Callable, show: Callable, text: str, example: str) -> argparse.ArgumentParser:
+        added = group.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=example,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+        added.set_defaults(run=run, show=show)
+        commands[name] = added
+        return added
+
+    quickstart = command(
+        "quickstart",
+        _quickstart,
+        _show_quickstart,
+        "train, evaluate and recommend on a small data set, offline, in a few minutes on two cores",
+        "example: tokenrec quickstart --output_dir tokenrec-quickstart",
+    )
+    quickstart.add_argument("--output_dir", default="tokenrec-quickstart", help="default: %(default)s")
+
+    train = command(
+        "train",
+        _train,
+        _show_train,
+        "train a recommender, or go on where the same command was stopped",
+        "Any argument of transformers' TrainingArguments goes to the T5 stage (--num_train_epochs 3), any setting of the\n"
+        "recipe is named with dots (--mq_tokenizer.config.codebook_size 512), --loss_type and --seed are shortcuts.\n\n"
+        "examples:\n"
+        "  tokenrec train --dataset ml-100k --output_dir out\n"
+        "  tokenrec train --dataset ratings.csv --min_rating 4 --k_core 5 --output_dir out --learning_rate 1e-3\n"
+        "  tokenrec train --dataset ratings.csv --output_dir out --retrieval.config.loss_type cosine_ranking",
+    )
+    train.add_argument(
+        "--dataset",
+        required=True,
+        help="demo, ml-100k, ml-1m, lastfm, beauty, clothing, a folder with train.txt, or a CSV, TSV, JSON-lines, .inter or "
+        "Parquet file",
+    )
+    train.add_argument("--output_dir", required=True, help="the folder that becomes a trained repository")
+    train.add_argument("--recipe", choices=RECIPES, default="cpu", help="default: %(default)s")
+    train.add_argument("--config", metavar="FILE", help="a YAML file with the settings that differ from the recipe's")
+    train.add_argument("--no-refit", action="store_true", help="do not train again with the validation items")
+    train.add_argument("--min_rating", type=float, metavar="X", help="drop interactions rated lower")
+    train.add_argument("--k_core", type=int, metavar="N", help="drop users and items with fewer interactions")
+    for name in ("user", "item", "rating", "timestamp"):
+        train.add_argument(f"--{name}_column", metavar="NAME", help="by default found by its name")
+
+    evaluate = command(
+        "evaluate",
+        _evaluate,
+        _show_evaluation,
+        "rank all items for every user and measure where the held-out one comes",
+        "example: tokenrec evaluate out --split test --unseen-prompt",
+    )
+    _repository(evaluate)
+    evaluate.add_argument("--split", choices=("test", "validation"), default="test", help="default: %(default)s")
+    prompt = evaluate.add_mutually_exclusive_group()
+    prompt.set_defaults(variant="tokenrec")
+    for flag, variant, text in (
+        ("--unseen-prompt", "tokenrec_unseen_prompt", "ask in words that training never used"),
+        ("--user-id-only", "tokenrec_user_id_only", "ask without the history"),
+    ):
+        prompt.add_argument(flag, dest="variant", action="store_const", const=variant, default="tokenrec", help=text)
+
+    recommend = command(
+        "recommend",
+        _recommend,
+        _show_recommendations,
+        "recommend items to a user",
+        "example: tokenrec recommend out --user 03 --history 08 24 --top-k 10",
+    )
+    _repository(recommend)
+    recommend.add_argument("--user", required=True, metavar="ID", help="the user's id")
+    recommend.add_argument(
+        "--history",
+        nargs="*",
+        metavar="ITEM",
+        help="what to show the model, oldest first; by default what the store knows of the user; nothing: the user id alone",
+    )
+    recommend.add_argument("--top-k", type=int, default=10, metavar="K", help="default: %(default)s")
+    recommend.add_argument("--include-seen", action="store_true", help="also items that the user has interacted with")
+
+    info = command(
+        "info",
+        _info,
+        _show_info,
+        "tell what a trained repository holds, how it was made and how good it is",
+        "example: tokenrec info out",
+    )
+    _repository(info)
+    return parser, commands
+
+
+def _repository(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("repository", help="the folder that `tokenrec train` wrote")
+
+
+def _respelled(argv: Sequence[str], commands: Mapping[str, argparse.ArgumentParser]) -> list[str]:
+    """The arguments with `-` and `_` within option names as the options were declared."""
+    declared = {name.replace("-", "_"): name for parser in commands.values() for name in parser._option_string_actions}
+    result = []
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        if argument.startswith("--") and len(name) > 2:
+            underscored = "__" + name[2:].replace("-", "_")
+            name = declared.get(underscored, "--" + underscored[2:])
+        result.append(name + equals + value)
+    return result
+
+
+def _settings(arguments: Sequence[str]) -> dict[str, Any]:
+    """`--a.b 1 --c=x --flag` as `{"a.b": 1, "c": "x", "flag": True}`."""
+    settings: dict[str, Any] = {}
+    name = None
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            settings[name] = _scalar(value) if equals else True
+            if equals:
+                name = None
+        elif name is None:
+            raise UsageError(f"unrecognized arguments: {argument}")
+        else:
+            settings[name] = _scalar(argument)
+            name = None
+    return settings
+
+
+def _scalar(text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, bool) and text.lower() not in ("true", "false"):
+        return text  # YAML 1.1 takes the `no` of --save_strategy for false
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)  # and does not take 1e-3 for a number
+    return value
+
+
+def _recipe(arguments: argparse.Namespace) -> dict[str, Any]:
+    settings = _settings(arguments.settings)
+    # What is wrong in a file is found first, so that what is wrong then is the arguments.
+    load_recipe(arguments.recipe, arguments.config)
+    bare = [name for name in settings if "." not in name and name not in SHORTCUTS]
+    if bare:
+        from dataclasses import fields
+
+        from transformers import TrainingArguments
+
+        known = {field.name for field in fields(TrainingArguments)}
+        for name in bare:
+            if name not in known:
+                raise UsageError(
+                    f"there is no argument --{name}; besides those of --help there are those of transformers' "
+                    "TrainingArguments, and the settings of a recipe by their dotted names."
+                )
+    arguments.settings = {
+        name if "." in name else SHORTCUTS.get(name, f"retrieval.training.{name}"): value
+        for name, value in settings.items()
+    }
+    try:
+        return load_recipe(arguments.recipe, arguments.config, arguments.settings)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _check_settings(recipe: Mapping[str, Any], arguments: argparse.Namespace) -> None:
+    """Finds unknown names and impossible values before the folder is claimed and anything is trained.
+
+    Raises:
+        UsageError: the command line names a setting that there is not.
+        ValueError: the recipe does, or a value is impossible.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import TrainingArguments
+
+    from .configuration_collaborative import LightGCNConfig
+    from .configuration_mq_tokenizer import MQTokenizerConfig
+    from .configuration_t5_retrieval import T5GenerativeRetrievalConfig
+
+    configs = {
+        "collaborative": LightGCNConfig,  # that of matrix factorisation and more
+        "mq_tokenizer": MQTokenizerConfig,
+        "retrieval": T5GenerativeRetrievalConfig,
+    }
+    for section, config_class in configs.items():
+        config = {name: value for name, value in recipe[section]["config"].items() if value != "auto"}
+        training = {**recipe[section]["training"], "output_dir": arguments.output_dir}
+        for place, values, default, make in (
+            ("config", config, config_class(), config_class),
+            ("training", training, TrainingArguments(arguments.output_dir), TrainingArguments),
+        ):
+            for name, value in values.items():
+                dotted = f"{section}.{place}.{name}"
+                if not hasattr(default, name):
+                    problem = f"there is no setting {dotted!r}; {make.__name__} has no such field."
+                    raise UsageError(problem) if dotted in arguments.settings else ValueError(problem)
+                usual = getattr(default, name)
+                if isinstance(usual, (int, float)) and not isinstance(usual, bool) and isinstance(value, str):
+                    raise ValueError(f"{dotted} is {value!r} but must be a number.")
+            try:
+                make(**values)
+            except (ValueError, StrictDataclassError) as error:
+                raise ValueError(f"{section}.{place}: {error}") from None
+
+
+# What the commands share ----------------------------------------------------------------------------------------------
+
+
+def _quiet() -> None:
+    """Turns off the bars that transformers and datasets draw beside ours, and torch's word on a stable feature."""
+    import warnings
+
+    import datasets
+    from transformers.utils import logging
+
+    warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def _recommendations(
+    recommender: Recommender,
+    user: str,
+    titles: Mapping[str, str],
+    *,
+    history: list[str] | None = None,
+    top_k: int = 10,
+    exclude_seen: bool = True,
+) -> dict[str, Any]:
+    found = recommender.recommend([user], [history], top_k=top_k, exclude_seen=exclude_seen)[0]
+    tokens = _tokens(recommender, "item", [row["item"] for row in found])
+    return {
+        "user": user,
+        "tokens": _tokens(recommender, "user", [user])[0],
+        "history": recommender.store.seen([user])[0] if history is None else history,
+        "recommendations": [
+            {"rank": rank, **row, "tokens": codes, "title": titles.get(row["item"])}
+            for rank, (row, codes) in enumerate(zip(found, tokens), 1)
+        ],
+    }
+
+
+def _tokens(recommender: Recommender, kind: str, ids: list[str]) -> list[str]:
+    """The code tokens of users or items, as they stand in a prompt."""
+    tokenizer = recommender.tokenizer
+    names, codes = tokenizer.code_token_ids(kind), tokenizer.codes(kind, ids)
+    return ["".join(tokenizer.convert_ids_to_tokens(names[range(len(names)), row].tolist())) for row in codes]
+
+
+def _titles(dataset: str) -> dict[str, str]:
+    from .data_sources import load_item_titles
+
+    try:
+        return load_item_titles(dataset) if dataset in TITLED else {}
+    except OSError:
+        return {}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); copy it again, or train in another folder.") from error
+
+
+def _size(folder: Path) -> int:
+    """Bytes of all files under a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _results(metrics: Mapping[str, Any], names: Iterable[str]) -> str:
+    """The table of methods by splits and metrics."""
+    splits = [split for split in ("validation", "test") if metrics.get(split)]
+    above = ["", *(cell for split in splits for cell in (split, *[""] * (len(SHOWN) - 1)))]
+    header = ["", *(key.upper() for _ in splits for key in SHOWN)]
+    rows = [
+        [LABELS[name], *(_number(metrics[split][name][key]) for split in splits for key in SHOWN)] for name in names
+    ]
+    return _table([above, header, *rows])
+
+
+def _code_lines(codes: Mapping[str, Mapping[str, float]]) -> str:
+    header = ["codes", *(name.replace("_", " ") for name in codes["user"])]
+    return _table([header, *([f"{kind}s", *map(_number, values.values())] for kind, values in codes.items())])
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+def _note(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
