@@ -82,3 +82,10 @@ def test_the_sentencepiece_package_is_not_needed():
         "assert len(bundled_t5_tokenizer()) == 800"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_place_without_a_vocabulary_is_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for source in ("no-such/tokenizer", str(tmp_path)):
+        with pytest.raises((ValueError, OSError), match="tokenizer|vocabulary"):
+            load_t5_tokenizer(source)

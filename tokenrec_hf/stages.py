@@ -8,6 +8,7 @@ one. Works on rows and tensors; `training.py` turns a data set and a recipe into
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -26,6 +27,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from .configuration_collaborative import LightGCNConfig, MatrixFactorizationConfig
@@ -380,11 +382,21 @@ def _fit(
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+    trainer.train(resume_from_checkpoint=_last_whole_checkpoint(folder))
     metrics = _evaluations(trainer, select)
     model.eval()
     best = trainer.state.best_global_step if select else None
     return StageResult(model, (best or trainer.state.global_step) / steps_per_epoch, metrics)
+
+
+def _last_whole_checkpoint(folder: Path) -> str | None:
+    """The last checkpoint that was written to its end; one that a crash cut off is removed."""
+    while folder.is_dir() and (last := get_last_checkpoint(str(folder))) is not None:
+        # Trainer writes its state last.
+        if (Path(last) / TRAINER_STATE_NAME).is_file():
+            return last
+        shutil.rmtree(last)
+    return None
 
 
 def _evaluations(trainer: Trainer, select: bool) -> dict[str, float]:

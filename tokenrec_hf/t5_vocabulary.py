@@ -16,6 +16,9 @@ def load_t5_tokenizer(source: Any = None) -> Any:
     Args:
         source: a tokenizer (returned as it is); the path of a `spiece.model`, or of a folder with one or with a
             `tokenizer.json`; a name on the Hub; or `None` for the bundled one.
+
+    Raises:
+        ValueError: there is no vocabulary at that place.
     """
     if source is None:
         return bundled_t5_tokenizer()
@@ -28,7 +31,14 @@ def load_t5_tokenizer(source: Any = None) -> Any:
         return read_sentencepiece(path)
     from transformers import T5Tokenizer
 
-    return T5Tokenizer.from_pretrained(source)
+    tokenizer = T5Tokenizer.from_pretrained(source)
+    # Where it finds no vocabulary, transformers returns a tokenizer of the special tokens alone, without a word.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens) + 1:
+        raise ValueError(
+            f"there is no T5 vocabulary in {str(source)!r}: it is no folder with a spiece.model or tokenizer.json and could not be "
+            "fetched from the Hub; check the name, or leave it out to take the bundled one."
+        )
+    return tokenizer
 
 
 def bundled_t5_tokenizer() -> Any:

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tokenrec_hf.cli import main
+
 TOKENREC = Path(sys.executable).with_name("tokenrec.exe" if os.name == "nt" else "tokenrec")
 
 CONFIG = {
@@ -28,7 +30,7 @@ CONFIG = {
         "config": {"d_model": 16, "d_kv": 8, "num_heads": 2, "d_ff": 32, "num_layers": 1, "projection_dim": 16},
         "evaluate_every": 1,
         "patience": 100,
-        "training": {"num_train_epochs": 20, "per_device_train_batch_size": 16, "warmup_steps": 5},
+        "training": {"num_train_epochs": 8, "per_device_train_batch_size": 16, "warmup_steps": 5},
     },
 }
 
@@ -60,11 +62,10 @@ def train(out, *argv):
     return ("train", "--dataset", "interactions.csv", "--config", "config.yaml", "--output_dir", out, *argv)
 
 
-def assert_refused(finished, says):
-    assert (finished.returncode, finished.stdout) == (1, ""), finished.stderr
-    last = finished.stderr.splitlines()[-1]
-    assert last.startswith("tokenrec: error: ") and says in last
-    assert "Traceback" not in finished.stderr
+def assert_one_line(out, err, says):
+    """What failed is told in the last line, after the notes of what was done before."""
+    assert out == "" and "Traceback" not in err
+    assert err.splitlines()[-1].startswith("tokenrec: error: ") and says in err.splitlines()[-1]
 
 
 def numbers(folder):
@@ -83,11 +84,6 @@ def trained(work):
     return work / "out"
 
 
-def test_noise_of_libraries_is_kept_away(work, trained):
-    finished = run(work, *train("out"))
-    assert "arning" not in finished.stderr and "Loading weights" not in finished.stderr
-
-
 def test_a_second_identical_train_repeats_nothing(work, trained):
     stages = ("training/selection.json", "training/refit.json", "model.safetensors", "store/store.json")
     before = {name: (trained / name).stat().st_mtime_ns for name in stages}
@@ -95,6 +91,8 @@ def test_a_second_identical_train_repeats_nothing(work, trained):
     assert finished.returncode == 0, finished.stderr
     assert {name: (trained / name).stat().st_mtime_ns for name in stages} == before
     assert finished.stderr.count("is finished already") == 10
+    # Nor is there any noise of the libraries.
+    assert "arning" not in finished.stderr and "Loading weights" not in finished.stderr
 
 
 def test_a_fresh_process_with_auto_classes_recommends_the_same_bit_for_bit(work, trained):
@@ -118,44 +116,54 @@ print(json.dumps(model.recommend(inputs, EmbeddingStore.open("out"), top_k=7)[0]
     assert len(shown) == 7 and not {"01", "11"} & {row["item"] for row in shown}
 
 
-def test_evaluate_and_info_give_what_was_recorded(work, trained):
+def test_evaluate_and_info_give_what_was_recorded(work, trained, monkeypatch, capsys):
     recorded = json.loads((trained / "metrics.json").read_text())
-    evaluated = run(work, "evaluate", "out", "--json")
-    assert evaluated.returncode == 0, evaluated.stderr
-    for name, values in json.loads(evaluated.stdout)["metrics"].items():
+    monkeypatch.chdir(work)
+    assert main(["evaluate", "out", "--json"]) == 0
+    for name, values in json.loads(capsys.readouterr().out)["metrics"].items():
         assert values == pytest.approx(recorded["test"][name], abs=1e-6)
     info = json.loads(run(work, "info", "out", "--json").stdout)
     assert (info["test"], info["counts"]) == (recorded["test"], {"user": 48, "item": 24})
 
 
-def test_a_changed_setting_in_the_same_folder_is_refused(work, trained, capsys):
-    assert_refused(run(work, *train("out", "--learning_rate", "0.1")), "learning_rate")
+def test_a_changed_setting_in_the_same_folder_is_refused(work, trained, monkeypatch, capsys):
+    monkeypatch.chdir(work)
+    assert main(list(train("out", "--learning_rate", "0.1"))) == 1
+    assert_one_line(*capsys.readouterr(), says="retrieval.training.learning_rate")
 
 
-def test_a_half_written_folder_says_how_to_go_on(work, trained):
+def test_a_half_written_folder_says_how_to_go_on(work, trained, monkeypatch, capsys):
     half = shutil.copytree(trained, work / "half")
     for name in ("metrics.json", "config.json"):
         (half / name).unlink()
-    assert_refused(run(work, "recommend", "half", "--user", "03"), "run the same `tokenrec train` again")
+    monkeypatch.chdir(work)
+    assert main(["recommend", "half", "--user", "03"]) == 1
+    assert_one_line(*capsys.readouterr(), says="run the same `tokenrec train` again and it goes on")
 
 
-def test_a_backbone_that_cannot_be_fetched_is_named(work):
-    finished = run(work, *train("none", "--retrieval.backbone", "nobody/no-such-t5"))
-    assert_refused(finished, "'nobody/no-such-t5'")
+def test_a_backbone_that_cannot_be_fetched_is_named(work, monkeypatch, capsys):
+    monkeypatch.chdir(work)
+    assert main(list(train("none", "--retrieval.backbone", "nobody/no-such-t5"))) == 1
+    assert_one_line(*capsys.readouterr(), says="'nobody/no-such-t5'")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-@pytest.mark.parametrize("stage", ["selection", "refit"])
-def test_a_killed_run_ends_like_an_uninterrupted_one(work, trained, stage):
+@pytest.mark.parametrize(
+    ("stage", "moment"),
+    [
+        pytest.param("selection", "checkpoint-*/trainer_state.json", id="after a checkpoint of the selection"),
+        pytest.param("refit", "checkpoint-*", id="while a checkpoint of the refit is written"),
+    ],
+)
+def test_a_killed_run_ends_like_an_uninterrupted_one(work, trained, stage, moment):
     out = work / f"killed-{stage}"
     checkpoints = out / "training" / "checkpoints" / stage / "retrieval"
     process = subprocess.Popen(
         command(*train(out.name)), cwd=work, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 120
-    # Checkpoints are only written in the middle of a stage.
-    while not list(checkpoints.glob("checkpoint-*")) and process.poll() is None and time.monotonic() < deadline:
+    while not list(checkpoints.glob(moment)) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
