@@ -379,3 +379,10 @@ def test_a_template_of_ones_own_is_used(tokenizer):
     collator = make_collator(tokenizer, templates=(own,), shuffle_history=False)
     batch = training_batch(collator, [6])
     assert prompt_tokens(batch, 0) == tokens_of(tokenizer, own, 6, items_in(batch["seen_items"][0]))
+
+
+def test_user_vectors_come_along_as_rows_of_the_users(tokenizer):
+    vectors = torch.randn(len(HISTORIES), 3, generator=torch.Generator().manual_seed(4))
+    batch = training_batch(make_collator(tokenizer, user_vectors=vectors))
+    assert torch.equal(batch["user_embeds"], vectors[torch.as_tensor(list(ACTIVE))])
+    assert "user_embeds" not in training_batch(make_collator(tokenizer))

@@ -616,3 +616,16 @@ def test_a_saved_configuration_loads_with_all_its_settings(tmp_path):
         *SIZES,
     ):
         assert getattr(loaded, name) == getattr(config, name), name
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_the_alignment_term_is_one_minus_the_cosine_with_the_users_vector(prompts, loss_type):
+    model = tiny(loss_type=loss_type, alignment_weight=0.5)
+    plain = tiny(loss_type=loss_type)
+    users = 3.0 * torch.randn(4, DIM, generator=torch.Generator().manual_seed(8))
+    inputs = {**prompts, "labels": torch.tensor([0, 1, 2, 3]), "negative_ids": torch.tensor([4, 5, 6, 7])[:, None]}
+    output = model(**inputs, user_embeds=users)
+    terms = [1 - cosine(z, p) for z, p in zip(array(output.query_embeds), array(users))]
+    assert float(output.loss) == pytest.approx(float(plain(**inputs).loss) + 0.5 * np.mean(terms), rel=1e-5)
+    with pytest.raises(ValueError, match="user_vectors"):
+        model(**inputs)

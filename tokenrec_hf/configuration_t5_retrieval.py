@@ -17,6 +17,8 @@ class T5GenerativeRetrievalConfig(T5Config):
         loss_type: `"cosine_ranking"` (Eq. 20) or `"softmax"` (cross-entropy over cosine / `temperature`).
         margin: gamma of Eq. 20; negatives below this cosine cost nothing. The paper: 0 to 0.2.
         temperature: tau of the softmax loss.
+        alignment_weight: weight of 1 - cos(z, p_i), which draws the query to the collaborative vector of the prompt's user;
+            0 (the paper's) leaves it out.
         space_ids: fingerprints of the MQ-Tokenizers whose tokens the model was trained on, `{"user": ..., "item": ...}`.
     """
 
@@ -29,6 +31,7 @@ class T5GenerativeRetrievalConfig(T5Config):
     loss_type: str = "cosine_ranking"
     margin: float | int = 0.1
     temperature: float | int = 0.07
+    alignment_weight: float | int = 0.0
     space_ids: dict | None = None
 
     def __post_init__(self, **kwargs):
@@ -41,5 +44,7 @@ class T5GenerativeRetrievalConfig(T5Config):
             raise ValueError(f"pooling is {self.pooling!r} but must be 'decoder' or 'mean'.")
         if self.loss_type not in ("cosine_ranking", "softmax"):
             raise ValueError(f"loss_type is {self.loss_type!r} but must be 'cosine_ranking' or 'softmax'.")
+        if self.alignment_weight < 0:
+            raise ValueError(f"alignment_weight is {self.alignment_weight} but must be at least 0.")
         if self.temperature <= 0:
             raise ValueError(f"temperature is {self.temperature} but must be above 0.")

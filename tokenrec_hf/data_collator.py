@@ -73,11 +73,13 @@ class DataCollatorForGenerativeRetrieval:
         targets_per_prompt: P, the most targets of a training prompt. 1 is the paper's.
         num_negatives: un-interacted items drawn per example: P for the `cosine_ranking` loss, any number for a sampled softmax.
         with_seen_items: add the rows of the history as `seen_items`, which the full softmax takes out of the competition.
+        user_vectors: collaborative vectors `[num_users, d]`, given to the model as `user_embeds` for its alignment loss.
         shuffle_history: random order of the history, else time order.
         seed: of all random choices.
 
     Returns (when called): `input_ids`, `attention_mask` `[B, T]`; `labels` `[B, P]`, filled up with -100; with
-    `num_negatives`, `negative_ids` `[B, num_negatives]`; with `with_seen_items`, `seen_items` `[B, S]`. LongTensors.
+    `num_negatives`, `negative_ids` `[B, num_negatives]`; with `with_seen_items`, `seen_items` `[B, S]`; LongTensors. With
+    `user_vectors`, `user_embeds` `[B, d]`.
 
     Raises:
         ValueError: a template leaves no room for a history item within `max_length`.
@@ -98,6 +100,7 @@ class DataCollatorForGenerativeRetrieval:
         targets_per_prompt: int = 1,
         num_negatives: int = 0,
         with_seen_items: bool = False,
+        user_vectors: torch.Tensor | None = None,
         shuffle_history: bool = True,
         seed: int = 0,
     ):
@@ -113,6 +116,7 @@ class DataCollatorForGenerativeRetrieval:
         plain = np.flatnonzero(~self.uses_history)
         self.plain_pool = plain if len(plain) else np.arange(len(every))
         self.shuffle_history, self.with_seen_items = shuffle_history, with_seen_items
+        self.user_vectors = user_vectors
         self.targets_per_prompt, self.num_negatives = targets_per_prompt, num_negatives
         widths = np.array([sum(map(len, parts)) for parts in self.parts]) + self.user_tokens.shape[1]
         self.capacity = np.minimum((max_length - widths) // self.item_tokens.shape[1], max_history)
@@ -139,6 +143,8 @@ class DataCollatorForGenerativeRetrieval:
                 users, self.num_negatives, seed=self.seed, epoch=epoch, examples=users, first_draw=_NEGATIVES
             )
             batch["negative_ids"] = torch.from_numpy(negatives)
+        if self.user_vectors is not None:
+            batch["user_embeds"] = self.user_vectors[torch.from_numpy(users)]
         if self.with_seen_items:
             batch["seen_items"] = torch.from_numpy(_padded(indptr, history))
         return batch

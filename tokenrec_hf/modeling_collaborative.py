@@ -186,3 +186,22 @@ class LightGCNModel(MatrixFactorizationModel):
             total = total + layer
         mean = total / (self.config.num_layers + 1)
         return mean[: self.config.num_users], mean[self.config.num_users :]
+
+
+def augment_norm(users: torch.Tensor, items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Vectors of one more dimension whose *cosine* ranks items as the dot product of the given ones does.
+
+    Retrieval is by cosine (Eq. 19), but BPR trains dot products, where an item's norm carries its popularity. With M the
+    largest norm of an item, (q, sqrt(M^2 - ||q||^2)) has norm M for every item and (p, 0) leaves the product unchanged
+    (Bachrach et al., 2014).
+
+    Args:
+        users: p, `[num_users, d]`.
+        items: q, `[num_items, d]`.
+
+    Returns:
+        `[num_users, d + 1]` and `[num_items, d + 1]`.
+    """
+    squares = items.square().sum(dim=1, keepdim=True)
+    rest = (squares.max() - squares).clamp(min=0).sqrt()
+    return torch.cat([users, torch.zeros_like(users[:, :1])], dim=1), torch.cat([items, rest], dim=1)

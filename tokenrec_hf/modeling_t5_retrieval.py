@@ -171,6 +171,7 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
         labels: torch.Tensor | None = None,
         negative_ids: torch.Tensor | None = None,
         seen_items: torch.Tensor | None = None,
+        user_embeds: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> GenerativeRetrievalOutput:
         """Computes queries and, given `labels`, the loss.
@@ -182,6 +183,7 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
                 `cosine_ranking`; for `softmax`, the sampled competitors `[B, m]`, without which all bound items compete.
             seen_items: rows of items in each prompt, `[B, S]`, -100 is padding; the full softmax leaves them out of the
                 competition, since they are never recommended.
+            user_embeds: collaborative vector p of each prompt's user, `[B, d]`, for `alignment_weight`.
 
         Raises:
             ValueError: labels without bound items, or `cosine_ranking` without negatives.
@@ -197,6 +199,8 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
             loss = self._cosine_ranking_loss(unit, labels, negative_ids)
         else:
             loss = self._softmax_loss(unit, labels, negative_ids, seen_items)
+        if self.config.alignment_weight:
+            loss = loss + self.config.alignment_weight * self._alignment_loss(unit, user_embeds)
         return GenerativeRetrievalOutput(loss=loss, query_embeds=queries)
 
     def _cosine_ranking_loss(self, unit, labels, negative_ids):
@@ -210,6 +214,15 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
         negative = self._cosines(unit, negative_ids)  # [B, P]
         terms = 1 - positive + F.relu(negative - self.config.margin)
         return (terms * valid).sum() / valid.sum().clamp(min=1)
+
+    @staticmethod
+    def _alignment_loss(unit, user_embeds):
+        """1 - cos(z, p_i), the mean over prompts."""
+        if user_embeds is None:
+            raise ValueError(
+                "alignment_weight needs user_embeds; give the data collator user_vectors, or set the weight to 0."
+            )
+        return (1 - (unit * F.normalize(user_embeds.to(unit), dim=-1)).sum(dim=-1)).mean()
 
     def _softmax_loss(self, unit, labels, negative_ids, seen_items):
         """-log softmax of cos(z, q_j) / tau, the mean over positives."""

@@ -29,7 +29,7 @@ from .embedding_store import EmbeddingStore
 from .evaluation import evaluate_baselines, evaluate_retrieval
 from .id_index import IdIndex
 from .interaction_matrix import InteractionMatrix
-from .modeling_collaborative import LightGCNModel, MatrixFactorizationModel
+from .modeling_collaborative import LightGCNModel, MatrixFactorizationModel, augment_norm
 from .modeling_mq_tokenizer import MQTokenizerModel
 from .modeling_t5_retrieval import T5ForGenerativeRetrieval
 from .recipes import save_recipe
@@ -277,9 +277,12 @@ class _Run:
         """The store of the collaborative vectors and the items that users have seen, made anew from the model."""
         kinds = {"lightgcn": LightGCNModel, "matrix_factorization": MatrixFactorizationModel}
         model = kinds[self.recipe["collaborative"]["model"]].from_pretrained(self.folder / "collaborative")
-        store = EmbeddingStore(model.config.embedding_dim)
-        store.upsert("user", data.user_ids, model.user_embeddings())
-        store.upsert("item", data.item_ids, model.item_embeddings())
+        users, items = model.user_embeddings(), model.item_embeddings()
+        if self.recipe["collaborative"]["augment_norm"]:
+            users, items = augment_norm(users, items)
+        store = EmbeddingStore(items.shape[1])
+        store.upsert("user", data.user_ids, users)
+        store.upsert("item", data.item_ids, items)
         indptr = data.interactions.indptr
         names = np.array(data.item_ids, dtype=object)[data.interactions.items]
         store.set_seen(data.user_ids, [names[a:b] for a, b in zip(indptr, indptr[1:])])
@@ -302,9 +305,10 @@ class _Run:
         tokenizer = TokenRecTokenizer.from_components(vocabulary, user_mq=mqs["user"], item_mq=mqs["item"], store=store)
         model = build_retrieval_model(section, tokenizer, mqs["user"], mqs["item"], seed=self.recipe["seed"])
         model.bind_items(store.vectors("item"))
+        aligned = store.vectors("user") if model.config.alignment_weight else None
         result = train_retrieval(
             model,
-            build_collator(tokenizer, data, self.recipe),
+            build_collator(tokenizer, data, self.recipe, user_vectors=aligned),
             section,
             checkpoints,
             holdout=holdout,
