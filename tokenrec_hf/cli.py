@@ -137,10 +137,14 @@ def _train(arguments: argparse.Namespace) -> dict[str, Any]:
     recipe = _recipe(arguments)
     from .data_sources import DATA_SOURCES
     from .interactions import leave_one_out, load_interactions
-    from .training import train
+    from .training import UnknownSettingError, check_settings, train
 
     _quiet()
-    _check_settings(recipe, arguments)
+    try:
+        check_settings(recipe)
+    except UnknownSettingError as error:
+        # In a file it is the file that is wrong, on the command line the usage.
+        raise (UsageError(str(error)) if error.name in arguments.settings else error) from None
     columns = ("user_column", "item_column", "rating_column", "timestamp_column", "min_rating", "k_core")
     interactions = load_interactions(arguments.dataset, **{name: getattr(arguments, name) for name in columns})
     name = arguments.dataset
@@ -480,46 +484,6 @@ def _recipe(arguments: argparse.Namespace) -> dict[str, Any]:
         return load_recipe(arguments.recipe, arguments.config, arguments.settings)
     except ValueError as error:
         raise UsageError(str(error)) from None
-
-
-def _check_settings(recipe: Mapping[str, Any], arguments: argparse.Namespace) -> None:
-    """Finds unknown names and impossible values before the folder is claimed and anything is trained.
-
-    Raises:
-        UsageError: the command line names a setting that there is not.
-        ValueError: the recipe does, or a value is impossible.
-    """
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import TrainingArguments
-
-    from .configuration_collaborative import LightGCNConfig
-    from .configuration_mq_tokenizer import MQTokenizerConfig
-    from .configuration_t5_retrieval import T5GenerativeRetrievalConfig
-
-    configs = {
-        "collaborative": LightGCNConfig,  # that of matrix factorisation and more
-        "mq_tokenizer": MQTokenizerConfig,
-        "retrieval": T5GenerativeRetrievalConfig,
-    }
-    for section, config_class in configs.items():
-        config = {name: value for name, value in recipe[section]["config"].items() if value != "auto"}
-        training = {**recipe[section]["training"], "output_dir": arguments.output_dir}
-        for place, values, default, make in (
-            ("config", config, config_class(), config_class),
-            ("training", training, TrainingArguments(arguments.output_dir), TrainingArguments),
-        ):
-            for name, value in values.items():
-                dotted = f"{section}.{place}.{name}"
-                if not hasattr(default, name):
-                    problem = f"there is no setting {dotted!r}; {make.__name__} has no such field."
-                    raise UsageError(problem) if dotted in arguments.settings else ValueError(problem)
-                usual = getattr(default, name)
-                if isinstance(usual, (int, float)) and not isinstance(usual, bool) and isinstance(value, str):
-                    raise ValueError(f"{dotted} is {value!r} but must be a number.")
-            try:
-                make(**values)
-            except (ValueError, StrictDataclassError) as error:
-                raise ValueError(f"{section}.{place}: {error}") from None
 
 
 # What the commands share ----------------------------------------------------------------------------------------------

@@ -21,8 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import set_seed
+from huggingface_hub.errors import StrictDataclassError
+from transformers import TrainingArguments, set_seed
 
+from .configuration_collaborative import LightGCNConfig
+from .configuration_mq_tokenizer import MQTokenizerConfig
 from .configuration_t5_retrieval import T5GenerativeRetrievalConfig
 from .data_collator import DataCollatorForGenerativeRetrieval
 from .embedding_store import EmbeddingStore
@@ -37,6 +40,12 @@ from .stages import Holdout, train_collaborative, train_mq_tokenizer, train_retr
 from .tokenization_tokenrec import TokenRecTokenizer
 
 SPLITS = ("train", "validation", "test")
+# The collaborative section may have any setting of matrix factorisation too: LightGCN's are those and more.
+_CONFIGS: dict[str, Callable] = {
+    "collaborative": LightGCNConfig,
+    "mq_tokenizer": MQTokenizerConfig,
+    "retrieval": T5GenerativeRetrievalConfig,
+}
 VARIANTS = ("tokenrec", "tokenrec_user_id_only", "tokenrec_unseen_prompt")
 
 
@@ -95,6 +104,7 @@ def train(
     Raises:
         ValueError: the folder holds a run of other settings or data, or a setting is wrong.
     """
+    check_settings(recipe)
     output = Path(output_dir)
     training = output / "training"
     training.mkdir(parents=True, exist_ok=True)
@@ -121,6 +131,42 @@ def train(
     save_recipe({**recipe}, output / "recipe.yaml")
     _write_json(output / "metrics.json", metrics)
     return metrics
+
+
+class UnknownSettingError(ValueError):
+    """A recipe has a setting that there is not; `name` is its dotted name."""
+
+    def __init__(self, name: str, owner: str):
+        super().__init__(f"there is no setting {name!r}; {owner} has no such field.")
+        self.name = name
+
+
+def check_settings(recipe: Mapping[str, Any]) -> None:
+    """Finds unknown names and impossible values before a folder is claimed and anything is trained.
+
+    Raises:
+        ValueError: a setting that there is not ([`UnknownSettingError`]), or a value that is impossible.
+    """
+    for section, config_class in _CONFIGS.items():
+        config = {name: value for name, value in recipe[section]["config"].items() if value != "auto"}
+        for place, values, make in (
+            ("config", config, config_class),
+            ("training", recipe[section]["training"], partial(TrainingArguments, output_dir="unused")),
+        ):
+            usual = make()
+            for name, value in values.items():
+                dotted = f"{section}.{place}.{name}"
+                if not hasattr(usual, name):
+                    raise UnknownSettingError(dotted, type(usual).__name__)
+                default = getattr(usual, name)
+                if isinstance(default, (int, float)) and not isinstance(default, bool) and isinstance(value, str):
+                    raise ValueError(f"{dotted} is {value!r} but must be a number.")
+            try:
+                make(**values)
+            except (ValueError, StrictDataclassError) as error:
+                raise ValueError(f"{section}.{place}: {error}") from None
+        if recipe[section]["training"]["per_device_train_batch_size"] < 1:
+            raise ValueError(f"{section}.training.per_device_train_batch_size must be at least 1.")
 
 
 def load_splits(output_dir: str | os.PathLike) -> DatasetDict:
