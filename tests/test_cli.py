@@ -417,7 +417,7 @@ def test_info_tells_what_the_repository_holds(capsys, trained_repository):
     found = document(capsys, "info", trained_repository)
     metrics = json.loads((trained_repository / "metrics.json").read_text())
     assert found["finished"] is True
-    assert (found["counts"], found["embedding_dim"]) == ({"user": 400, "item": 300}, 16)
+    assert (found["counts"], found["embedding_dim"]) == ({"user": 400, "item": 300}, 16 + 1)  # one more for the norm
     assert found["codebooks"] == {"user": [3, 32], "item": [3, 32]}
     assert found["space_ids"] == EmbeddingStore.open(trained_repository).space_ids
     for name in ("dataset", "recipe", "seed", "codes", "epochs", "validation", "test"):

@@ -626,6 +626,6 @@ def test_the_alignment_term_is_one_minus_the_cosine_with_the_users_vector(prompt
     inputs = {**prompts, "labels": torch.tensor([0, 1, 2, 3]), "negative_ids": torch.tensor([4, 5, 6, 7])[:, None]}
     output = model(**inputs, user_embeds=users)
     terms = [1 - cosine(z, p) for z, p in zip(array(output.query_embeds), array(users))]
-    assert float(output.loss) == pytest.approx(float(plain(**inputs).loss) + 0.5 * np.mean(terms), rel=1e-5)
+    assert output.loss.item() == pytest.approx(plain(**inputs).loss.item() + 0.5 * np.mean(terms), rel=1e-5)
     with pytest.raises(ValueError, match="user_vectors"):
         model(**inputs)

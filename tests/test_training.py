@@ -12,7 +12,7 @@ from tokenrec_hf.configuration_mq_tokenizer import MQTokenizerConfig
 from tokenrec_hf.data_sources import demo_interactions
 from tokenrec_hf.embedding_store import EmbeddingStore
 from tokenrec_hf.interactions import leave_one_out
-from tokenrec_hf.modeling_collaborative import LightGCNModel
+from tokenrec_hf.modeling_collaborative import LightGCNModel, augment_norm
 from tokenrec_hf.modeling_mq_tokenizer import MQTokenizerModel
 from tokenrec_hf.modeling_t5_retrieval import T5ForGenerativeRetrieval
 from tokenrec_hf.recipes import load_recipe
@@ -160,7 +160,9 @@ def test_training_writes_a_repository(trained, splits):
         assert tokenizer.ids(kind) == store.ids(kind) == ids
         assert mqs[kind].space_id == tokenizer.space_ids[kind] == store.space_ids[kind] == model.config.space_ids[kind]
         assert tokenizer.codes(kind).tolist() == mqs[kind].encode(store.vectors(kind)).tolist()
-    assert torch.equal(store.vectors("item"), collaborative.item_embeddings())
+    # The recipe stores vectors whose cosine ranks as the dot product of these.
+    augmented = augment_norm(collaborative.user_embeddings(), collaborative.item_embeddings())
+    assert torch.equal(store.vectors("user"), augmented[0]) and torch.equal(store.vectors("item"), augmented[1])
     inputs = tokenizer("What would user_two enjoy next?", return_tensors="pt", return_entities=True)
     inputs["user_ids"], inputs["item_ids"] = [["two"]], [[]]
     found = model.recommend(inputs, store, top_k=30)[0]
@@ -411,7 +413,7 @@ def test_a_backbone_is_taken_over_exactly(parts, tmp_path, spare):
     section = {"backbone": str(tmp_path), "config": {"pooling": "decoder", "dropout_rate": 0.3, "num_layers": 9}}
     model = build_retrieval_model(section, parts.tokenizer, parts.user_mq, parts.item_mq)
     assert (model.config.num_layers, model.config.d_ff) == (2, 24)
-    assert (model.config.dropout_rate, model.config.embedding_dim) == (0.3, 8)
+    assert (model.config.dropout_rate, model.config.embedding_dim) == (0.3, 8 + 1)
     own = model.transformer.state_dict()
     for name, tensor in backbone.state_dict().items():
         if "embed_tokens" not in name and name not in ("shared.weight", "lm_head.weight"):
