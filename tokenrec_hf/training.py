@@ -108,7 +108,7 @@ def train(
     output = Path(output_dir)
     training = output / "training"
     training.mkdir(parents=True, exist_ok=True)
-    _claim(training, splits, recipe, dataset_name, refit)
+    _claim(training, splits, recipe, refit)
     _save_splits(splits, training / "interactions")
     metrics: dict[str, Any] = {
         "dataset": dataset_name,
@@ -128,7 +128,7 @@ def train(
         metrics["test"] = final.complete(index_splits(splits, "test"))
         metrics["codes"] = final.codes
         metrics["seconds"] = {"selection": chosen.seconds, "refit": final.seconds}
-    save_recipe({**recipe}, output / "recipe.yaml")
+    save_recipe(recipe, output / "recipe.yaml")
     _write_json(output / "metrics.json", metrics)
     return metrics
 
@@ -373,13 +373,12 @@ class _Run:
         return {"metrics": results}
 
 
-def _claim(training: Path, splits: DatasetDict, recipe: Mapping[str, Any], dataset_name: str, refit: bool) -> None:
+def _claim(training: Path, splits: DatasetDict, recipe: Mapping[str, Any], refit: bool) -> None:
     """Ties the folder to these data and settings, so that stages of two different runs are never mixed."""
     digest = hashlib.sha256()
     for name in SPLITS:
         for column in ("user_id", "item_id"):
             digest.update("\n".join(splits[name][column][:]).encode() + b"\0")
-    # The name of the data set is a label; its content is what counts.
     mine = {"data": digest.hexdigest()[:16], "refit": refit, "recipe": json.loads(json.dumps(dict(recipe)))}
     path = training / "run.json"
     if not path.is_file():
