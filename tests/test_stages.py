@@ -6,12 +6,15 @@ import pytest
 import torch
 from transformers import set_seed
 
-from tokenrec_hf import stages
+from tokenrec_hf import stages, training
 from tokenrec_hf.configuration_t5_retrieval import T5GenerativeRetrievalConfig
 from tokenrec_hf.data_collator import DataCollatorForGenerativeRetrieval
+from tokenrec_hf.data_sources import demo_interactions
 from tokenrec_hf.embedding_store import EmbeddingStore
 from tokenrec_hf.interaction_matrix import InteractionMatrix
+from tokenrec_hf.interactions import leave_one_out
 from tokenrec_hf.modeling_t5_retrieval import T5ForGenerativeRetrieval
+from tokenrec_hf.recipes import load_recipe
 from tokenrec_hf.stages import (
     Holdout,
     InteractionDataset,
@@ -367,3 +370,20 @@ def test_an_unknown_collaborative_model_is_named(data, tmp_path):
         ValueError, match="collaborative.model is 'svd' but must be 'lightgcn' or 'matrix_factorization'"
     ):
         train_collaborative(data.interactions, {**COLLABORATIVE, "model": "svd"}, tmp_path)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_one_seed_gives_one_collaborative_model_with_several_threads(tmp_path, num_threads):
+    splits = leave_one_out(demo_interactions())
+    data = training.index_splits(splits, "validation")
+    settings = load_recipe("quickstart", overrides={"collaborative.training.num_train_epochs": 2})["collaborative"]
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        once, again = (
+            stages.train_collaborative(data.interactions, settings, tmp_path / name).model.item_embeddings()
+            for name in ("once", "again")
+        )
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(once, again)

@@ -80,7 +80,8 @@ class MatrixFactorizationModel(PreTrainedModel):
                 softmax loss, they are the sampled competitors, and without them all items compete.
         """
         users, items = self.representations()
-        user = users[user_ids]  # [B, d]
+        # F.embedding and not indexing, whose gradient depends on the order in which threads happen to add.
+        user = F.embedding(user_ids, users)  # [B, d]
         if labels is None:
             return CollaborativeOutput(user_embeds=user)
         loss = self._loss(user, items, labels, negative_ids)
@@ -94,14 +95,14 @@ class MatrixFactorizationModel(PreTrainedModel):
                 raise ValueError(
                     "the BPR loss needs negative_ids [B, m]; draw them with InteractionMatrix.sample_negatives."
                 )
-            positive = (user * items[labels]).sum(-1, keepdim=True)  # [B, 1]
-            negative = torch.einsum("bd,bmd->bm", user, items[negative_ids])  # [B, m]
+            positive = (user * F.embedding(labels, items)).sum(-1, keepdim=True)  # [B, 1]
+            negative = torch.einsum("bd,bmd->bm", user, F.embedding(negative_ids, items))  # [B, m]
             return -F.logsigmoid(positive - negative).mean()
         user, items = F.normalize(user, dim=-1), F.normalize(items, dim=-1)
         if negative_ids is None:
             return F.cross_entropy(user @ items.T / self.config.temperature, labels)  # over [B, num_items]
         candidates = torch.cat([labels[:, None], negative_ids], dim=1)  # [B, 1 + m], the positive first
-        scores = torch.einsum("bd,bmd->bm", user, items[candidates]) / self.config.temperature
+        scores = torch.einsum("bd,bmd->bm", user, F.embedding(candidates, items)) / self.config.temperature
         return F.cross_entropy(scores, torch.zeros_like(labels))
 
     def _squared_norm(self, user_ids, labels, negative_ids):

@@ -215,7 +215,9 @@ class MQTokenizerModel(PreTrainedModel):
 
     def codewords(self, codes: torch.Tensor) -> torch.Tensor:
         """c^k_{w^k}: LongTensor `[B, K]` to `[B, K, d_c]`."""
-        return self.codebooks[torch.arange(self.config.num_codebooks, device=codes.device), codes]
+        # One table of K * L rows; F.embedding and not indexing, whose gradient depends on the order in which threads add.
+        offsets = torch.arange(self.config.num_codebooks, device=codes.device) * self.config.codebook_size
+        return nn.functional.embedding(codes + offsets, self.codebooks.flatten(0, 1))
 
     def _reconstruct(self, mean_codeword: torch.Tensor) -> torch.Tensor:
         return self.mean + self.scale * self.decoder(mean_codeword)
