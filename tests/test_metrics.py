@@ -88,6 +88,12 @@ def test_streamed_metrics_agree_with_a_loop_over_users(case, top_ks, data):
         metrics.update(scores[part], np.array(targets[part], dtype=np.int64), as_pairs(seen[part]))
     expected = naive_metrics(scores, targets, seen, top_ks, popularity.tolist())
     assert metrics.compute() == pytest.approx(expected)
+    ranks_only = RankingMetrics(scores.shape[1], top_ks)
+    for part in (slice(0, cut), slice(cut, None)):
+        ranks_only.update(scores[part], np.array(targets[part], dtype=np.int64), as_pairs(seen[part]))
+    assert ranks_only.compute() == pytest.approx(
+        {name: value for name, value in expected.items() if name.split("@")[0] in ("hr", "ndcg", "mrr")}
+    )
 
 
 @given(ranks=st.lists(st.integers(0, 40), min_size=1), k=st.integers(1, 50))
@@ -165,10 +171,10 @@ def test_popularity_is_one_where_everybody_gets_the_most_popular_item():
     assert metrics.compute()["coverage@1"] == pytest.approx(2 / 3)
 
 
-def test_popularity_is_left_out_unless_counts_are_given():
+def test_lists_are_looked_at_only_where_popularity_is_given():
     metrics = RankingMetrics(3, [1])
     metrics.update(torch.rand(2, 3), [0, 2])
-    assert set(metrics.compute()) == {"hr@1", "ndcg@1", "mrr@1", "coverage@1"}
+    assert set(metrics.compute()) == {"hr@1", "ndcg@1", "mrr@1"}
 
 
 def test_half_precision_and_gradients_are_accepted():

@@ -366,6 +366,32 @@ def test_revival_replaces_dead_codewords_only_and_by_encoder_outputs():
     assert model.usage[1, 3] == 1
 
 
+def revive_in_one_of_two_processes(rank, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    model = tiny(mask_ratio=0.0)
+    model.prepare(vectors())
+    model.codebooks.data[1, 3] = 1e6
+    model.usage[:, :4] = 0.0
+    torch.manual_seed(rank)
+    before = model.codebooks.detach().clone()
+    codes = model.train()(vectors()[rank::2]).codes
+    torch.save((before, model.codebooks.detach(), model.usage, codes), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_revive_the_same_codewords_with_the_same_vectors(tmp_path):
+    torch.multiprocessing.spawn(revive_in_one_of_two_processes, (str(tmp_path),), nprocs=2)
+    (before, first, usage, codes), (_, second, other_usage, other_codes) = (
+        torch.load(tmp_path / f"{rank}.pt") for rank in range(2)
+    )
+    assert torch.equal(first, second)
+    assert torch.equal(usage, other_usage)
+    revived = (first != before).any(dim=-1).nonzero().tolist()
+    assert revived
+    used = {(book, word) for part in (codes, other_codes) for row in part.tolist() for book, word in enumerate(row)}
+    assert not used & {tuple(one) for one in revived}, "a codeword that another process uses is not dead"
+
+
 def test_the_codes_of_a_training_step_are_the_nearest_codewords_also_when_it_revives():
     model, x = prepared(mask_ratio=0.0).train(), vectors()
     model.usage.fill_(0.0)

@@ -286,6 +286,13 @@ def test_a_shorter_run_is_the_beginning_of_a_longer_one(run_stage, weights_at, t
     assert_equal_weights(early, weights(short))
 
 
+def test_an_epoch_is_an_epoch_with_accumulated_gradients_too(run_stage, weights_at, tmp_path):
+    training = {**RETRIEVAL["training"], "gradient_accumulation_steps": 2}
+    settings = {**RETRIEVAL, "training": training}
+    _, after_one = weights_at(2, lambda: run_stage("retrieval", tmp_path / "long", settings=settings))
+    assert_equal_weights(after_one, weights(run_stage("retrieval", tmp_path / "one", settings=settings, epochs=1)))
+
+
 def test_selection_reports_the_ranking_of_the_held_out_items(run_stage, data, tmp_path):
     result = run_stage("matrix factorization", tmp_path, holdout=data.holdout)
     scores = result.model.user_embeddings() @ result.model.item_embeddings().T

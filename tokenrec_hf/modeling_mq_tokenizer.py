@@ -11,6 +11,7 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -245,13 +246,20 @@ class MQTokenizerModel(PreTrainedModel):
         count, size = self.config.num_codebooks, self.config.codebook_size
         offsets = torch.arange(count, device=codes.device) * size
         assigned = torch.bincount((codes + offsets).flatten(), minlength=count * size).view(count, size)
+        processes = dist.get_world_size() if dist.is_initialized() else 1
+        if processes > 1:
+            dist.all_reduce(assigned)
         # The mean share of a codeword is 1, whatever the batch and L.
-        self.usage.lerp_((assigned * (size / len(codes))).to(self.usage), 1 - USAGE_DECAY)
+        self.usage.lerp_((assigned * (size / (len(codes) * processes))).to(self.usage), 1 - USAGE_DECAY)
         # A word that this batch uses stays, so that `codes` keep naming the nearest codewords.
         book, word = ((self.usage < DEAD_BELOW) & (assigned == 0)).nonzero(as_tuple=True)
         if len(book):
             donor = torch.randint(len(outputs), (len(book),), device=outputs.device)
-            self.codebooks[book, word] = outputs[donor, book].to(self.codebooks)
+            donated = outputs[donor, book].to(self.codebooks)
+            if processes > 1:
+                # Each process has a batch of its own, and all must keep the same codebooks.
+                dist.broadcast(donated, src=0)
+            self.codebooks[book, word] = donated
             self.usage[book, word] = 1.0
 
     @torch.no_grad()

@@ -339,7 +339,7 @@ def _fit(
     _check_training_arguments(arguments)
     if eval_batch_size is not None:
         arguments["per_device_eval_batch_size"] = eval_batch_size
-    steps_per_epoch = math.ceil(len(dataset) / arguments["per_device_train_batch_size"])
+    steps_per_epoch = math.ceil(len(dataset) / _examples_per_step(arguments))
     every = max(1, round(settings["evaluate_every"] * steps_per_epoch)) if "max_steps" not in arguments else None
     every = every or settings["evaluate_every"]
     select = select and evaluation is not None
@@ -387,6 +387,13 @@ def _fit(
     model.eval()
     best = trainer.state.best_global_step if select else None
     return StageResult(model, (best or trainer.state.global_step) / steps_per_epoch, metrics)
+
+
+def _examples_per_step(arguments: Mapping[str, Any]) -> int:
+    """Training examples between two updates of the weights, over all devices and processes."""
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "use_cpu")
+    sizes = TrainingArguments(**{name: arguments[name] for name in names if name in arguments})
+    return sizes.train_batch_size * sizes.gradient_accumulation_steps * sizes.world_size
 
 
 def _last_whole_checkpoint(folder: Path) -> str | None:
