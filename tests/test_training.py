@@ -335,6 +335,13 @@ def test_other_settings_are_refused_with_the_difference(trained, splits):
     assert weights(trained.folder) == before
 
 
+def test_several_processes_are_refused_before_anything_is_written(splits, recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"the three stages run in one process.*train_with_trainer\.py"):
+        train(splits, recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_other_data_are_refused(trained, recipe):
     with pytest.raises(ValueError, match="holds a run with data = "):
         train(make_splits(seed=1), recipe, trained.folder)

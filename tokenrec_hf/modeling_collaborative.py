@@ -7,6 +7,7 @@ and nothing about tokens or prompts.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -170,7 +171,10 @@ class LightGCNModel(MatrixFactorizationModel):
             degree = torch.bincount(rows, minlength=size).clamp(min=1).float()
             values = (degree[rows] * degree[columns]).rsqrt()
             coo = torch.sparse_coo_tensor(torch.stack([rows, columns]), values, (size, size), check_invariants=False)
-            self._adjacency = coo.coalesce().to_sparse_csr()
+            with warnings.catch_warnings():
+                # That torch calls this layout a beta version tells whoever trains or evaluates nothing.
+                warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+                self._adjacency = coo.coalesce().to_sparse_csr()
         return self._adjacency
 
     def __getstate__(self):

@@ -102,9 +102,15 @@ def train(
         The content of `metrics.json`.
 
     Raises:
-        ValueError: the folder holds a run of other settings or data, or a setting is wrong.
+        ValueError: the folder holds a run of other settings or data, a setting is wrong, or this is one of several processes.
     """
     check_settings(recipe)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "the three stages run in one process, but WORLD_SIZE says that there are "
+            f"{os.environ['WORLD_SIZE']}; start `tokenrec train` without torchrun, and use examples/train_with_trainer.py to "
+            "train T5 in several processes."
+        )
     output = Path(output_dir)
     training = output / "training"
     training.mkdir(parents=True, exist_ok=True)
@@ -122,12 +128,12 @@ def train(
     metrics["users"], metrics["items"] = len(data.user_ids), len(data.item_ids)
     metrics["interactions"] = sum(len(splits[name]) for name in SPLITS)
     metrics["validation"] = chosen.complete(data)
-    metrics["epochs"], metrics["codes"], metrics["seconds"] = chosen.epochs, chosen.codes, chosen.seconds
+    metrics["epochs"], metrics["codes"], metrics["seconds"] = chosen.epochs, chosen.codes, {"selection": chosen.seconds}
     if refit:
         final = _Run("refit", output, training, recipe, log, epochs=chosen.epochs)
         metrics["test"] = final.complete(index_splits(splits, "test"))
         metrics["codes"] = final.codes
-        metrics["seconds"] = {"selection": chosen.seconds, "refit": final.seconds}
+        metrics["seconds"]["refit"] = final.seconds
     save_recipe(recipe, output / "recipe.yaml")
     _write_json(output / "metrics.json", metrics)
     return metrics
