@@ -4,7 +4,9 @@ from setuptools import setup
 
 HERE = Path(__file__).parent
 
-TEST = ["pytest>=8", "hypothesis>=6", "sentencepiece>=0.2"]
+PEFT = ["peft>=0.17"]
+EVALUATE = ["evaluate>=0.4.6"]
+TEST = ["pytest>=8", "hypothesis>=6", "sentencepiece>=0.2", "tensorboard>=2.18", *PEFT, *EVALUATE]
 
 setup(
     name="tokenrec-hf",
@@ -32,6 +34,8 @@ setup(
     ],
     extras_require={
         "test": TEST,
+        "peft": PEFT,
+        "evaluate": EVALUATE,
         "milvus": ["pymilvus>=3", "milvus-lite>=3.2"],
         "dev": [*TEST, "ruff>=0.15", "mypy>=1.15", "types-PyYAML"],
     },
