@@ -16,7 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=["tokenrec_hf"],
-    package_data={"tokenrec_hf": ["py.typed", "assets/*", "assets/recipes/*"]},
+    package_data={"tokenrec_hf": ["py.typed", "assets/*", "assets/recipes/*", "evaluate_modules/*/*"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",

@@ -74,3 +74,34 @@ def t5_spiece_model():
     if not path.is_file():
         pytest.skip(f"no T5 vocabulary at {path}; set TOKENREC_MODELS_DIR")
     return path
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A [`HubDouble`] that this process takes for the Hub; other processes do with `hub.environment(cache)`."""
+    import huggingface_hub
+    from hub_double import TOKEN, HubDouble
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _http
+    from transformers.utils import hub as transformers_hub
+
+    double = HubDouble()
+    double.start()
+    cache = str(tmp_path / "hub-cache")
+    changes = {
+        "ENDPOINT": double.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": double.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_CACHE": cache,
+    }
+    for name, value in changes.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", double.url)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(transformers_hub, "_hf_api", None)
+    # The client is kept between calls, and was made for a process that is offline.
+    _http.close_session()
+    yield double
+    _http.close_session()
+    double.stop()

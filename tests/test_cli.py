@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tokenrec_hf import EmbeddingStore, Recommender, cli
 from tokenrec_hf.cli import main
+from tokenrec_hf.cli_output import LABELS
 
 COMMANDS = ("quickstart", "train", "evaluate", "recommend", "info")
 VARIANTS = {"tokenrec": [], "tokenrec_user_id_only": ["--user-id-only"], "tokenrec_unseen_prompt": ["--unseen-prompt"]}
@@ -275,7 +276,7 @@ def test_a_finished_quickstart_is_shown_again(capsys, monkeypatch, repository, t
     assert (status, err) == (0, "")
     metrics = json.loads((repository / "metrics.json").read_text())
     for method in ("popularity", "collaborative", "tokenrec"):
-        row = next(line for line in out.splitlines() if line.startswith(cli.LABELS[method]))
+        row = next(line for line in out.splitlines() if line.startswith(LABELS[method]))
         for split in ("validation", "test"):
             for key in ("hr@10", "hr@20", "ndcg@20"):
                 assert f"{metrics[split][method][key]:.4f}" in row

@@ -1,6 +1,8 @@
 import gzip
 import json
 import os
+import subprocess
+import sys
 from datetime import date, datetime
 from pathlib import Path
 
@@ -446,3 +448,32 @@ def test_movielens_100k_is_read_whole_and_in_time_order():
     same = users[1:] == users[:-1]
     assert same.sum() == 100_000 - 943
     assert (np.diff(times)[same] >= 0).all()
+
+
+def test_a_stream_is_read_like_the_data_set():
+    demo = load_interactions("demo")
+    stream = demo.add_column("other", [0] * len(demo)).to_iterable_dataset(num_shards=3)
+    assert load_interactions(stream)[:] == demo[:]
+
+
+def test_interactions_go_to_the_hub_and_come_back(hub, tmp_path):
+    script = """
+from datasets import load_dataset
+from tokenrec_hf import load_interactions
+
+ours = load_interactions("demo")
+ours.push_to_hub("tester/interactions", private=True)
+assert load_interactions("hf://datasets/tester/interactions")[:] == ours[:]
+assert load_interactions("hf://datasets/tester/interactions@main", k_core=5)[:] == load_interactions("demo", k_core=5)[:]
+stream = load_dataset("tester/interactions", split="train", streaming=True)
+assert load_interactions(stream)[:] == ours[:]
+try:
+    load_interactions("hf://datasets/tester/none")
+except FileNotFoundError as error:
+    print(error)
+"""
+    environment = {**os.environ, **hub.environment(tmp_path / "cache")}
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("hf://datasets/tester/none could not be read (")
+    assert any(path.endswith(".parquet") for path in hub.files("tester/interactions", kind="dataset"))

@@ -11,7 +11,8 @@ from tokenrec_hf.embedding_store import EmbeddingStore
 from tokenrec_hf.modeling_mq_tokenizer import MQTokenizerModel
 from tokenrec_hf.modeling_t5_retrieval import T5ForGenerativeRetrieval
 from tokenrec_hf.prompts import HISTORY_TEMPLATES, UNSEEN_TEMPLATE, USER_ONLY_TEMPLATES, render
-from tokenrec_hf.recommender import Recommender, check_repository
+from tokenrec_hf.recommender import Recommender
+from tokenrec_hf.repository import check_repository
 from tokenrec_hf.tokenization_tokenrec import TokenRecTokenizer
 
 DIM, NUM_ITEMS = 8, 40
@@ -200,7 +201,7 @@ def test_a_finished_repository_passes_the_check(repository):
 
 def test_a_missing_folder_is_named_with_the_command_that_makes_it(tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=r"there is no folder .*gone; train one with `tokenrec train --output_dir"
+        FileNotFoundError, match=r"there is no folder .*gone, .*train one with `tokenrec train --output_dir"
     ):
         Recommender.from_pretrained(tmp_path / "gone")
 

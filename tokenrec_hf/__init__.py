@@ -1,7 +1,7 @@
 """TokenRec for the Hugging Face stack: users and items as tokens of T5, recommendations by vector retrieval.
 
-Importing the package costs next to nothing: names are loaded when they are used, and `AutoConfig`, `AutoModel` and
-`AutoTokenizer` learn the *names* of the classes here as soon as transformers' auto modules are imported, not before.
+Importing the package costs next to nothing: names are loaded when they are used, and `AutoConfig`, `AutoModel`,
+`AutoTokenizer` and `pipeline` learn the *names* of the classes here as soon as their modules are imported, not before.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ _MODULES = {
     "modeling_t5_retrieval": ("T5ForGenerativeRetrieval",),
     "metrics": ("RankingMetrics", "evaluate_embeddings"),
     "recipes": ("load_recipe",),
-    "training": ("train",),
     "recommender": ("Recommender",),
+    "pipeline_generative_retrieval": ("GenerativeRetrievalPipeline",),
+    "training": ("train",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = sorted(_HOME)
@@ -73,15 +74,24 @@ def _register_tokenizers(module) -> None:
             module.TOKENIZER_MAPPING._reverse_config_mapping[config] = model_type
 
 
+def _register_pipeline(module) -> None:
+    module.PIPELINE_REGISTRY.supported_tasks["generative-retrieval"] = {
+        "impl": f"{__name__}.pipeline_generative_retrieval.GenerativeRetrievalPipeline",
+        "pt": (module.AutoModel,),
+        "type": "text",
+    }
+
+
 _REGISTER = {
     "transformers.models.auto.configuration_auto": _register_configs,
     "transformers.models.auto.modeling_auto": _register_models,
     "transformers.models.auto.tokenization_auto": _register_tokenizers,
+    "transformers.pipelines": _register_pipeline,
 }
 
 
 class _AutoFinder(importlib.abc.MetaPathFinder):
-    """Registers the names right after transformers' auto modules have been imported by whoever needs them."""
+    """Registers the names right after transformers' modules have been imported by whoever needs them."""
 
     _busy: set[str] = set()
 

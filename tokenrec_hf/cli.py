@@ -1,4 +1,4 @@
-"""The `tokenrec` command: quickstart, train, evaluate, recommend and info.
+"""The `tokenrec` command: quickstart, train, evaluate, recommend, push and info.
 
 A thin shell: each command reads its arguments, calls the package and returns one document, which is shown as text or, with
 `--json`, as it is. Results go to stdout, progress and notes to stderr. Everything heavy is imported inside the commands, so
@@ -12,28 +12,20 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from . import __version__
+from .cli_output import show_evaluation, show_info, show_push, show_quickstart, show_recommendations, show_train
 from .recipes import RECIPES, load_recipe
 
 if TYPE_CHECKING:
     from .recommender import Recommender
 
 SHORTCUTS = {"seed": "seed", "loss_type": "retrieval.config.loss_type"}
-SHOWN = ("hr@10", "hr@20", "ndcg@20")
-LABELS = {
-    "popularity": "popularity",
-    "collaborative": "collaborative (dot product)",
-    "collaborative_cosine": "collaborative (cosine)",
-    "tokenrec": "TokenRec",
-    "tokenrec_user_id_only": "TokenRec, user id only",
-    "tokenrec_unseen_prompt": "TokenRec, unseen prompt",
-}
 STAGES = ("collaborative", "mq_user", "mq_item", "retrieval", "evaluation")
 # Titles are known for these data sets.
 TITLED = ("demo", "ml-100k")
@@ -116,27 +108,10 @@ def _quickstart(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _show_quickstart(document: Mapping[str, Any]) -> str:
-    folder, first = document["repository"], document["users"][0]
-    blocks = [_results(document["metrics"], ("popularity", "collaborative", "tokenrec"))]
-    for user in document["users"]:
-        blocks.append(_show_recommendations(user, document["held_out"][user["user"]]))
-    seen = " ".join(first["history"][-2:])
-    blocks.append(
-        "* the item held out for the test\n\n"
-        "Next:\n"
-        f"  tokenrec recommend {folder} --user {first['user']} --history {seen} --top-k 10\n"
-        f"  tokenrec evaluate {folder} --unseen-prompt\n"
-        f"  tokenrec info {folder}\n"
-        "  tokenrec train --dataset interactions.csv --output_dir out"
-    )
-    return "\n\n".join(blocks)
-
-
 def _train(arguments: argparse.Namespace) -> dict[str, Any]:
     recipe = _recipe(arguments)
     from .data_sources import DATA_SOURCES
-    from .interactions import leave_one_out, load_interactions
+    from .interactions import HUB, leave_one_out, load_interactions
     from .training import UnknownSettingError, check_settings, train
 
     _quiet()
@@ -148,7 +123,9 @@ def _train(arguments: argparse.Namespace) -> dict[str, Any]:
     columns = ("user_column", "item_column", "rating_column", "timestamp_column", "min_rating", "k_core")
     interactions = load_interactions(arguments.dataset, **{name: getattr(arguments, name) for name in columns})
     name = arguments.dataset
-    if name not in ("demo", *DATA_SOURCES):
+    if name.startswith(HUB):
+        name = name.removeprefix(HUB)
+    elif name not in ("demo", *DATA_SOURCES):
         # Where it lies is nobody's business, and a folder `demo/` is not the data set `demo`.
         path = Path(name).expanduser().resolve()
         name = path.name + "/" * path.is_dir()
@@ -157,21 +134,14 @@ def _train(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"repository": arguments.output_dir, **metrics}
 
 
-def _show_train(document: Mapping[str, Any]) -> str:
-    folder = document["repository"]
-    return (
-        f"{_results(document, tuple(LABELS))}\n\n{_code_lines(document['codes'])}\n\n"
-        f"Next:\n  tokenrec recommend {folder} --user <id>\n  tokenrec info {folder}"
-    )
-
-
 def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     from .evaluation import evaluate_baselines, evaluate_retrieval
     from .recommender import Recommender
+    from .repository import fetch_repository
     from .training import index_splits, load_splits
 
     _quiet()
-    folder, split = Path(arguments.repository), arguments.split
+    folder, split = fetch_repository(arguments.repository, revision=arguments.revision), arguments.split
     recommender = Recommender.from_pretrained(folder)
     splits = load_splits(folder)
     run = _read_json(folder / "training" / "run.json")
@@ -191,20 +161,12 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _show_evaluation(document: Mapping[str, Any]) -> str:
-    metrics = document["metrics"]
-    names = list(metrics[document["variant"]])
-    rows = [[LABELS[name], *(_number(values.get(key)) for key in names)] for name, values in metrics.items()]
-    # More metrics than a line is wide, so they go down and the methods across.
-    table = list(zip(*[["", *names], *rows]))
-    return f"{document['split']}, {document['users']} users\n\n{_table(table)}"
-
-
 def _recommend(arguments: argparse.Namespace) -> dict[str, Any]:
     from .recommender import Recommender
+    from .repository import fetch_repository
 
     _quiet()
-    folder = Path(arguments.repository)
+    folder = fetch_repository(arguments.repository, revision=arguments.revision)
     recommender = Recommender.from_pretrained(folder)
     known = folder / "metrics.json"
     return _recommendations(
@@ -217,21 +179,23 @@ def _recommend(arguments: argparse.Namespace) -> dict[str, Any]:
     )
 
 
-def _show_recommendations(document: Mapping[str, Any], held_out: str | None = None) -> str:
-    titled = any(row["title"] for row in document["recommendations"])
-    rows = [["rank", "item", "score", "tokens", *["title"] * titled]]
-    for row in document["recommendations"]:
-        mark = " *" if row["item"] == held_out else ""
-        title = [row["title"] or ""] * titled
-        cells = [str(row["rank"]), row["item"], _number(row["score"]), row["tokens"], *title]
-        rows.append([*cells[:-1], cells[-1] + mark])
-    return f"user_{document['user']} = {document['tokens']}\n{_table(rows)}"
+def _push(arguments: argparse.Namespace) -> dict[str, Any]:
+    from .hub import push_repository
+
+    commit = push_repository(
+        arguments.repository,
+        arguments.repo_id,
+        private=arguments.private or None,
+        revision=arguments.revision,
+        include_users=arguments.include_users,
+    )
+    return {"repository": arguments.repo_id, "commit": commit, "users": arguments.include_users}
 
 
 def _info(arguments: argparse.Namespace) -> dict[str, Any]:
-    folder = Path(arguments.repository)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}; train one with `tokenrec train --output_dir {folder}`.")
+    from .repository import fetch_repository
+
+    folder = fetch_repository(arguments.repository, revision=arguments.revision)
     found = {
         name: _read_json(path) if (path := folder / place).is_file() else {}
         for name, place in {
@@ -247,7 +211,7 @@ def _info(arguments: argparse.Namespace) -> dict[str, Any]:
     metrics = found["metrics"]
     recipe = found["run"].get("recipe", {})
     document = {
-        "repository": str(folder),
+        "repository": arguments.repository,
         "finished": bool(metrics) or not found["run"],
         "dataset": metrics.get("dataset"),
         "recipe": metrics.get("recipe") or recipe.get("recipe"),
@@ -270,35 +234,6 @@ def _info(arguments: argparse.Namespace) -> dict[str, Any]:
             for run, path in records.items()
         }
     return document
-
-
-def _show_info(document: Mapping[str, Any]) -> str:
-    rows = [["repository", document["repository"]]]
-    for name in ("dataset", "recipe", "seed"):
-        if document[name] is not None:
-            rows.append([name, str(document[name])])
-    if counts := document["counts"]:
-        known = f"{counts['user']} users, {counts['item']} items"
-        if document["interactions"] is not None:
-            known += f", {document['interactions']} interactions"
-        rows.append(["store", f"{known}, {document['embedding_dim']} dimensions"])
-    for kind, (number, size) in (document["codebooks"] or {}).items():
-        rows.append([f"{kind} tokens", f"K = {number}, L = {size}, MQ-Tokenizer {document['space_ids'][kind]}"])
-    if epochs := document["epochs"]:
-        rows.append(["epochs", ", ".join(f"{name} {count:g}" for name, count in epochs.items())])
-    size = f"{document['bytes'] / 1e6:.1f} MB"
-    if document["training_bytes"]:
-        size += f", and {document['training_bytes'] / 1e6:.1f} MB in training/"
-    rows.append(["on disk", size])
-    blocks = [_table(rows)]
-    if not document["finished"]:
-        done = "\n".join(f"  {run}: {', '.join(stages) or 'nothing yet'}" for run, stages in document["stages"].items())
-        blocks.append(f"Training has not finished; the same `tokenrec train` goes on. Done so far:\n{done}")
-    if document["codes"]:
-        blocks.append(_code_lines(document["codes"]))
-    if document["validation"]:
-        blocks.append(_results(document, tuple(LABELS)))
-    return "\n\n".join(blocks)
 
 
 # Arguments ------------------------------------------------------------------------------------------------------------
@@ -332,7 +267,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     quickstart = command(
         "quickstart",
         _quickstart,
-        _show_quickstart,
+        show_quickstart,
         "train, evaluate and recommend on a small data set, offline, in a few minutes on two cores",
         "example: tokenrec quickstart --output_dir tokenrec-quickstart",
     )
@@ -341,7 +276,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     train = command(
         "train",
         _train,
-        _show_train,
+        show_train,
         "train a recommender, or go on where the same command was stopped",
         "Any argument of transformers' TrainingArguments goes to the T5 stage (--num_train_epochs 3), any setting of the\n"
         "recipe is named with dots (--mq_tokenizer.config.codebook_size 512), --loss_type and --seed are shortcuts.\n\n"
@@ -353,8 +288,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     train.add_argument(
         "--dataset",
         required=True,
-        help="demo, ml-100k, ml-1m, lastfm, beauty, clothing, a folder with train.txt, or a CSV, TSV, JSON-lines, .inter or "
-        "Parquet file",
+        help="demo, ml-100k, ml-1m, lastfm, beauty, clothing, a folder with train.txt, a CSV, TSV, JSON-lines, .inter or "
+        "Parquet file, or hf://datasets/organisation/name",
     )
     train.add_argument("--output_dir", required=True, help="the folder that becomes a trained repository")
     train.add_argument("--recipe", choices=RECIPES, default="cpu", help="default: %(default)s")
@@ -368,7 +303,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     evaluate = command(
         "evaluate",
         _evaluate,
-        _show_evaluation,
+        show_evaluation,
         "rank all items for every user and measure where the held-out one comes",
         "example: tokenrec evaluate out --split test --unseen-prompt",
     )
@@ -385,7 +320,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     recommend = command(
         "recommend",
         _recommend,
-        _show_recommendations,
+        show_recommendations,
         "recommend items to a user",
         "example: tokenrec recommend out --user 03 --history 08 24 --top-k 10",
     )
@@ -400,10 +335,25 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     recommend.add_argument("--top-k", type=int, default=10, metavar="K", help="default: %(default)s")
     recommend.add_argument("--include-seen", action="store_true", help="also items that the user has interacted with")
 
+    push = command(
+        "push",
+        _push,
+        show_push,
+        "share a trained repository on the Hugging Face Hub, in one commit",
+        "What is known of users (ids, vectors, seen items, codes, the collaborative model) is personal data and stays here\n"
+        "unless --include-users is given.\n\n"
+        "example: tokenrec push out my-name/my-recommender --private",
+    )
+    push.add_argument("repository", help="the folder that `tokenrec train` wrote")
+    push.add_argument("repo_id", metavar="name", help="of the Hub repository, as organisation/name; made if absent")
+    push.add_argument("--private", action="store_true", help="make a private repository")
+    push.add_argument("--revision", metavar="BRANCH", help="made if absent; default: main")
+    push.add_argument("--include-users", action="store_true", help="also push what is known of users")
+
     info = command(
         "info",
         _info,
-        _show_info,
+        show_info,
         "tell what a trained repository holds, how it was made and how good it is",
         "example: tokenrec info out",
     )
@@ -412,7 +362,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
 
 def _repository(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("repository", help="the folder that `tokenrec train` wrote")
+    parser.add_argument("repository", help="the folder that `tokenrec train` wrote, or the name of a Hub repository")
+    parser.add_argument("--revision", metavar="R", help="branch, tag or commit of the Hub repository; default: main")
 
 
 def _respelled(argv: Sequence[str], commands: Mapping[str, argparse.ArgumentParser]) -> list[str]:
@@ -549,31 +500,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _size(folder: Path) -> int:
     """Bytes of all files under a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _results(metrics: Mapping[str, Any], names: Iterable[str]) -> str:
-    """The table of methods by splits and metrics."""
-    splits = [split for split in ("validation", "test") if metrics.get(split)]
-    above = ["", *(cell for split in splits for cell in (split, *[""] * (len(SHOWN) - 1)))]
-    header = ["", *(key.upper() for _ in splits for key in SHOWN)]
-    rows = [
-        [LABELS[name], *(_number(metrics[split][name][key]) for split in splits for key in SHOWN)] for name in names
-    ]
-    return _table([above, header, *rows])
-
-
-def _code_lines(codes: Mapping[str, Mapping[str, float]]) -> str:
-    header = ["codes", *(name.replace("_", " ") for name in codes["user"])]
-    return _table([header, *([f"{kind}s", *map(_number, values.values())] for kind, values in codes.items())])
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
 
 def _write(text: str) -> None:

@@ -128,6 +128,15 @@ def load_tables(path: str, codebooks: Mapping[str, Sequence[int]]) -> dict[str, 
     return tables
 
 
+def forget_ids(path: str | os.PathLike, kind: str) -> None:
+    """Removes all ids of one kind, and their codes, from a file that `save_tables` wrote; the number of codebooks stays."""
+    tables = load_file(path)
+    tables[f"{kind}.codes"] = tables[f"{kind}.codes"][:0]
+    tables.update({f"{kind}.{name}": one for name, one in IdIndex([]).arrays().items()})
+    save_file(tables, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
 def _keys(codes: np.ndarray) -> np.ndarray:
     """One uint64 a row of codes `[n, K]`: the same for equal rows, and nearly always, not surely, another for different ones."""
     keys = np.zeros(len(codes), dtype=np.uint64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
@@ -43,3 +45,11 @@ class MQTokenizerConfig(PreTrainedConfig):
             raise ValueError(f"mask_ratio is {self.mask_ratio} but must be between 0 and 1.")
         if self.commitment_weight < 0:
             raise ValueError(f"commitment_weight is {self.commitment_weight} but must be at least 0.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, as they are saved."""
+        fields = super().to_dict()
+        # A class with "Tokenizer" in its name is taken for a text tokenizer, whose code is recorded as a pair of classes.
+        for auto_class, reference in fields.get("auto_map", {}).items():
+            fields["auto_map"][auto_class] = reference if isinstance(reference, str) else reference[0]
+        return fields

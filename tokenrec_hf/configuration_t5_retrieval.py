@@ -48,3 +48,17 @@ class T5GenerativeRetrievalConfig(T5Config):
             raise ValueError(f"alignment_weight is {self.alignment_weight} but must be at least 0.")
         if self.temperature <= 0:
             raise ValueError(f"temperature is {self.temperature} but must be above 0.")
+
+    @property
+    def custom_pipelines(self) -> dict[str, dict[str, str]]:
+        """The pipeline whose code lies beside this class in a shared repository, for `pipeline(..., trust_remote_code=True)`.
+
+        Empty where the task is registered, as it is once `tokenrec_hf` is imported: transformers wants trust whenever a
+        configuration names a pipeline, even for one that it has already. So it is no part of `config.json`.
+        """
+        from transformers.pipelines import PIPELINE_REGISTRY
+
+        if "generative-retrieval" in PIPELINE_REGISTRY.supported_tasks:
+            return {}
+        implementation = "pipeline_generative_retrieval.GenerativeRetrievalPipeline"
+        return {"generative-retrieval": {"impl": implementation, "pt": "AutoModel"}}

@@ -21,12 +21,15 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.json as pa_json
 import pyarrow.parquet as pa_parquet
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 
 from .data_sources import DATA_SOURCES, DataSource, RawFile, demo_interactions, locate
 from .id_index import check_ids
 
 logger = logging.getLogger(__name__)
+
+# Where the Hub keeps data sets, as `datasets` and `fsspec` write it.
+HUB = "hf://datasets/"
 
 # Names under which the columns are known, in order of preference, in small letters and without anything but letters and digits.
 _ALIASES = {
@@ -61,7 +64,8 @@ def load_interactions(
             - a folder with `train.txt`, a line `user item item ...` per user in time order, and optionally `test.txt`, the
               same lines with one more item at the end;
             - a CSV, TSV, JSON-lines (`.jsonl`, `.json`), atomic `.inter` (each also with `.gz`) or Parquet file;
-            - a `datasets.Dataset`.
+            - `hf://datasets/organisation/name`, a data set on the Hub (its split `train`), also with `@revision` at the end;
+            - a `datasets.Dataset`, or an `IterableDataset` (streaming), of which only the columns needed are kept.
         user_column: the column of user ids; by default found by its name (`user_id`, `userID`, `reviewerID`, ...).
         item_column: the column of item ids; by default found by its name (`item_id`, `asin`, `movieId`, ...).
         rating_column: the column of ratings; by default found by its name (`rating`, `overall`, `score`, ...).
@@ -84,7 +88,7 @@ def load_interactions(
         raise ValueError(f"k_core is {k_core}; it must be 1 (drop nobody) or more.")
     asked = {"user": user_column, "item": item_column, "rating": rating_column, "timestamp": timestamp_column}
     known = DATA_SOURCES.get(source) if isinstance(source, str) else None
-    raw = source if isinstance(source, Dataset) else _locate(source)
+    raw = source if isinstance(source, (Dataset, IterableDataset)) else _locate(source)
     table, origin = _read(raw, asked)
     if min_rating is not None and "rating" not in table.column_names:
         raise ValueError(
@@ -148,19 +152,40 @@ def _locate(source: str | os.PathLike) -> RawFile | Dataset:
         raise TypeError(
             f"interactions come from a name, a path or one datasets.Dataset, not from a {type(source).__name__}."
         )
+    if isinstance(source, str) and source.startswith(HUB):
+        return _from_hub(source)
     path = Path(source).expanduser()
     if not path.exists():
         names = ", ".join(["demo", *DATA_SOURCES])
-        raise FileNotFoundError(f"{str(source)!r} is neither a file, a folder nor a known data set ({names}).")
+        raise FileNotFoundError(
+            f"{str(source)!r} is neither a file, a folder nor a known data set ({names}); one on the Hub is "
+            f"{HUB}organisation/name."
+        )
     return RawFile(path)
 
 
-def _read(source: RawFile | Dataset, asked: dict[str, str | None]) -> tuple[pa.Table, str]:
+def _from_hub(uri: str) -> Dataset:
+    name, _, revision = uri.removeprefix(HUB).partition("@")
+    try:
+        return load_dataset(name, revision=revision or None, split="train")
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise FileNotFoundError(
+            f"{uri} could not be read ({reason}); check the name, log in with `hf auth login` if it is private, and connect."
+        ) from error
+
+
+def _read(source: RawFile | Dataset | IterableDataset, asked: dict[str, str | None]) -> tuple[pa.Table, str]:
     """The columns "user", "item" and, where present, "rating" and "timestamp" of a source, and its name for messages."""
     if isinstance(source, Dataset):
         chosen = _choose_columns(source.column_names, asked, "the data set")
         table = source.select_columns(list(chosen.values())).with_format("arrow")[:]
         return _renamed(table, chosen), "the data set"
+    if isinstance(source, IterableDataset):
+        names = source.column_names or list(next(iter(source), {}))
+        chosen = _choose_columns(names, asked, "the data set")
+        parts = source.select_columns(list(chosen.values())).with_format("arrow").iter(batch_size=10_000)
+        return _renamed(pa.concat_tables(parts), chosen), "the data set"
     if source.path.is_dir():
         return _read_sequences(source.path)
     delimiter = source.delimiter or _DELIMITERS.get(source.suffix)

@@ -210,3 +210,9 @@ def augment_norm(users: torch.Tensor, items: torch.Tensor) -> tuple[torch.Tensor
     squares = items.square().sum(dim=1, keepdim=True)
     rest = (squares.max() - squares).clamp(min=0).sqrt()
     return torch.cat([users, torch.zeros_like(users[:, :1])], dim=1), torch.cat([items, rest], dim=1)
+
+
+MatrixFactorizationConfig.register_for_auto_class()
+LightGCNConfig.register_for_auto_class()
+MatrixFactorizationModel.register_for_auto_class("AutoModel")
+LightGCNModel.register_for_auto_class("AutoModel")

@@ -302,3 +302,7 @@ def kmeans(points: torch.Tensor, num_clusters: int, num_iterations: int = 20, se
         if len(empty) and num_clusters <= len(points):
             centres[empty] = points[torch.randint(len(points), (len(empty),), generator=generator).to(points.device)]
     return centres
+
+
+MQTokenizerConfig.register_for_auto_class()
+MQTokenizerModel.register_for_auto_class("AutoModel")

@@ -52,6 +52,8 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
     config: T5GenerativeRetrievalConfig
     base_model_prefix = "transformer"
     item_embeddings: torch.Tensor
+    # What `from_pretrained` was asked for: tokenizer and store are to come from the same.
+    loaded_revision: str | None = None
     # The forward pass computes a mean itself, so Trainer must divide by the gradient accumulation steps.
     accepts_loss_kwargs = False
     _keys_to_ignore_on_load_unexpected = [
@@ -80,6 +82,14 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
         self.post_init()
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As that of every model; remembers the revision in `loaded_revision`."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.loaded_revision = kwargs.get("revision")
+        return loaded
+
+    @classmethod
     def from_backbone(cls, backbone: str, **settings) -> T5ForGenerativeRetrieval:
         """A model whose T5 is that of any T5 checkpoint, loaded exactly; the projection is fresh.
 
@@ -90,7 +100,9 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
         Raises:
             OSError: the checkpoint cannot be found.
         """
-        base = T5Config.from_pretrained(backbone).to_dict()
+        fields, _ = T5Config.get_config_dict(backbone)
+        # mT5 is a T5 under another name.
+        base = T5Config.from_dict({**fields, "model_type": T5Config.model_type}).to_dict()
         for name in ("model_type", "architectures", "transformers_version", "dtype"):
             base.pop(name, None)
         sizes = ("d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_layers")

@@ -68,6 +68,9 @@ SEEN_TEMPLATES = USER_ONLY_TEMPLATES + HISTORY_TEMPLATES
 UNSEEN_TEMPLATE = PromptTemplate("Since {user} has spent time with {history} lately, find another item of that taste.")
 """The template that is never trained on."""
 
+HISTORY_ONLY_WORDING = "What fits {history} best?"
+"""For those of whom nothing but a history is known; never trained on either, and no template, because it names no user."""
+
 
 def render(template: PromptTemplate, user: str, history: Iterable[str] = ()) -> str:
     """Writes out a prompt, e.g. `"What should user_03 try after item_08 item_24 then?"`.

@@ -11,10 +11,8 @@ from safetensors import SafetensorError
 from .embedding_store import EmbeddingStore
 from .modeling_t5_retrieval import T5ForGenerativeRetrieval
 from .prompts import HISTORY_TEMPLATES, USER_ONLY_TEMPLATES, PromptTemplate, render
+from .repository import check_repository, fetch_repository
 from .tokenization_tokenrec import TokenRecTokenizer
-
-# Without these, a folder is no trained repository.
-REQUIRED = ("config.json", "tokenizer.json", "codes.safetensors", "store/store.json", "model.safetensors")
 
 
 class Recommender:
@@ -41,16 +39,22 @@ class Recommender:
         self.model, self.tokenizer, self.store = model.eval(), tokenizer, store
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike) -> Recommender:
+    def from_pretrained(
+        cls, name: str | os.PathLike, *, revision: str | None = None, token: str | bool | None = None
+    ) -> Recommender:
         """Opens a trained repository.
 
         Args:
-            folder: its folder.
+            name: its folder, or its name on the Hub.
+            revision: branch, tag or commit of the Hub repository.
+            token: Hub token; by default the one that is logged in.
 
         Raises:
-            FileNotFoundError: the folder is missing, or training in it has not finished.
+            FileNotFoundError: the repository is missing, or training in it has not finished.
+            OSError: the Hub refuses.
             ValueError: its parts are damaged or do not belong together.
         """
+        folder = fetch_repository(name, revision=revision, token=token)
         check_repository(folder)
         return cls(
             load_model(folder),
@@ -133,23 +137,3 @@ def load_model(folder: str | os.PathLike) -> T5ForGenerativeRetrieval:
         raise ValueError(
             f"{Path(folder) / 'model.safetensors'} is damaged ({error}); restore it from a copy or train again."
         ) from None
-
-
-def check_repository(folder: str | os.PathLike) -> None:
-    """Makes sure that a folder is a finished trained repository.
-
-    Raises:
-        FileNotFoundError: it is not; the message says what is missing and what to do.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}; train one with `tokenrec train --output_dir {folder}`.")
-    unfinished = (folder / "training").is_dir()
-    # metrics.json is written last of all.
-    missing = [name for name in (*REQUIRED, *["metrics.json"] * unfinished) if not (folder / name).is_file()]
-    if missing:
-        if unfinished:
-            advice = "training has not finished; run the same `tokenrec train` again and it goes on where it stopped"
-        else:
-            advice = "it is no trained repository; give the --output_dir of `tokenrec train`"
-        raise FileNotFoundError(f"{folder} has no {missing[0]}: {advice}.")

@@ -54,10 +54,14 @@ def read_sentencepiece(path: str | os.PathLike) -> Any:
     Raises:
         ValueError: the file is not a SentencePiece model.
     """
-    from google.protobuf.message import DecodeError
     from transformers import T5Tokenizer
     from transformers.convert_slow_tokenizer import import_protobuf
 
+    # In a `try`, where transformers does not count it among what everybody needs who loads a shared tokenizer.
+    try:
+        from google.protobuf.message import DecodeError
+    except ImportError:
+        raise ImportError(f"reading {path} needs protobuf; run `pip install protobuf`.") from None
     model = import_protobuf().ModelProto()
     try:
         model.ParseFromString(Path(path).read_bytes())

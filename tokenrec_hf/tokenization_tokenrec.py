@@ -105,6 +105,14 @@ class TokenRecTokenizer(TokenizersBackend):
         }
         self._tables = tables or load_tables(str(codes_file), self.codebooks)
         self._mqs: dict[str, Any] = {}
+        self._revision: str | None = None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> TokenRecTokenizer:
+        """As that of every tokenizer; remembers the revision, which is also that of the MQ-Tokenizers."""
+        tokenizer = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        tokenizer._revision = kwargs.get("revision")
+        return tokenizer
 
     @classmethod
     def from_components(
@@ -351,7 +359,9 @@ class TokenRecTokenizer(TokenizersBackend):
             try:
                 if not self.name_or_path:
                     raise OSError("this tokenizer was not loaded from a folder or repository")
-                mq = MQTokenizerModel.from_pretrained(self.name_or_path, subfolder=f"mq_{kind}")
+                mq = MQTokenizerModel.from_pretrained(
+                    self.name_or_path, subfolder=f"mq_{kind}", revision=self._revision or "main"
+                )
             except OSError as error:
                 raise ValueError(
                     f"no MQ-Tokenizer to make {kind} codes with: there is none in mq_{kind} of "

@@ -23,6 +23,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import TrainingArguments, set_seed
+from transformers.dynamic_module_utils import custom_object_save
 
 from .configuration_collaborative import LightGCNConfig
 from .configuration_mq_tokenizer import MQTokenizerConfig
@@ -32,9 +33,11 @@ from .embedding_store import EmbeddingStore
 from .evaluation import evaluate_baselines, evaluate_retrieval
 from .id_index import IdIndex
 from .interaction_matrix import InteractionMatrix
+from .model_card import write_model_card
 from .modeling_collaborative import LightGCNModel, MatrixFactorizationModel, augment_norm
 from .modeling_mq_tokenizer import MQTokenizerModel
 from .modeling_t5_retrieval import T5ForGenerativeRetrieval
+from .pipeline_generative_retrieval import GenerativeRetrievalPipeline
 from .recipes import save_recipe
 from .stages import Holdout, train_collaborative, train_mq_tokenizer, train_retrieval
 from .tokenization_tokenrec import TokenRecTokenizer
@@ -136,6 +139,7 @@ def train(
         metrics["seconds"]["refit"] = final.seconds
     save_recipe(recipe, output / "recipe.yaml")
     _write_json(output / "metrics.json", metrics)
+    write_model_card(output)
     return metrics
 
 
@@ -323,6 +327,8 @@ class _Run:
             seed=self.recipe["seed"],
         )
         result.model.save_pretrained(self.folder / "collaborative")
+        # Remote code is looked for in the root, even when a model in a subfolder is loaded.
+        custom_object_save(result.model, self.folder)
         return {"epochs": result.epochs, "metrics": result.metrics}
 
     def _store(self, data: IndexedSplits) -> EmbeddingStore:
@@ -367,10 +373,7 @@ class _Run:
             epochs=(self.fixed_epochs or {}).get("retrieval"),
             seed=self.recipe["seed"],
         )
-        store.save_pretrained(self.folder / "store")
-        tokenizer.save_pretrained(self.folder)
-        # Last, because config.json is what makes the folder a repository.
-        result.model.save_pretrained(self.folder)
+        GenerativeRetrievalPipeline(result.model, tokenizer, store).save_pretrained(self.folder)
         return {"epochs": result.epochs, "metrics": result.metrics}
 
     def _evaluate(self, data: IndexedSplits) -> dict[str, Any]:

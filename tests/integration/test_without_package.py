@@ -1,0 +1,107 @@
+"""A trained repository in the hands of a stranger: a fresh virtual environment with transformers, torch and safetensors only."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tokenrec_hf import Recommender
+
+CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
+BATCH = 4
+REFUSALS = """
+import json, sys
+from transformers import AutoConfig, AutoModel, AutoTokenizer, pipeline
+loaders = {one.__name__: one.from_pretrained for one in (AutoConfig, AutoModel, AutoTokenizer)}
+loaders["pipeline"] = lambda repository: pipeline("generative-retrieval", model=repository)
+said = {}
+for name, load in loaders.items():
+    try:
+        said[name] = f"loaded {type(load(sys.argv[1]))}"
+    except Exception as error:
+        said[name] = f"{type(error).__name__}: {error}"
+print("\\n" + json.dumps(said))
+"""
+RECOMMEND = """
+import importlib.util, json, sys
+from transformers import AutoModel, AutoTokenizer, pipeline
+assert importlib.util.find_spec("tokenrec_hf") is None
+repository, requests, batch_size = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+trust = {"trust_remote_code": True}
+model = AutoModel.from_pretrained(repository, **trust)
+tokenizer = AutoTokenizer.from_pretrained(repository, **trust)
+recommend = pipeline("generative-retrieval", model=repository, device="cpu", **trust)
+prompts = [f"What comes next after item_{one['history'][0]} item_{one['history'][1]} ?" for one in requests]
+inputs = tokenizer(prompts, padding=True, return_tensors="pt")
+for name in ("mq_user", "mq_item", "collaborative"):
+    AutoModel.from_pretrained(repository, subfolder=name, **trust)
+print(json.dumps({
+    "tokens": inputs["input_ids"].tolist(),
+    "queries": model.encode_queries(**inputs).tolist(),
+    "found": recommend(requests, batch_size=batch_size, top_k=7),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory):
+    """Runs code with the interpreter of an environment that has never seen the package, and reads the JSON it prints last."""
+    home = tmp_path_factory.mktemp("stranger")
+    subprocess.run([sys.executable, "-m", "venv", home / "venv"], check=True)
+    python = home / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
+    wanted = ["transformers", "torch", "safetensors"]
+    install = [python, "-m", "pip", "install", "-q", "-c", CONSTRAINTS, *wanted]
+    done = subprocess.run(install, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no package index to install {wanted} from: {done.stderr[-300:]}")
+
+    def run(code, *arguments, **environment):
+        done = subprocess.run(
+            [python, "-c", code, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            cwd=home,
+            env={**os.environ, "PYTHONPATH": "", "HF_HOME": str(home / "cache"), **environment},
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def local(trained_repository):
+    """Requests, and what a stranger must get for them."""
+    here = Recommender.from_pretrained(trained_repository)
+    users = here.store.ids("user")[:6]
+    histories = [seen[: n + 2] for n, seen in enumerate(here.store.seen(users))]
+    prompts = [f"What comes next after item_{one[0]} item_{one[1]} ?" for one in histories]
+    inputs = here.tokenizer(prompts, padding=True, return_tensors="pt")
+    found = []
+    for start in range(0, len(users), BATCH):
+        batch = slice(start, start + BATCH)
+        found += here.recommend(users[batch], histories[batch], top_k=7)
+    return {
+        "requests": [{"user": user, "history": history} for user, history in zip(users, histories)],
+        "tokens": inputs["input_ids"].tolist(),
+        "queries": here.model.encode_queries(**inputs).tolist(),
+        "found": found,
+    }
+
+
+@pytest.mark.slow
+def test_a_stranger_who_trusts_a_folder_gets_the_same_recommendations(stranger, trained_repository, local):
+    printed = stranger(RECOMMEND, trained_repository, json.dumps(local["requests"]), BATCH)
+    assert printed == {name: local[name] for name in ("tokens", "queries", "found")}
+
+
+@pytest.mark.slow
+def test_a_stranger_who_does_not_trust_it_gets_nothing(stranger, trained_repository):
+    said = stranger(REFUSALS, trained_repository)
+    assert set(said) == {"AutoConfig", "AutoModel", "AutoTokenizer", "pipeline"}
+    for name, message in said.items():
+        assert message.startswith("ValueError: ") and "trust_remote_code=True" in message, (name, message)

@@ -1,0 +1,128 @@
+"""What the commands of `tokenrec` print: each function makes the text of a document that `cli.py` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+SHOWN = ("hr@10", "hr@20", "ndcg@20")
+LABELS = {
+    "popularity": "popularity",
+    "collaborative": "collaborative (dot product)",
+    "collaborative_cosine": "collaborative (cosine)",
+    "tokenrec": "TokenRec",
+    "tokenrec_user_id_only": "TokenRec, user id only",
+    "tokenrec_unseen_prompt": "TokenRec, unseen prompt",
+}
+
+
+def show_quickstart(document: Mapping[str, Any]) -> str:
+    """Results, codes and the recommendations for some users."""
+    folder, first = document["repository"], document["users"][0]
+    blocks = [_results(document["metrics"], ("popularity", "collaborative", "tokenrec"))]
+    for user in document["users"]:
+        blocks.append(show_recommendations(user, document["held_out"][user["user"]]))
+    seen = " ".join(first["history"][-2:])
+    blocks.append(
+        "* the item held out for the test\n\n"
+        "Next:\n"
+        f"  tokenrec recommend {folder} --user {first['user']} --history {seen} --top-k 10\n"
+        f"  tokenrec evaluate {folder} --unseen-prompt\n"
+        f"  tokenrec info {folder}\n"
+        "  tokenrec train --dataset interactions.csv --output_dir out"
+    )
+    return "\n\n".join(blocks)
+
+
+def show_train(document: Mapping[str, Any]) -> str:
+    """Results, codes and what to do next."""
+    folder = document["repository"]
+    return (
+        f"{_results(document, tuple(LABELS))}\n\n{_code_lines(document['codes'])}\n\n"
+        f"Next:\n  tokenrec recommend {folder} --user <id>\n  tokenrec info {folder}"
+    )
+
+
+def show_evaluation(document: Mapping[str, Any]) -> str:
+    """Metrics down, methods across."""
+    metrics = document["metrics"]
+    names = list(metrics[document["variant"]])
+    rows = [[LABELS[name], *(_number(values.get(key)) for key in names)] for name, values in metrics.items()]
+    # More metrics than a line is wide, so they go down and the methods across.
+    table = list(zip(*[["", *names], *rows]))
+    return f"{document['split']}, {document['users']} users\n\n{_table(table)}"
+
+
+def show_recommendations(document: Mapping[str, Any], held_out: str | None = None) -> str:
+    """One table of items; the held-out one is marked."""
+    titled = any(row["title"] for row in document["recommendations"])
+    rows = [["rank", "item", "score", "tokens", *["title"] * titled]]
+    for row in document["recommendations"]:
+        mark = " *" if row["item"] == held_out else ""
+        title = [row["title"] or ""] * titled
+        cells = [str(row["rank"]), row["item"], _number(row["score"]), row["tokens"], *title]
+        rows.append([*cells[:-1], cells[-1] + mark])
+    return f"user_{document['user']} = {document['tokens']}\n{_table(rows)}"
+
+
+def show_push(document: Mapping[str, Any]) -> str:
+    """The address of the commit, and how to use what it holds."""
+    left_out = (
+        "" if document["users"] else "Users are left out: recommend to histories, or push with --include-users.\n"
+    )
+    return f"{document['commit']}\n{left_out}Try: tokenrec info {document['repository']}"
+
+
+def show_info(document: Mapping[str, Any]) -> str:
+    """What a repository holds, and what was measured."""
+    rows = [["repository", document["repository"]]]
+    for name in ("dataset", "recipe", "seed"):
+        if document[name] is not None:
+            rows.append([name, str(document[name])])
+    if counts := document["counts"]:
+        known = f"{counts.get('user', 'no')} users, {counts['item']} items"
+        if document["interactions"] is not None:
+            known += f", {document['interactions']} interactions"
+        rows.append(["store", f"{known}, {document['embedding_dim']} dimensions"])
+    for kind, (number, size) in (document["codebooks"] or {}).items():
+        rows.append([f"{kind} tokens", f"K = {number}, L = {size}, MQ-Tokenizer {document['space_ids'][kind]}"])
+    if epochs := document["epochs"]:
+        rows.append(["epochs", ", ".join(f"{name} {count:g}" for name, count in epochs.items())])
+    size = f"{document['bytes'] / 1e6:.1f} MB"
+    if document["training_bytes"]:
+        size += f", and {document['training_bytes'] / 1e6:.1f} MB in training/"
+    rows.append(["on disk", size])
+    blocks = [_table(rows)]
+    if not document["finished"]:
+        done = "\n".join(f"  {run}: {', '.join(stages) or 'nothing yet'}" for run, stages in document["stages"].items())
+        blocks.append(f"Training has not finished; the same `tokenrec train` goes on. Done so far:\n{done}")
+    if document["codes"]:
+        blocks.append(_code_lines(document["codes"]))
+    if document["validation"]:
+        blocks.append(_results(document, tuple(LABELS)))
+    return "\n\n".join(blocks)
+
+
+def _results(metrics: Mapping[str, Any], names: Iterable[str]) -> str:
+    """The table of methods by splits and metrics."""
+    splits = [split for split in ("validation", "test") if metrics.get(split)]
+    above = ["", *(cell for split in splits for cell in (split, *[""] * (len(SHOWN) - 1)))]
+    header = ["", *(key.upper() for _ in splits for key in SHOWN)]
+    rows = [
+        [LABELS[name], *(_number(metrics[split][name][key]) for split in splits for key in SHOWN)] for name in names
+    ]
+    return _table([above, header, *rows])
+
+
+def _code_lines(codes: Mapping[str, Mapping[str, float]]) -> str:
+    header = ["codes", *(name.replace("_", " ") for name in codes["user"])]
+    return _table([header, *([f"{kind}s", *map(_number, values.values())] for kind, values in codes.items())])
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)

@@ -1,0 +1,194 @@
+"""The transformers pipeline of the task `generative-retrieval`: users and histories in, items with scores out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from transformers import Pipeline
+from transformers.dynamic_module_utils import custom_object_save
+
+from .embedding_store import EmbeddingStore
+from .prompts import HISTORY_ONLY_WORDING, PromptTemplate
+from .recommender import Recommender
+
+
+class GenerativeRetrievalPipeline(Pipeline):
+    """Recommends items for users, for histories, or for prompts of one's own.
+
+    Args:
+        model: a [`T5ForGenerativeRetrieval`].
+        tokenizer: its [`TokenRecTokenizer`].
+        store: its [`EmbeddingStore`]; by default that of the repository and revision which the model was loaded from.
+        kwargs: `batch_size` (1), `device`, and defaults for the arguments of a call.
+
+    Raises:
+        FileNotFoundError: no store was given and there is none beside the model.
+        ValueError: the three do not belong together.
+
+    Example:
+        >>> recommend = pipeline("generative-retrieval", model="out")
+        >>> recommend({"user": "03", "history": ["08", "24"]}, top_k=2)
+        [{'item': '63', 'score': 0.71}, {'item': '17', 'score': 0.69}]
+    """
+
+    _load_tokenizer = True  # type: ignore[assignment]
+    _load_processor = False  # type: ignore[assignment]
+    _load_image_processor = False  # type: ignore[assignment]
+    _load_video_processor = False  # type: ignore[assignment]
+    _load_feature_extractor = False  # type: ignore[assignment]
+
+    model: Any
+    tokenizer: Any
+
+    def __init__(self, model, tokenizer, store: EmbeddingStore | None = None, **kwargs):
+        super().__init__(model=model, tokenizer=tokenizer, **kwargs)
+        if store is None:
+            store = EmbeddingStore.from_pretrained(model.name_or_path, revision=model.loaded_revision)
+        self.recommender = Recommender(model, tokenizer, store)
+
+    def __call__(self, inputs, **kwargs):  # type: ignore[override]
+        """The best items for one request, or for each of several.
+
+        Args:
+            inputs: a request, or a list, dataset column or generator of them. A request is a dict with `"user"` (an id),
+                `"history"` (item ids, oldest first) or both; or, as a string, a whole prompt such as
+                `"What should user_03 try after item_08 then?"`. A user without history is asked for with what the store
+                knows, and with an empty one by user id only.
+            top_k: how many items; 10 by default. Fewer come back where fewer are left.
+            exclude_seen: leave out the items of the request and those that the store knows the user has seen (the default).
+            prompt: wording of one's own for requests that are dicts: with `{user}` and then, if wanted, `{history}`, or with
+                `{history}` alone where requests name no user, each between white space; or a finished text.
+            batch_size: how many requests go through the model at once.
+
+        Returns:
+            A list of `{"item": id, "score": cosine}`, best first; for several requests a list of such lists, and for a
+            generator an iterator over them.
+
+        Raises:
+            KeyError: a user or an item is unknown.
+            ValueError: a request or a prompt is not as said above.
+        """
+        # A column of a dataset is several requests too, which the base class sees in nothing but a list.
+        if isinstance(inputs, Sequence) and not isinstance(inputs, str):
+            inputs = list(inputs)
+            if not inputs:
+                return []
+        return super().__call__(inputs, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+        """Writes a repository: store, tokenizer, model, and the code that `trust_remote_code=True` runs.
+
+        Args:
+            save_directory: made if absent.
+            kwargs: passed to the model's `save_pretrained`.
+        """
+        os.makedirs(save_directory, exist_ok=True)
+        custom_object_save(self, save_directory)
+        self.recommender.store.save_pretrained(os.path.join(save_directory, "store"))
+        self.tokenizer.save_pretrained(save_directory)
+        # Last, because config.json is what makes the folder a repository.
+        self.model.save_pretrained(save_directory, **kwargs)
+
+    def push_to_hub(self, *args, **kwargs):
+        """Refused, because the store that `save_pretrained` writes holds personal data of users.
+
+        Raises:
+            NotImplementedError: always; the message says what to do.
+        """
+        raise NotImplementedError(
+            "a pipeline is not pushed by itself: write it to a folder with save_pretrained and share that with `tokenrec push`, "
+            "which leaves the users' data out."
+        )
+
+    def _sanitize_parameters(self, top_k=None, exclude_seen=None, prompt=None):  # type: ignore[override]
+        forward = {"top_k": top_k, "exclude_seen": exclude_seen}
+        return {"prompt": prompt} if prompt else {}, {k: v for k, v in forward.items() if v is not None}, {}
+
+    def preprocess(  # type: ignore[override]
+        self, request: Mapping | str, prompt: str | None = None
+    ) -> dict[str, Any]:
+        """The tokens of a request's prompt, `[1, T]`, and the ids of the users and items that it is about."""
+        users: list[str] = []
+        history: list[str] = []
+        if isinstance(request, str):
+            text = request
+        else:
+            users, history = self._read(request)
+            text = self._write(users, history, prompt)
+        encoded = self.tokenizer([text], return_tensors="pt", return_entities=True)
+        return {
+            "input_ids": encoded["input_ids"],
+            "attention_mask": encoded["attention_mask"],
+            "user_ids": (*encoded["user_ids"][0], *users),
+            # Whole histories: what a prompt leaves out was seen all the same.
+            "item_ids": (*encoded["item_ids"][0], *history),
+        }
+
+    def _forward(  # type: ignore[override]
+        self, inputs: Mapping[str, Any], top_k: int = 10, exclude_seen: bool = True
+    ) -> dict[str, list]:
+        # A batch of one comes as `preprocess` made it, larger ones with a list of what each request has.
+        alone = isinstance(inputs["user_ids"], tuple)
+        if alone:
+            inputs = {**inputs, "user_ids": [inputs["user_ids"]], "item_ids": [inputs["item_ids"]]}
+        found = self.model.recommend(inputs, self.recommender.store, top_k=top_k, exclude_seen=exclude_seen)
+        return {"recommendations": found[0] if alone else found}
+
+    def postprocess(self, outputs: Mapping[str, list]) -> list[dict]:  # type: ignore[override]
+        """The items of one request."""
+        return outputs["recommendations"]
+
+    def _read(self, request: Mapping) -> tuple[list[str], list[str]]:
+        """The users (one or none) and the history of a request, checked."""
+        if not isinstance(request, Mapping) or not set(request) <= {"user", "history"}:
+            raise ValueError(
+                f"a request is {_short(request)} but must be a dict with 'user', 'history' or both, or a prompt as a string."
+            )
+        user, history = request.get("user"), request.get("history")
+        if history is not None and (
+            isinstance(history, str)
+            or not isinstance(history, Iterable)
+            or not all(isinstance(one, str) for one in history)
+        ):
+            raise ValueError(f"'history' is {_short(history)} but must be a list of item ids, which are strings.")
+        if user is None:
+            if not history:
+                raise ValueError(f"the request {_short(request)} names neither a user nor a history; give one of them.")
+            return [], self._known("item", history)
+        if not isinstance(user, str):
+            raise ValueError(f"'user' is {_short(user)} but must be a user id, which is a string.")
+        users = self._known("user", [user])
+        return users, self.recommender.store.seen(users)[0] if history is None else self._known("item", history)
+
+    def _known(self, kind: str, ids: Iterable[str]) -> list[str]:
+        """`ids` as a list. Checked here because in a text the beginning of an unknown id could be a known one."""
+        ids = list(ids)
+        self.tokenizer.codes(kind, ids)
+        return ids
+
+    def _write(self, users: list[str], history: list[str], prompt: str | None) -> str:
+        if prompt is not None and not {"{", "}"} & set(prompt):
+            return prompt
+        if users:
+            template = None if prompt is None else PromptTemplate(prompt)
+            return self.recommender.prompts(users, [history], template)[0]
+        return self._write_history(history, prompt or HISTORY_ONLY_WORDING)
+
+    def _write_history(self, history: list[str], wording: str) -> str:
+        """A prompt that names no user, with the latest items that the model can read."""
+        if [word for word in wording.split() if "{" in word or "}" in word] != ["{history}"]:
+            raise ValueError(
+                f"prompt {wording!r} must hold {{history}} once, between white space and with no other braces, where a request "
+                "names no user."
+            )
+        words = len(self.tokenizer(wording.replace("{history}", "")).input_ids)
+        tokens = self.tokenizer.entity_token_ids("item", history).shape[1]
+        room = (self.tokenizer.model_max_length - words) // tokens
+        return wording.replace("{history}", " ".join(f"item_{one}" for one in history[-room:]))
+
+
+def _short(thing: Any) -> str:
+    text = repr(thing)
+    return f"{text if len(text) <= 100 else text[:100] + '...'} ({type(thing).__name__})"
