@@ -23,13 +23,13 @@ from tokenrec_hf import (
     EmbeddingStore,
     InteractionMatrix,
     PromptDataset,
+    SetEpoch,
     T5ForGenerativeRetrieval,
     TokenRecTokenizer,
     evaluate_embeddings,
     leave_one_out,
     load_interactions,
 )
-from tokenrec_hf.stages import SetEpoch
 
 TARGETS_PER_PROMPT = 16
 

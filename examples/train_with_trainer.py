@@ -22,13 +22,13 @@ from tokenrec_hf import (
     InteractionMatrix,
     MQTokenizerModel,
     PromptDataset,
+    SetEpoch,
     T5ForGenerativeRetrieval,
     TokenRecTokenizer,
     evaluate_embeddings,
     leave_one_out,
     load_interactions,
 )
-from tokenrec_hf.stages import SetEpoch
 
 
 @dataclass

@@ -1,7 +1,10 @@
 """Tests of HR@K and NDCG@K as modules of `evaluate`."""
 
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -82,3 +85,18 @@ def test_the_folder_is_a_space(name):
     assert {"title", "sdk", "app_file"} <= set(card)
     assert (FOLDER / name / card["app_file"]).is_file()
     assert {"metric", "evaluate"} <= set(card["tags"])
+
+
+def test_a_module_is_shared_as_a_space(hub, tmp_path):
+    script = f"""
+import evaluate
+from huggingface_hub import create_repo, upload_folder
+
+create_repo("tester/ndcg_at_k", repo_type="space", space_sdk="gradio", exist_ok=True)
+upload_folder(repo_id="tester/ndcg_at_k", repo_type="space", folder_path={str(FOLDER / "ndcg_at_k")!r})
+print(evaluate.load("tester/ndcg_at_k").compute(predictions=[["a", "b"]], references=["b"], k=2))
+"""
+    environment = {**os.environ, **hub.environment(tmp_path / "cache")}
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stderr + str(hub.log)
+    assert ran.stdout.strip() == str({"ndcg@2": 1 / math.log2(3)})

@@ -157,18 +157,21 @@ SEEN = torch.tensor([[2, 3], [5, -100], [-100, -100], [0, 1]])
 
 @pytest.mark.parametrize("margin", [0.0, 0.1, 0.2, -0.5])
 def test_the_ranking_loss_is_that_of_the_paper(margin, prompts):
-    """Eq. 20: the mean over positives of 1 - cos(z, q+) + max(0, cos(z, q-) - gamma); -100 counts for nothing."""
+    """Eq. 20: 1 - cos(z, q+) + max(0, cos(z, q-) - gamma), the mean over each prompt's positives; -100 counts for nothing."""
     model, q = tiny(margin=margin), array(items())
     output = model(**prompts, labels=LABELS, negative_ids=NEGATIVES)
     z = array(output.query_embeds)
-    terms = [
-        1 - cosine(z[i], q[LABELS[i, j]]) + max(0.0, cosine(z[i], q[NEGATIVES[i, j]]) - margin)
+    prompt_losses = [
+        np.mean(
+            [
+                1 - cosine(z[i], q[LABELS[i, j]]) + max(0.0, cosine(z[i], q[NEGATIVES[i, j]]) - margin)
+                for j in range(3)
+                if LABELS[i, j] >= 0
+            ]
+        )
         for i in range(4)
-        for j in range(3)
-        if LABELS[i, j] >= 0
     ]
-    assert len(terms) == 7
-    assert output.loss.item() == pytest.approx(np.mean(terms), rel=1e-5)
+    assert output.loss.item() == pytest.approx(np.mean(prompt_losses), rel=1e-5)
 
 
 def test_a_negative_below_the_margin_has_no_gradient():
@@ -199,7 +202,8 @@ def test_the_full_softmax_competes_with_all_items_but_the_seen(with_seen, prompt
     for i in range(4):
         competitors = set(range(NUM_ITEMS)) - (set(SEEN[i].tolist()) if with_seen else set())
         total = sum(np.exp(cosine(z[i], q[j]) / 0.2) for j in competitors)
-        terms += [-np.log(np.exp(cosine(z[i], q[j]) / 0.2) / total) for j in LABELS[i].tolist() if j >= 0]
+        own = [-np.log(np.exp(cosine(z[i], q[j]) / 0.2) / total) for j in LABELS[i].tolist() if j >= 0]
+        terms.append(np.mean(own))
     assert output.loss.item() == pytest.approx(np.mean(terms), rel=1e-5)
 
 
@@ -208,11 +212,25 @@ def test_the_sampled_softmax_competes_with_the_negatives_only(prompts):
     output = model(**prompts, labels=LABELS, negative_ids=NEGATIVES)
     z, terms = array(output.query_embeds), []
     for i in range(4):
+        own = []
         for j in LABELS[i].tolist():
             if j >= 0:
                 weights = [np.exp(cosine(z[i], q[other]) / 0.2) for other in [j, *NEGATIVES[i].tolist()]]
-                terms.append(-np.log(weights[0] / sum(weights)))
+                own.append(-np.log(weights[0] / sum(weights)))
+        terms.append(np.mean(own))
     assert output.loss.item() == pytest.approx(np.mean(terms), rel=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_the_loss_of_a_batch_is_the_mean_of_those_of_its_halves(loss_type, prompts):
+    """So that neither gradient accumulation nor a second process changes what is learned."""
+    model = tiny(loss_type=loss_type)
+    whole = model(**prompts, labels=LABELS, negative_ids=NEGATIVES).loss
+    halves = [
+        model(**{k: v[part] for k, v in prompts.items()}, labels=LABELS[part], negative_ids=NEGATIVES[part]).loss
+        for part in (slice(0, 2), slice(2, 4))
+    ]
+    assert torch.allclose(whole, torch.stack(halves).mean(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)

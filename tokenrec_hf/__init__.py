@@ -31,6 +31,7 @@ _MODULES = {
     "recipes": ("load_recipe",),
     "recommender": ("Recommender",),
     "pipeline_generative_retrieval": ("GenerativeRetrievalPipeline",),
+    "stages": ("SetEpoch",),
     "training": ("train",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -216,7 +216,7 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
         return GenerativeRetrievalOutput(loss=loss, query_embeds=queries)
 
     def _cosine_ranking_loss(self, unit, labels, negative_ids):
-        """Eq. 20, the mean over positives: 1 - cos(z, q_j) and, for a negative, max(0, cos(z, q_j) - gamma)."""
+        """Eq. 20, the mean over each prompt's positives: 1 - cos(z, q_j) and, for a negative, max(0, cos(z, q_j) - gamma)."""
         if negative_ids is None:
             raise ValueError("the cosine_ranking loss needs negative_ids, one per label; the data collator draws them.")
         valid = labels >= 0
@@ -225,7 +225,12 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
         negative_ids = negative_ids.view(len(labels), -1)[:, : labels.shape[1]].reshape(labels.shape)
         negative = self._cosines(unit, negative_ids)  # [B, P]
         terms = 1 - positive + F.relu(negative - self.config.margin)
-        return (terms * valid).sum() / valid.sum().clamp(min=1)
+        return self._mean_over_prompts(terms, valid)
+
+    @staticmethod
+    def _mean_over_prompts(terms, valid):
+        """The mean over prompts of the mean over each one's positives: the same however a batch is divided."""
+        return ((terms * valid).sum(dim=1) / valid.sum(dim=1).clamp(min=1)).mean()
 
     @staticmethod
     def _alignment_loss(unit, user_embeds):
@@ -237,7 +242,7 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
         return (1 - (unit * F.normalize(user_embeds.to(unit), dim=-1)).sum(dim=-1)).mean()
 
     def _softmax_loss(self, unit, labels, negative_ids, seen_items):
-        """-log softmax of cos(z, q_j) / tau, the mean over positives."""
+        """-log softmax of cos(z, q_j) / tau, the mean over each prompt's positives."""
         valid = labels >= 0
         positive = self._cosines(unit, labels.clamp(min=0)) / self.config.temperature  # [B, P]
         if negative_ids is not None:
@@ -249,7 +254,7 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
             if seen_items is not None:
                 scores = self._without(scores, seen_items)
             total = scores.logsumexp(dim=-1, keepdim=True)
-        return ((total - positive) * valid).sum() / valid.sum().clamp(min=1)
+        return self._mean_over_prompts(total - positive, valid)
 
     def _cosines(self, unit, rows):
         """cos(z, q_j) (Eq. 19) of unit queries `[B, d]` and item rows `[B, m]`: `[B, m]`."""
