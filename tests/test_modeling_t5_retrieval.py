@@ -157,21 +157,18 @@ SEEN = torch.tensor([[2, 3], [5, -100], [-100, -100], [0, 1]])
 
 @pytest.mark.parametrize("margin", [0.0, 0.1, 0.2, -0.5])
 def test_the_ranking_loss_is_that_of_the_paper(margin, prompts):
-    """Eq. 20: 1 - cos(z, q+) + max(0, cos(z, q-) - gamma), the mean over each prompt's positives; -100 counts for nothing."""
+    """Eq. 20: the mean over positives of 1 - cos(z, q+) + max(0, cos(z, q-) - gamma); -100 counts for nothing."""
     model, q = tiny(margin=margin), array(items())
     output = model(**prompts, labels=LABELS, negative_ids=NEGATIVES)
     z = array(output.query_embeds)
-    prompt_losses = [
-        np.mean(
-            [
-                1 - cosine(z[i], q[LABELS[i, j]]) + max(0.0, cosine(z[i], q[NEGATIVES[i, j]]) - margin)
-                for j in range(3)
-                if LABELS[i, j] >= 0
-            ]
-        )
+    terms = [
+        1 - cosine(z[i], q[LABELS[i, j]]) + max(0.0, cosine(z[i], q[NEGATIVES[i, j]]) - margin)
         for i in range(4)
+        for j in range(3)
+        if LABELS[i, j] >= 0
     ]
-    assert output.loss.item() == pytest.approx(np.mean(prompt_losses), rel=1e-5)
+    assert len(terms) == 7
+    assert output.loss.item() == pytest.approx(np.mean(terms), rel=1e-5)
 
 
 def test_a_negative_below_the_margin_has_no_gradient():
@@ -180,7 +177,7 @@ def test_a_negative_below_the_margin_has_no_gradient():
     for margin, expected in ((0.9, [-1.0, 0.0]), (0.5, [-1.0, 1.0])):
         model = T5ForGenerativeRetrieval(T5GenerativeRetrievalConfig(**SIZES, embedding_dim=2, margin=margin))
         model.bind_items(torch.tensor([[3.0, 0.0], [0.0, 0.5]]))
-        loss = model._cosine_ranking_loss(unit, torch.tensor([[0]]), torch.tensor([[1]]))
+        loss = model._cosine_ranking_terms(unit, torch.tensor([[0]]), torch.tensor([[1]])).sum()
         assert loss.item() == pytest.approx(1 - 0.6 + max(0, 0.8 - margin))
         assert torch.autograd.grad(loss, unit)[0][0].tolist() == pytest.approx(expected)
 
@@ -202,8 +199,7 @@ def test_the_full_softmax_competes_with_all_items_but_the_seen(with_seen, prompt
     for i in range(4):
         competitors = set(range(NUM_ITEMS)) - (set(SEEN[i].tolist()) if with_seen else set())
         total = sum(np.exp(cosine(z[i], q[j]) / 0.2) for j in competitors)
-        own = [-np.log(np.exp(cosine(z[i], q[j]) / 0.2) / total) for j in LABELS[i].tolist() if j >= 0]
-        terms.append(np.mean(own))
+        terms += [-np.log(np.exp(cosine(z[i], q[j]) / 0.2) / total) for j in LABELS[i].tolist() if j >= 0]
     assert output.loss.item() == pytest.approx(np.mean(terms), rel=1e-5)
 
 
@@ -212,25 +208,28 @@ def test_the_sampled_softmax_competes_with_the_negatives_only(prompts):
     output = model(**prompts, labels=LABELS, negative_ids=NEGATIVES)
     z, terms = array(output.query_embeds), []
     for i in range(4):
-        own = []
         for j in LABELS[i].tolist():
             if j >= 0:
                 weights = [np.exp(cosine(z[i], q[other]) / 0.2) for other in [j, *NEGATIVES[i].tolist()]]
-                own.append(-np.log(weights[0] / sum(weights)))
-        terms.append(np.mean(own))
+                terms.append(-np.log(weights[0] / sum(weights)))
     assert output.loss.item() == pytest.approx(np.mean(terms), rel=1e-5)
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
-def test_the_loss_of_a_batch_is_the_mean_of_those_of_its_halves(loss_type, prompts):
-    """So that neither gradient accumulation nor a second process changes what is learned."""
-    model = tiny(loss_type=loss_type)
-    whole = model(**prompts, labels=LABELS, negative_ids=NEGATIVES).loss
-    halves = [
-        model(**{k: v[part] for k, v in prompts.items()}, labels=LABELS[part], negative_ids=NEGATIVES[part]).loss
-        for part in (slice(0, 2), slice(2, 4))
+def test_parts_of_a_batch_add_up_to_its_loss_when_told_the_number_of_all_positives(loss_type, prompts):
+    model, users = tiny(loss_type=loss_type, alignment_weight=0.5), torch.ones(4, DIM)
+    whole = model(**prompts, labels=LABELS, negative_ids=NEGATIVES, user_embeds=users).loss
+    parts = [
+        model(
+            **{name: one[part] for name, one in prompts.items()},
+            labels=LABELS[part],
+            negative_ids=NEGATIVES[part],
+            user_embeds=users[part],
+            num_items_in_batch=torch.tensor(7),
+        ).loss
+        for part in (slice(0, 1), slice(1, 4))
     ]
-    assert torch.allclose(whole, torch.stack(halves).mean(), rtol=1e-5)
+    assert torch.allclose(whole, sum(parts), rtol=1e-5)
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
@@ -504,10 +503,10 @@ def test_the_model_runs_in_bfloat16(loss_type, bind_first, prompts):
 
 
 def test_gradient_accumulation_takes_the_same_steps_as_one_large_batch(prompts, tmp_path):
-    assert T5ForGenerativeRetrieval.accepts_loss_kwargs is False
+    # Prompts with different numbers of positives: it is the positives of all batches that count alike.
     rows = [
         {"input_ids": i, "attention_mask": m, "labels": label, "negative_ids": n}
-        for i, m, label, n in zip(*prompts.values(), torch.tensor([[1], [2], [3], [4]]), NEGATIVES[:, :1])
+        for i, m, label, n in zip(*prompts.values(), LABELS, NEGATIVES)
     ]
     trained = []
     for size, accumulated in ((4, 1), (1, 4)):

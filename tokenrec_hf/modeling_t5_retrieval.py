@@ -54,8 +54,8 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
     item_embeddings: torch.Tensor
     # What `from_pretrained` was asked for: tokenizer and store are to come from the same.
     loaded_revision: str | None = None
-    # The forward pass computes a mean itself, so Trainer must divide by the gradient accumulation steps.
-    accepts_loss_kwargs = False
+    # Trainer tells `forward` how many positives all the batches of a step have.
+    accepts_loss_kwargs = True
     _keys_to_ignore_on_load_unexpected = [
         r"lm_head\.weight",
         r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
@@ -185,8 +185,9 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
         seen_items: torch.Tensor | None = None,
         user_embeds: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> GenerativeRetrievalOutput:
-        """Computes queries and, given `labels`, the loss.
+        """Computes queries and, given `labels`, the loss: the mean over positives.
 
         Args:
             input_ids, attention_mask, inputs_embeds: see [`~T5ForGenerativeRetrieval.encode_queries`].
@@ -196,6 +197,8 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
             seen_items: rows of items in each prompt, `[B, S]`, -100 is padding; the full softmax leaves them out of the
                 competition, since they are never recommended.
             user_embeds: collaborative vector p of each prompt's user, `[B, d]`, for `alignment_weight`.
+            num_items_in_batch: the number of positives to divide by; by default that of this batch. `Trainer` gives that of all
+                batches of a step, so that gradient accumulation and several processes change nothing.
 
         Raises:
             ValueError: labels without bound items, or `cosine_ranking` without negatives.
@@ -208,42 +211,36 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
         labels = labels.view(len(labels), -1)  # [B, P]
         unit = F.normalize(queries.float(), dim=-1)
         if self.config.loss_type == "cosine_ranking":
-            loss = self._cosine_ranking_loss(unit, labels, negative_ids)
+            terms = self._cosine_ranking_terms(unit, labels, negative_ids)  # [B, P]
         else:
-            loss = self._softmax_loss(unit, labels, negative_ids, seen_items)
+            terms = self._softmax_terms(unit, labels, negative_ids, seen_items)  # [B, P]
         if self.config.alignment_weight:
-            loss = loss + self.config.alignment_weight * self._alignment_loss(unit, user_embeds)
-        return GenerativeRetrievalOutput(loss=loss, query_embeds=queries)
+            terms = terms + self.config.alignment_weight * self._alignment_terms(unit, user_embeds)
+        valid = labels >= 0
+        count = valid.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        return GenerativeRetrievalOutput(loss=(terms * valid).sum() / count, query_embeds=queries)
 
-    def _cosine_ranking_loss(self, unit, labels, negative_ids):
-        """Eq. 20, the mean over each prompt's positives: 1 - cos(z, q_j) and, for a negative, max(0, cos(z, q_j) - gamma)."""
+    def _cosine_ranking_terms(self, unit, labels, negative_ids):
+        """Eq. 20 for each positive: 1 - cos(z, q_j) and, for a negative, max(0, cos(z, q_j) - gamma)."""
         if negative_ids is None:
             raise ValueError("the cosine_ranking loss needs negative_ids, one per label; the data collator draws them.")
-        valid = labels >= 0
         positive = self._cosines(unit, labels.clamp(min=0))  # [B, P]
         # Evaluation has one label but as many negatives as a training prompt may have labels.
         negative_ids = negative_ids.view(len(labels), -1)[:, : labels.shape[1]].reshape(labels.shape)
         negative = self._cosines(unit, negative_ids)  # [B, P]
-        terms = 1 - positive + F.relu(negative - self.config.margin)
-        return self._mean_over_prompts(terms, valid)
+        return 1 - positive + F.relu(negative - self.config.margin)
 
     @staticmethod
-    def _mean_over_prompts(terms, valid):
-        """The mean over prompts of the mean over each one's positives: the same however a batch is divided."""
-        return ((terms * valid).sum(dim=1) / valid.sum(dim=1).clamp(min=1)).mean()
-
-    @staticmethod
-    def _alignment_loss(unit, user_embeds):
-        """1 - cos(z, p_i), the mean over prompts."""
+    def _alignment_terms(unit, user_embeds):
+        """1 - cos(z, p_i), `[B, 1]`: the same for all positives of a prompt."""
         if user_embeds is None:
             raise ValueError(
                 "alignment_weight needs user_embeds; give the data collator user_vectors, or set the weight to 0."
             )
-        return (1 - (unit * F.normalize(user_embeds.to(unit), dim=-1)).sum(dim=-1)).mean()
+        return 1 - (unit * F.normalize(user_embeds.to(unit), dim=-1)).sum(dim=-1, keepdim=True)
 
-    def _softmax_loss(self, unit, labels, negative_ids, seen_items):
-        """-log softmax of cos(z, q_j) / tau, the mean over each prompt's positives."""
-        valid = labels >= 0
+    def _softmax_terms(self, unit, labels, negative_ids, seen_items):
+        """-log softmax of cos(z, q_j) / tau for each positive, `[B, P]`."""
         positive = self._cosines(unit, labels.clamp(min=0)) / self.config.temperature  # [B, P]
         if negative_ids is not None:
             competitors = self._cosines(unit, negative_ids) / self.config.temperature  # [B, m]
@@ -254,7 +251,7 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
             if seen_items is not None:
                 scores = self._without(scores, seen_items)
             total = scores.logsumexp(dim=-1, keepdim=True)
-        return self._mean_over_prompts(total - positive, valid)
+        return total - positive
 
     def _cosines(self, unit, rows):
         """cos(z, q_j) (Eq. 19) of unit queries `[B, d]` and item rows `[B, m]`: `[B, m]`."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tokenrec_hf import Recommender
+from tokenrec_hf.hub import push_repository
 
 CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 BATCH = 4
@@ -96,6 +97,14 @@ def local(trained_repository):
 @pytest.mark.slow
 def test_a_stranger_who_trusts_a_folder_gets_the_same_recommendations(stranger, trained_repository, local):
     printed = stranger(RECOMMEND, trained_repository, json.dumps(local["requests"]), BATCH)
+    assert printed == {name: local[name] for name in ("tokens", "queries", "found")}
+
+
+@pytest.mark.slow
+def test_a_stranger_gets_the_same_recommendations_from_the_hub(stranger, hub, trained_repository, local, tmp_path):
+    push_repository(trained_repository, "tester/demo", private=True, include_users=True)
+    requests = json.dumps(local["requests"])
+    printed = stranger(RECOMMEND, "tester/demo", requests, BATCH, **hub.environment(tmp_path / "cache"))
     assert printed == {name: local[name] for name in ("tokens", "queries", "found")}
 
 
