@@ -6,6 +6,8 @@ from pathlib import Path
 # Before anything imports the Hub's client, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Commands and scripts that tests start: sums are only the same to the last bit with one thread.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

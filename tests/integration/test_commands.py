@@ -28,7 +28,7 @@ CONFIG = {
     },
     "retrieval": {
         "config": {"d_model": 16, "d_kv": 8, "num_heads": 2, "d_ff": 32, "num_layers": 1, "projection_dim": 16},
-        "evaluate_every": 1,
+        "evaluate_every": 0.34,  # after every step
         "patience": 100,
         "training": {"num_train_epochs": 8, "per_device_train_batch_size": 16, "warmup_steps": 5},
     },
