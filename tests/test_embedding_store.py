@@ -1,5 +1,10 @@
 import json
 import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import huggingface_hub
@@ -13,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from tokenrec_hf.embedding_store import EmbeddingStore
 
 DIM = 3
+SEQUENCES = int(os.environ.get("TOKENREC_SEQUENCES", "60"))
 HOSTILE = [
     "it's",
     'say"so"',
@@ -50,6 +56,7 @@ def snapshot(store):
         {kind: store.ids(kind) for kind in kinds},
         {kind: store.vectors(kind).tolist() for kind in kinds},
         store.seen(store.ids("user")),
+        store.metadata(store.ids("item")),
         store.space_ids,
         store.embedding_dim,
     )
@@ -62,6 +69,8 @@ class AgainstDictionaries(RuleBasedStateMachine):
     kinds = st.sampled_from(["user", "item"])
     numbers = st.integers(-2, 2).map(float)
     vectors = st.lists(st.tuples(ids, st.tuples(numbers, numbers, numbers)), max_size=6)
+    names = st.sampled_from(["genre", "withdrawn"])
+    values = st.sampled_from([True, False, 1, "a", 'it\'s "so"'])
 
     @initialize(folder=st.uuids(), users=vectors, items=vectors)
     def start(self, folder, users, items):
@@ -69,6 +78,7 @@ class AgainstDictionaries(RuleBasedStateMachine):
         self.store = EmbeddingStore(DIM)
         self.model = {"user": {}, "item": {}}
         self.seen = {}
+        self.known = {}
         self.upsert("user", users)
         self.upsert("item", items)
 
@@ -83,6 +93,8 @@ class AgainstDictionaries(RuleBasedStateMachine):
         self.store.delete(kind, ids)
         for one in ids:
             self.model[kind].pop(one, None)
+            if kind == "item":
+                self.known.pop(one, None)
         if kind == "user":
             self.seen = {user: items for user, items in self.seen.items() if user not in ids}
         self.seen = {user: [item for item in items if item in self.model["item"]] for user, items in self.seen.items()}
@@ -98,6 +110,21 @@ class AgainstDictionaries(RuleBasedStateMachine):
         for user, new in zip(users, lists):
             self.seen[user] = new if replace else self.seen.get(user, []) + new
 
+    @rule(data=st.data())
+    def know(self, data):
+        if not self.model["item"]:
+            return
+        items = data.draw(st.lists(st.sampled_from(sorted(self.model["item"])), max_size=4))
+        metadata = [data.draw(st.dictionaries(self.names, st.none() | self.values, max_size=2)) for _ in items]
+        self.store.set_metadata(items, metadata)
+        for item, new in zip(items, metadata):
+            merged = self.known.get(item, {}) | new
+            self.known[item] = {name: value for name, value in merged.items() if value is not None}
+
+    @rule()
+    def save(self):
+        self.store.save_pretrained(self.folder)
+
     @rule()
     def save_and_open_again(self):
         self.store.save_pretrained(self.folder)
@@ -105,14 +132,19 @@ class AgainstDictionaries(RuleBasedStateMachine):
         assert snapshot(opened) == snapshot(self.store)
         self.store = opened
 
-    @rule(query=st.tuples(numbers, numbers, numbers), top_k=st.integers(1, 8), exclude=st.lists(ids, max_size=4))
-    def search(self, query, top_k, exclude):
-        [found], [scores] = self.store.search(torch.tensor([query]), top_k, [exclude])
+    @rule(
+        query=st.tuples(numbers, numbers, numbers),
+        top_k=st.integers(1, 8),
+        exclude=st.lists(ids, max_size=4),
+        where=st.dictionaries(names, values | st.lists(values, max_size=2), max_size=2),
+    )
+    def search(self, query, top_k, exclude, where):
+        [found], [scores] = self.store.search(torch.tensor([query]), top_k, [exclude], where)
         expected = {}
         for item, vector in self.model["item"].items():
             lengths = np.linalg.norm(vector) * np.linalg.norm(query)
             expected[item] = np.dot(vector, query) / lengths if lengths else 0.0
-        allowed = [item for item in expected if item not in exclude]
+        allowed = [item for item in expected if item not in exclude and self.matches(item, where)]
         assert len(found) == len(set(found)) == min(top_k, len(allowed))
         assert set(found) <= set(allowed)
         np.testing.assert_allclose(scores, [expected[item] for item in found], atol=1e-6)
@@ -120,8 +152,16 @@ class AgainstDictionaries(RuleBasedStateMachine):
             scores, sorted((expected[one] for one in allowed), reverse=True)[: len(found)], atol=1e-6
         )
 
+    def matches(self, item, where):
+        known = {name: json.dumps(value) for name, value in self.known.get(item, {}).items()}
+        return known.get("withdrawn") != "true" and all(
+            known.get(name) in [json.dumps(value) for value in (wanted if isinstance(wanted, list) else [wanted])]
+            for name, wanted in where.items()
+        )
+
     @invariant()
     def everything_agrees(self):
+        assert self.store.metadata(list(self.model["item"])) == [self.known.get(one, {}) for one in self.model["item"]]
         for kind, model in self.model.items():
             assert self.store.ids(kind) == list(model)
             assert self.store.count(kind) == len(model)
@@ -136,7 +176,7 @@ class AgainstDictionaries(RuleBasedStateMachine):
 def test_any_sequence_of_operations_agrees_with_dictionaries(tmp_path):
     machine = type("Machine", (AgainstDictionaries,), {"root": tmp_path})
     test = machine.TestCase()
-    test.settings = settings(max_examples=40, stateful_step_count=15, deadline=None)
+    test.settings = settings(max_examples=SEQUENCES, stateful_step_count=15, deadline=None)
     test.runTest()
 
 
@@ -297,12 +337,6 @@ def test_refused_seen_items_are_named_and_change_nothing(store, method, users, i
     assert snapshot(store) == before
 
 
-def test_seen_rows_are_the_rows_of_the_seen_items(store):
-    indptr, items = store.seen_rows(np.array([2, -1, 1, 0]))
-    assert indptr.tolist() == [0, 3, 3, 3, 5]
-    assert items.tolist() == store.rows("item", ["i5", "i0", "i1", "i3", "i1"]).tolist()
-
-
 # ---- search
 
 
@@ -333,17 +367,6 @@ def test_seen_items_are_never_recommended(store):
     ids, _ = store.search(store.get("user", users), 6, exclude=store.seen(users))
     assert set(ids[0]) == set(numbered("i", 6)) - {"i3", "i1"}
     assert set(ids[1]) == set(numbered("i", 6)) - {"i5", "i0", "i1"}
-
-
-def test_rows_and_ids_are_two_views_of_one_search(store):
-    queries = torch.randn(2, DIM)
-    rows, scores = store.search_rows(queries, 8, (torch.tensor([1, 1]), store.rows("item", ["i4", "stranger"])))
-    ids, same_scores = store.search(queries, 8, [[], ["i4"]])
-    assert rows.shape == scores.shape == (2, 8)
-    names = store.ids("item")
-    assert [[names[row] for row in one if row >= 0] for one in rows.tolist()] == ids
-    assert [[score for score in one if score > -np.inf] for one in scores.tolist()] == same_scores
-    assert (rows[0] >= 0).sum() == 6 and (rows[1] >= 0).sum() == 5
 
 
 def test_equal_scores_come_in_row_order():
@@ -401,6 +424,63 @@ def test_a_refused_search_says_why(store, queries, top_k, exclude, message):
         store.search(queries, top_k, exclude)
 
 
+# ---- what is known about items
+
+
+def test_a_filter_takes_one_or_several_values_of_every_name(store):
+    items = numbered("i", 5)
+    store.set_metadata(
+        items,
+        [
+            {"genre": "jazz", "stock": True},
+            {"genre": "folk", "stock": True},
+            {"genre": "jazz", "stock": False},
+            {"genre": "noise", "stock": True},
+            {"stock": True},
+        ],
+    )
+
+    def found(**where):
+        return sorted(store.search(torch.ones(1, DIM), 10, where=where)[0][0])
+
+    assert found(genre="jazz") == ["i0", "i2"]
+    assert found(genre=["jazz", "folk"], stock=True) == ["i0", "i1"]
+    assert found(stock=1) == [] and found(genre="polka") == [] and found(other="x") == []
+    assert found() == numbered("i", 6)
+    store.set_metadata(["i0", "i4"], [{"genre": None}, {"genre": "jazz"}])
+    assert found(genre="jazz") == ["i2", "i4"]
+    assert store.metadata(["i4", "i0"]) == [{"stock": True, "genre": "jazz"}, {"stock": True}]
+
+
+def test_a_withdrawn_item_is_never_found_whatever_comes_later(store, tmp_path):
+    store.withdraw(["i1"])
+    store.upsert("item", ["i1"], torch.ones(1, DIM))
+    store.add_seen(["u1"], [["i1"]])
+    store.save_pretrained(tmp_path)
+    for one in (store, EmbeddingStore.open(tmp_path)):
+        ids, _ = one.search(torch.ones(1, DIM), 10)
+        assert sorted(ids[0]) == ["i0", "i2", "i3", "i4", "i5"]
+        assert one.search(torch.ones(1, DIM), 10, where={"withdrawn": True})[0] == [[]]
+        assert one.seen(["u1"]) == [["i1"]] and one.get("item", ["i1"]).tolist() == [[1.0] * DIM]
+
+
+@pytest.mark.parametrize(
+    ("items", "metadata", "message"),
+    [
+        (["i0", "nothing"], [{"a": 1}, {"a": 2}], "item 'nothing' of the metadata is not in the store"),
+        (["i0"], [], "metadata for 0 items but 1 ids"),
+        (["i0"], [{"a b": 1}], "metadata name 'a b' is not made of letters"),
+        (["i0"], [{"a": [1]}], r"metadata 'a' is '\[1\]' \(list\); give a string"),
+        (["i0"], [{"a": float("nan")}], "metadata 'a' is 'nan'"),
+    ],
+)
+def test_refused_metadata_is_named_and_changes_nothing(store, items, metadata, message):
+    before = snapshot(store)
+    with pytest.raises(ValueError, match=message):
+        store.set_metadata(items, metadata)
+    assert snapshot(store) == before
+
+
 # ---- open, save, share
 
 
@@ -413,6 +493,139 @@ def test_a_saved_store_gives_the_same_bits(tmp_path):
     store.save_pretrained(tmp_path)
     queries = torch.randn(33, 17, generator=generator)
     assert EmbeddingStore.open(tmp_path).search(queries, 100) == store.search(queries, 100)
+
+
+def test_saving_where_it_was_opened_writes_only_what_changed(tmp_path):
+    store = EmbeddingStore(8)
+    store.upsert("item", numbered("i", 5_000), torch.randn(5_000, 8))
+    store.save_pretrained(tmp_path)
+    large = next(tmp_path.glob("items-*"))
+    written = large.stat().st_mtime_ns
+    store = EmbeddingStore.open(tmp_path)
+    for batch in range(3):
+        store.upsert("item", [f"new{batch}", "i7"], torch.full((2, 8), float(batch)))
+        store.delete("item", [f"i{batch}"])
+        store.save_pretrained(tmp_path)
+    assert large.stat().st_mtime_ns == written
+    small = sorted(path.stat().st_size for path in tmp_path.glob("changes-*"))
+    assert len(small) == 3 and small[-1] < 2_000
+    assert snapshot(EmbeddingStore.open(tmp_path)) == snapshot(store)
+
+
+def test_many_changes_are_folded_into_one_file(tmp_path):
+    store = EmbeddingStore(8)
+    store.upsert("item", numbered("i", 500), torch.randn(500, 8))
+    for batch in range(40):
+        store.upsert("item", [f"new{batch}"], torch.randn(1, 8))
+        store.save_pretrained(tmp_path)
+        assert len(list(tmp_path.iterdir())) <= 20
+    assert snapshot(EmbeddingStore.open(tmp_path)) == snapshot(store)
+
+
+def test_a_folder_that_somebody_else_has_changed_is_replaced_whole(store, tmp_path):
+    store.save_pretrained(tmp_path)
+    other = EmbeddingStore.open(tmp_path)
+    other.upsert("item", ["theirs"], torch.ones(1, DIM))
+    other.save_pretrained(tmp_path)
+    store.upsert("item", ["mine"], torch.ones(1, DIM))
+    store.save_pretrained(tmp_path)
+    assert snapshot(EmbeddingStore.open(tmp_path)) == snapshot(store)
+
+
+def test_nothing_of_a_deleted_user_is_left_in_the_files(tmp_path):
+    store = EmbeddingStore(64)
+    store.upsert("item", numbered("i", 50), torch.randn(50, 64))
+    store.upsert("user", numbered("u", 50), torch.randn(50, 64))
+    store.save_pretrained(tmp_path)
+    store.upsert("user", ["somebody"], torch.full((1, 64), 12345.678))
+    store.add_seen(["somebody"], [["i1"]])
+    store.save_pretrained(tmp_path)
+    trace = np.float32(12345.678).tobytes()
+    assert any(b"somebody" in path.read_bytes() and trace in path.read_bytes() for path in tmp_path.iterdir())
+    store.delete("user", ["somebody"])
+    store.save_pretrained(tmp_path)
+    assert not any(b"somebody" in path.read_bytes() or trace in path.read_bytes() for path in tmp_path.iterdir())
+
+
+def test_a_store_that_was_opened_does_not_change_its_files(store, tmp_path):
+    store.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    opened = EmbeddingStore.open(tmp_path)
+    opened.upsert("item", ["i0"], torch.ones(1, DIM))
+    opened.delete("item", ["i1"])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_what_is_given_to_a_store_stays_the_callers(store):
+    given = torch.ones(2, DIM)
+    store.upsert("item", ["a", "b"], given)
+    given.zero_()
+    assert store.get("item", ["a", "b"]).tolist() == [[1.0] * DIM] * 2
+    store.upsert("item", ["a"], torch.zeros(1, DIM))
+    assert given.tolist() == [[0.0] * DIM] * 2
+
+
+def test_threads_that_read_see_every_write_whole(store):
+    """A writer moves all vectors from one axis to another; whoever reads finds them on one of the two."""
+    ids = numbered("x", 2_000)
+    axes = torch.eye(DIM)
+    store = EmbeddingStore(DIM)
+    store.upsert("item", ids, axes[:1].repeat(len(ids), 1))
+    done, wrong = threading.Event(), []
+
+    def read():
+        while not done.is_set():
+            vectors = store.get("item", ids)
+            scores = store.search(axes[:1], len(ids))[1][0]
+            if len(vectors.unique(dim=0)) != 1 or len(set(scores)) != 1:
+                wrong.append(scores)
+
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    for turn in range(60):
+        store.upsert("item", ids, axes[turn % 2][None].repeat(len(ids), 1))
+        store.delete("item", [f"y{turn - 1}"])
+    done.set()
+    for reader in readers:
+        reader.join()
+    assert not wrong
+
+
+STREAM = """
+import sys, torch
+from tokenrec_hf.embedding_store import EmbeddingStore
+torch.set_num_threads(1)
+store = EmbeddingStore.open(sys.argv[1])
+for batch in range(10_000):
+    store.upsert("item", [f"{batch}-{i}" for i in range(20)], torch.full((20, 4), float(batch)))
+    store.upsert("item", ["last"], torch.full((1, 4), float(batch)))
+    store.save_pretrained(sys.argv[1])
+    print(batch, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_every_acknowledged_batch_survives_a_kill_and_none_is_half_there(tmp_path):
+    random = np.random.default_rng(0)
+    for _ in range(int(os.environ.get("TOKENREC_KILLS", "4"))):
+        folder = tmp_path / "store"
+        shutil.rmtree(folder, ignore_errors=True)
+        EmbeddingStore(4).save_pretrained(folder)
+        child = subprocess.Popen([sys.executable, "-c", STREAM, str(folder)], stdout=subprocess.PIPE, text=True)
+        assert child.stdout.readline().strip() == "0"
+        # The moment counts from the first batch, so that the kill falls into the stream and not into the start.
+        time.sleep(random.uniform(0, 0.4))
+        child.kill()
+        acknowledged = [0, *(int(line) for line in child.stdout if line.endswith("\n"))]
+        child.wait()
+        store = EmbeddingStore.open(folder)
+        found = {int(one.split("-")[0]) for one in store.ids("item") if one != "last"}
+        assert found == set(range(len(found))) and len(found) in (len(acknowledged), len(acknowledged) + 1)
+        for batch in found:
+            assert (store.get("item", [f"{batch}-{i}" for i in range(20)]) == batch).all()
+        assert store.count("item") == 20 * len(found) + 1
+        assert store.get("item", ["last"])[0, 0] == max(found)
 
 
 def test_an_empty_store_can_be_saved(tmp_path):
@@ -470,18 +683,12 @@ def test_a_folder_without_a_store_is_not_found(tmp_path):
         EmbeddingStore.from_pretrained(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("uri", ["http://milvus:19530", "https://milvus:19530", "vectors.db"])
-def test_a_milvus_address_is_refused_as_such(uri):
-    with pytest.raises(ValueError, match="Milvus comes with a later version"):
-        EmbeddingStore.open(uri)
-
-
 @pytest.mark.parametrize(
     ("change", "why"),
     [
         ({"embedding_dim": 4}, "there are no 6 float32 item vectors of 4 dimensions"),
         ({"embedding_dim": "3"}, "does not fit"),
-        ({"counts": {"item": 5}}, "there are no 5 float32 item vectors"),
+        ({"counts": {"item": 5}}, "there are no 5 items with an id and a vector each"),
         ({"counts": {"item": 6, "thing": 1}}, "things"),
         ({"space_ids": {"things": "hash"}}, "kind is 'things'"),
     ],

@@ -6,9 +6,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tokenrec_hf import exact_search as module
-from tokenrec_hf.exact_search import exact_search, stable_topk, unit_rows
+from tokenrec_hf.exact_search import exact_search, inverse_lengths, stable_topk, unit_rows
 
 no_pairs = (torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
+
+
+def chunks(items, size=module.ITEM_CHUNK):
+    """Item vectors as `exact_search` takes them."""
+    return [(part, inverse_lengths(part)) for part in items.split(size) if len(part)]
 
 
 def naive_order(scores):
@@ -39,46 +44,58 @@ def test_stable_topk_ranks_finite_scores_above_masked_ones():
     assert values.tolist() == [[2.0, 1.0, -torch.inf]]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(data=st.data(), num_items=st.integers(0, 40), num_queries=st.integers(0, 9), top_k=st.integers(1, 45))
-def test_search_in_chunks_is_a_stable_sort_of_all_scores(data, num_items, num_queries, top_k):
-    # Small whole numbers make every product exact, so that ties are ties in any order of summation.
+def test_search_in_chunks_is_a_stable_sort_of_all_cosines(data, num_items, num_queries, top_k):
     numbers = st.integers(-1, 1)
     items = data.draw(hnp.arrays(np.float32, (num_items, 2), elements=numbers))
     queries = data.draw(hnp.arrays(np.float32, (num_queries, 2), elements=numbers))
     pairs = data.draw(st.lists(st.tuples(st.integers(0, 8), st.integers(-1, 45)), max_size=40))
     pairs = [pair for pair in pairs if pair[0] < num_queries]
+    allowed = data.draw(st.none() | hnp.arrays(bool, num_items))
+    exclude = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "ITEM_CHUNK", data.draw(st.integers(1, 12)))
         patch.setattr(module, "QUERY_CHUNK", data.draw(st.integers(1, 4)))
-        exclude = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
         rows, scores = exact_search(
-            torch.from_numpy(queries), torch.from_numpy(items), top_k, exclude[:, 0], exclude[:, 1]
+            unit_rows(torch.from_numpy(queries)),
+            chunks(torch.from_numpy(items), data.draw(st.integers(1, 12))),
+            top_k,
+            exclude[:, 0],
+            exclude[:, 1],
+            None if allowed is None else torch.from_numpy(allowed),
         )
     assert rows.shape == scores.shape == (num_queries, top_k)
     for query in range(num_queries):
-        own = items @ queries[query]
-        allowed = [item for item in np.argsort(-own, kind="stable").tolist() if (query, item) not in pairs]
-        expected = allowed[:top_k]
-        assert rows[query].tolist() == expected + [-1] * (top_k - len(expected))
-        assert scores[query, : len(expected)].tolist() == own[expected].tolist()
-        assert torch.isneginf(scores[query, len(expected) :]).all()
+        lengths = np.linalg.norm(items, axis=1) * np.linalg.norm(queries[query])
+        # Cosines of these vectors are either equal or far apart.
+        own = np.round(items @ queries[query] / np.where(lengths > 0, lengths, 1), 4)
+        left = [
+            item
+            for item in np.argsort(-own, kind="stable").tolist()
+            if (query, item) not in pairs and (allowed is None or allowed[item])
+        ]
+        assert rows[query].tolist() == left[:top_k] + [-1] * (top_k - len(left))
+        np.testing.assert_allclose(scores[query, : len(left)], own[left[:top_k]], atol=1e-4)
+        assert torch.isneginf(scores[query, len(left) :]).all()
 
 
 def test_ties_are_in_row_order_across_the_real_chunk_size():
     items = torch.zeros(2 * module.ITEM_CHUNK + 100, 3)
     items[:, 0] = 1
     items[[5, module.ITEM_CHUNK - 1, module.ITEM_CHUNK, 2 * module.ITEM_CHUNK + 99], 1] = 1
-    rows, _ = exact_search(torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]), items, 6, *no_pairs)
+    rows, _ = exact_search(torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]), chunks(items), 6, *no_pairs)
     assert rows[0].tolist() == [5, module.ITEM_CHUNK - 1, module.ITEM_CHUNK, 2 * module.ITEM_CHUNK + 99, 0, 1]
     assert rows[1].tolist() == [0, 1, 2, 3, 4, 6 - 1]
 
 
-def test_random_vectors_give_the_scores_of_double_precision():
+# Fewer queries than dimensions and more: scores are scaled in one case, vectors in the other.
+@pytest.mark.parametrize("num_queries", [3, 20])
+def test_random_vectors_give_the_scores_of_double_precision(num_queries):
     generator = np.random.default_rng(0)
-    items, queries = generator.normal(size=(5_000, 16)), generator.normal(size=(20, 16))
+    items, queries = generator.normal(size=(5_000, 16)), generator.normal(size=(num_queries, 16))
+    items *= generator.lognormal(sigma=3, size=(5_000, 1))
     rows, scores = exact_search(
-        unit_rows(torch.from_numpy(queries).float()), unit_rows(torch.from_numpy(items).float()), 10, *no_pairs
+        unit_rows(torch.from_numpy(queries).float()), chunks(torch.from_numpy(items).float()), 10, *no_pairs
     )
     lengths = np.linalg.norm(items, axis=1) * np.linalg.norm(queries, axis=1)[:, None]
     cosines = queries @ items.T / lengths
@@ -96,3 +113,22 @@ def test_a_zero_row_stays_zero_and_the_input_is_left_alone():
     vectors = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
     torch.testing.assert_close(unit_rows(vectors), torch.tensor([[0.0, 0.0], [0.6, 0.8]]))
     assert vectors.tolist() == [[0.0, 0.0], [3.0, 4.0]]
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-45, 1e-30, 1.0, 1e10, 1e25, 3e38])
+@pytest.mark.parametrize("num_queries", [1, 5])
+def test_cosines_are_right_beside_vectors_of_any_size(size, num_queries):
+    items = torch.tensor([[3.0, 4.0], [size, size], [-1.0, 0.0]])
+    queries = torch.tensor([[1.0, 0.0]]).repeat(num_queries, 1)
+    rows, scores = exact_search(queries, chunks(items), 3, *no_pairs)
+    best = 0.5**0.5 if size else 0.0
+    expected = sorted([(-0.6, 0), (-best, 1), (1.0, 2)])
+    assert rows.tolist() == [[row for _, row in expected]] * num_queries
+    torch.testing.assert_close(scores, torch.tensor([[-score for score, _ in expected]] * num_queries))
+
+
+def test_inverse_lengths_say_where_they_cannot_be_used():
+    vectors = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1e-30, 0.0], [1e30, 0.0], [3e38, 3e38]])
+    inverse = inverse_lengths(vectors)
+    assert inverse[0] == 0.2
+    assert inverse[1:].isnan().all()

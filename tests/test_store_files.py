@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from tokenrec_hf.store_files import MANIFEST, load_files, save_files
+from tokenrec_hf.store_files import MANIFEST, append_changes, is_current, load_files, save_files
 
 OLD = {
     "items": {"numbers": np.arange(1_000, dtype=np.int64), "none": np.empty(0, dtype=np.uint8)},
@@ -55,6 +55,47 @@ def test_a_new_save_leaves_nothing_of_the_old_one_but_other_files_alone(tmp_path
         MANIFEST, "notes.txt", "model.safetensors", data_file(tmp_path).name
     }  # fmt: skip
     assert contents(tmp_path) == as_lists(NEW)
+
+
+def test_changes_come_back_in_order_beside_the_store(tmp_path):
+    manifest = save_files(tmp_path, {"what": "first"}, OLD)
+    untouched = data_file(tmp_path).stat().st_mtime_ns
+    for number in (3, 1, 3):
+        manifest = append_changes(tmp_path, manifest, {"what": number}, {"a": np.array([number])})
+    facts, arrays, changes = load_files(tmp_path)
+    assert facts == manifest and facts["what"] == 3
+    assert as_lists(arrays) == as_lists(OLD)
+    assert [one["a"].tolist() for one in changes] == [[3], [1], [3]]
+    assert data_file(tmp_path).stat().st_mtime_ns == untouched
+    save_files(tmp_path, {}, NEW)
+    assert len(list(tmp_path.iterdir())) == 2 and load_files(tmp_path)[2] == []
+
+
+def test_a_crash_while_changes_are_added_leaves_them_out(tmp_path, monkeypatch):
+    manifest = save_files(tmp_path, {}, OLD)
+
+    def failing(source, target):
+        raise OSError("no power")
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="no power"):
+        append_changes(tmp_path, manifest, {}, {"a": np.array([1])})
+    assert load_files(tmp_path)[2] == [] and is_current(tmp_path, manifest)
+
+
+def test_a_manifest_is_current_until_somebody_writes_another(tmp_path):
+    old = save_files(tmp_path, {}, OLD)
+    assert is_current(tmp_path, old) and is_current(tmp_path, load_files(tmp_path)[0])
+    new = save_files(tmp_path, {}, NEW)
+    assert is_current(tmp_path, new) and not is_current(tmp_path, old)
+    assert not is_current(tmp_path / "nowhere", new)
+
+
+def test_what_was_read_can_be_changed_without_changing_the_file(tmp_path):
+    save_files(tmp_path, {}, OLD)
+    before = data_file(tmp_path).read_bytes()
+    load_files(tmp_path)[1]["items"]["numbers"][:] = -1
+    assert data_file(tmp_path).read_bytes() == before
 
 
 @pytest.mark.parametrize("crash_at", [0, 1])

@@ -1,38 +1,57 @@
 """The embedding store: where the collaborative vectors of users and items live, and where items are retrieved from.
 
-Holds, in memory, the ids, the raw vectors and what each user has already interacted with, and finds the items whose
-vectors have the highest cosine with a query (Eq. 19 of TokenRec, arXiv 2406.10450), exactly. The vectors are the source
-of truth for everything downstream. Knows nothing about how they were made, about codes, prompts or models; it only
-carries the hashes (`space_ids`) of the MQ-Tokenizers that the codes were made with.
+Holds, in memory, the ids, the raw vectors, what each user has already interacted with and what is known about items,
+and finds the items whose vectors have the highest cosine with a query (Eq. 19 of TokenRec, arXiv 2406.10450), exactly.
+The vectors are the source of truth for everything downstream. Knows nothing about how they were made, about codes,
+prompts or models; it only carries the hashes (`space_ids`) of the MQ-Tokenizers that the codes were made with.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import numpy as np
 import torch
 from huggingface_hub.errors import HFValidationError
 
-from .exact_search import exact_search, unit_rows
+from .exact_search import ITEM_CHUNK, exact_search, unit_rows
 from .id_index import IdIndex, check_ids
-from .store_files import MANIFEST, damaged, load_files, save_files
+from .item_metadata import WITHDRAWN, ItemMetadata, check_metadata, check_where
+from .seen_items import SeenItems
+from .store_files import MANIFEST, append_changes, damaged, is_current, load_files, save_files
+from .vector_table import VectorTable
 
 KINDS = ("user", "item")
+# A store on disk is written anew when it has more files of changes than this, or when these hold more than a quarter of it.
+MAX_CHANGES, MAX_CHANGED_SHARE = 16, 4
+
+
+def _locked(method: Callable) -> Callable:
+    """Makes a method of a store exclude all others of the same store while it runs."""
+
+    @functools.wraps(method)
+    def run(self, *args, **kwargs):
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return run
 
 
 class EmbeddingStore:
     """Ids, raw vectors and seen items of users and items, in memory, with exact cosine search over the items.
 
     Rows keep the order in which ids were first added; deleting closes the gaps. Every change is checked before anything
-    is touched, so a call that raises has changed nothing. A change costs a pass over the store: pass many ids a call.
-    A store takes 4 * `embedding_dim` bytes a vector, and as much again for the items once they were searched, because
-    the unit vectors that cosine needs are kept beside the raw ones.
+    is touched, so a call that raises has changed nothing. A change costs a pass over the ids: pass many ids a call.
+    Threads may read and write at once: each call sees the store before or after another one, never in between.
 
     Args:
         embedding_dim: d, the number of dimensions of users' and items' vectors.
@@ -50,12 +69,14 @@ class EmbeddingStore:
         self.space_ids: dict[str, str | None] = dict.fromkeys(KINDS)
         for kind, space_id in (space_ids or {}).items():
             self.space_ids[_check_kind(kind)] = space_id
+        self._lock = threading.RLock()
         self._index = {kind: IdIndex() for kind in KINDS}
-        self._vectors = {kind: torch.empty(0, self.embedding_dim) for kind in KINDS}
-        self._unit_items: torch.Tensor | None = None
-        # Seen items as CSR: user row u has seen the item rows _seen_items[_seen_indptr[u] : _seen_indptr[u + 1]].
-        self._seen_indptr = np.zeros(1, dtype=np.int64)
-        self._seen_items = np.empty(0, dtype=np.int32)
+        self._vectors = {kind: VectorTable(torch.empty(0, self.embedding_dim)) for kind in KINDS}
+        self._seen = SeenItems()
+        self._metadata = ItemMetadata()
+        # Where the store was opened from or last saved to, with its manifest, and what has changed since, call by call.
+        self._saved: tuple[Path, dict[str, Any]] | None = None
+        self._changes: list[tuple[str, list[Any], torch.Tensor | None]] = []
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{kind}s={self.count(kind)}" for kind in KINDS)
@@ -64,18 +85,24 @@ class EmbeddingStore:
     # ---- open, save, share
 
     @classmethod
-    def open(cls, path_or_uri: str | os.PathLike) -> EmbeddingStore:
-        """Opens the store in a folder, or in the `store/` folder of a trained repository.
+    def open(cls, path_or_uri: str | os.PathLike, token: str | None = None) -> EmbeddingStore:
+        """Opens the store in a folder, in the `store/` folder of a trained repository, or on Milvus.
+
+        The files are memory-mapped, so a large store opens at once and takes memory as it is used.
+
+        Args:
+            path_or_uri: a folder; the path of a Milvus Lite database, which ends in `.db`; or the address of a Milvus
+                server or cluster, `http://host:19530` or `https://...`. See [`MilvusEmbeddingStore`].
+            token: of the Milvus server.
 
         Raises:
             FileNotFoundError: there is no store in the folder.
-            ValueError: a file of the store is missing, damaged or of another format version, or a URI was given.
+            ValueError: a file of the store is missing, damaged or of another format version.
         """
         if str(path_or_uri).startswith(("http://", "https://")) or str(path_or_uri).endswith(".db"):
-            raise ValueError(
-                f"{path_or_uri} is a Milvus address, and Milvus comes with a later version; open a folder that "
-                "save_pretrained wrote."
-            )
+            from .embedding_store_milvus import MilvusEmbeddingStore
+
+            return MilvusEmbeddingStore(str(path_or_uri), token=token)
         for folder in (Path(path_or_uri), Path(path_or_uri) / "store"):
             if (folder / MANIFEST).is_file():
                 return cls._load(folder)
@@ -128,23 +155,36 @@ class EmbeddingStore:
             )
         return cls._load(Path(snapshot) / subfolder)
 
+    @_locked
     def save_pretrained(self, folder: str | os.PathLike, include_users: bool = True) -> None:
         """Writes the store to a folder, replacing the store that is there.
 
-        Whoever stops in between leaves the former store whole.
+        In the folder that the store was opened from or last saved to, only what has changed since is written, as long as
+        it is little and nobody was deleted. Whoever stops in between leaves the former store whole, and what was saved
+        when this returns is on the disk.
 
         Args:
             folder: made if absent.
             include_users: whether users' ids, vectors and seen items are written. Without them, those of a former store
                 in the folder are removed.
         """
-        kinds = KINDS if include_users else ("item",)
+        folder, kinds = Path(folder).resolve(), KINDS if include_users else ("item",)
         facts = {
             "embedding_dim": self.embedding_dim,
-            "space_ids": self.space_ids,
+            "space_ids": dict(self.space_ids),
             "counts": {kind: self.count(kind) for kind in kinds},
         }
-        save_files(folder, facts, {f"{kind}s": self._arrays(kind) for kind in kinds})
+        manifest = self._manifest_to_extend(folder, facts)
+        if manifest is None:
+            facts["metadata"] = self._metadata.values
+            manifest = save_files(folder, facts, {f"{kind}s": self._arrays(kind) for kind in kinds})
+        elif self._changes:
+            manifest = append_changes(folder, manifest, facts, _packed(self._changes))
+        if include_users:
+            self._saved, self._changes = (folder, manifest), []
+
+    def close(self) -> None:
+        """Nothing: there is nothing to close here, as there is in stores on a server."""
 
     def push_to_hub(
         self,
@@ -183,6 +223,7 @@ class EmbeddingStore:
 
     # ---- ids and vectors
 
+    @_locked
     def upsert(self, kind: str, ids: Sequence[str], vectors: torch.Tensor | np.ndarray) -> None:
         """Adds vectors, or replaces those of ids that are present.
 
@@ -194,48 +235,38 @@ class EmbeddingStore:
         Raises:
             ValueError: an id or the shape is wrong, or a vector holds NaN or an infinity. Nothing was changed then.
         """
-        names = check_ids(_id_list(_check_kind(kind), ids), kind)
-        matrix = self._matrix(vectors, f"{kind} vectors", "n")
-        if len(names) != len(matrix):
-            raise ValueError(
-                f"{len(names)} {kind} ids were given with {len(matrix)} vectors; give one vector for each id."
-            )
-        bad = ~torch.isfinite(matrix).all(dim=1)
-        if bad.any():
-            name = names[int(bad.nonzero()[0])]
-            raise ValueError(
-                f"the vector of {kind} {name!r} holds NaN or an infinity; leave {kind} {name!r} out or mend its vector."
-            )
-        last = {name: position for position, name in enumerate(names)}
-        names, matrix = list(last), matrix[list(last.values())]
+        names, matrix = self._checked_vectors(kind, ids, vectors)
         rows = self._index[kind].rows(names)
         new = rows < 0
         if new.any():
             self._index[kind] = self._index[kind].extended([names[i] for i in np.flatnonzero(new)], kind)
-            self._vectors[kind] = torch.cat([self._vectors[kind], matrix[torch.from_numpy(new)]])
-        self._vectors[kind][torch.from_numpy(rows[~new])] = matrix[torch.from_numpy(~new)]
-        if kind == "item":
-            self._unit_items = None
-        else:
-            self._seen_indptr = np.append(self._seen_indptr, np.full(new.sum(), self._seen_indptr[-1]))
+            self._vectors[kind].append(matrix if new.all() else matrix[torch.from_numpy(new)])
+            (self._seen.add_users if kind == "user" else self._metadata.add_items)(int(new.sum()))
+        if not new.all():
+            self._vectors[kind].put(torch.from_numpy(rows[~new]), matrix[torch.from_numpy(~new)])
+        self._record("upsert", [kind, names], matrix)
 
+    @_locked
     def delete(self, kind: str, ids: Sequence[str]) -> None:
         """Removes ids, their vectors, and their part in the seen items; ids that are not present are ignored."""
         rows = self.rows(kind, ids)
+        rows = rows[rows >= 0]
+        if not len(rows):
+            return
         keep = np.ones(self.count(kind), dtype=bool)
-        keep[rows[rows >= 0]] = False
-        owners = self._seen_owners()
-        renumbered = np.cumsum(keep) - 1
+        keep[rows] = False
         if kind == "user":
-            stays = keep[owners]
-            self._set_seen_pairs(renumbered[owners[stays]], self._seen_items[stays], int(keep.sum()))
+            self._seen.keep_users(keep)
+            # Nothing of a user may be left in the files: they are written anew.
+            self._saved = None
         else:
-            stays = keep[self._seen_items]
-            self._set_seen_pairs(owners[stays], renumbered[self._seen_items[stays]], self.count("user"))
-            self._unit_items = None
+            self._seen.keep_items(keep)
+            self._metadata.keep(keep)
         self._index[kind] = self._index[kind].kept(keep)
-        self._vectors[kind] = self._vectors[kind][torch.from_numpy(keep)]
+        self._vectors[kind].keep(torch.from_numpy(keep))
+        self._record("delete", [kind, list(ids)])
 
+    @_locked
     def get(self, kind: str, ids: Sequence[str]) -> torch.Tensor:
         """The raw vectors of `ids`, float32 `[n, embedding_dim]`, in the order asked.
 
@@ -245,23 +276,31 @@ class EmbeddingStore:
         rows = self.rows(kind, ids)
         if (rows < 0).any():
             raise KeyError(f"{kind} {ids[int(np.argmax(rows < 0))]!r} is not in the store; add it with upsert.")
-        return self._vectors[kind][torch.from_numpy(rows)]
+        return self._vectors[kind].take(torch.from_numpy(rows))
 
+    @_locked
     def rows(self, kind: str, ids: Sequence[str]) -> np.ndarray:
         """The row of each id, int64 `[n]`; -1 where the id is not in the store."""
         return self._index[_check_kind(kind)].rows(_id_list(kind, ids))
 
+    def contains(self, kind: str, ids: Sequence[str]) -> np.ndarray:
+        """Whether each id is in the store, boolean `[n]`."""
+        return self.rows(kind, ids) >= 0
+
+    @_locked
     def ids(self, kind: str) -> list[str]:
         """All ids, in row order."""
         return self._index[_check_kind(kind)].ids()
 
+    @_locked
     def count(self, kind: str) -> int:
         """The number of ids."""
         return len(self._index[_check_kind(kind)])
 
+    @_locked
     def vectors(self, kind: str) -> torch.Tensor:
         """All raw vectors, float32 `[count, embedding_dim]`, in row order: the store's own tensor, to be read only."""
-        return self._vectors[_check_kind(kind)]
+        return self._vectors[_check_kind(kind)].all()
 
     def check_space(self, kind: str, space_id: str, who: str) -> None:
         """Makes sure that the store belongs to the MQ-Tokenizer that somebody else uses; one not tied yet passes.
@@ -283,6 +322,7 @@ class EmbeddingStore:
 
     # ---- seen items
 
+    @_locked
     def set_seen(self, user_ids: Sequence[str], item_ids_per_user: Sequence[Sequence[str]]) -> None:
         """Replaces what users have already interacted with.
 
@@ -293,53 +333,71 @@ class EmbeddingStore:
         Raises:
             ValueError: a user or an item is not in the store, or the lengths differ. Nothing was changed then.
         """
-        users, lengths, items = self._check_seen(user_ids, item_ids_per_user)
-        positions = np.arange(len(users))
-        last = np.full(self.count("user"), -1)
-        last[users] = positions
-        counts = np.repeat(last[users] == positions, lengths)
-        untouched = np.repeat(last < 0, np.diff(self._seen_indptr))
-        self._set_seen_pairs(
-            np.concatenate([self._seen_owners()[untouched], np.repeat(users, lengths)[counts]]),
-            np.concatenate([self._seen_items[untouched], items[counts]]),
-            self.count("user"),
-        )
+        self._seen.replace(*self._checked_seen(user_ids, item_ids_per_user))
+        self._record("set_seen", [list(user_ids), [list(one) for one in item_ids_per_user]])
 
+    @_locked
     def add_seen(self, user_ids: Sequence[str], item_ids_per_user: Sequence[Sequence[str]]) -> None:
         """Appends to what users have already interacted with; arguments and errors of [`~EmbeddingStore.set_seen`]."""
-        users, lengths, items = self._check_seen(user_ids, item_ids_per_user)
-        self._set_seen_pairs(
-            np.concatenate([self._seen_owners(), np.repeat(users, lengths)]),
-            np.concatenate([self._seen_items, items]),
-            self.count("user"),
-        )
+        self._seen.add(*self._checked_seen(user_ids, item_ids_per_user))
+        self._record("add_seen", [list(user_ids), [list(one) for one in item_ids_per_user]])
 
+    @_locked
     def seen(self, user_ids: Sequence[str]) -> list[list[str]]:
         """The ids of the items that each user has interacted with, oldest first; an empty list for an unknown user."""
-        indptr, items = self.seen_rows(self.rows("user", user_ids))
+        indptr, items = self._seen.of(self.rows("user", user_ids))
         names = self._index["item"].ids(items)
         return [names[start:end] for start, end in zip(indptr.tolist(), indptr[1:].tolist())]
 
-    def seen_rows(self, user_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What users have seen, as CSR rows.
+    # ---- what is known about items
+
+    @_locked
+    def set_metadata(self, item_ids: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
+        """Records what is known about items, to filter a search by; names that are not given stay as they are.
 
         Args:
-            user_rows: int64 `[n]`; -1 for a user who has seen nothing.
+            item_ids: n items of the store.
+            metadata: for each item values by name, `{"category": "jazz", "in_stock": True}`: strings, booleans or finite
+                numbers; `None` takes a name away. Names are made of letters, digits and underscores, 64 at most.
 
-        Returns:
-            `(indptr, item_rows)`, int64 `[n + 1]` and int64 `[indptr[-1]]`, oldest first within a user.
+        Raises:
+            ValueError: an item is not in the store, or a name or a value is not as said. Nothing was changed then.
         """
-        # Row -1 is a valid index for NumPy; what it finds is replaced.
-        starts = np.where(user_rows < 0, 0, self._seen_indptr[user_rows])
-        ends = np.where(user_rows < 0, 0, self._seen_indptr[np.asarray(user_rows) + 1])
-        indptr = np.concatenate([[0], np.cumsum(ends - starts)]).astype(np.int64)
-        positions = np.arange(indptr[-1]) + np.repeat(starts - indptr[:-1], ends - starts)
-        return indptr, self._seen_items[positions].astype(np.int64)
+        checked = check_metadata(metadata)
+        if len(checked) != len(item_ids):
+            raise ValueError(f"there is metadata for {len(checked)} items but {len(item_ids)} ids; pass one for each.")
+        rows = self._rows_of("item", item_ids, "the metadata")
+        self._metadata.set(rows, checked)
+        self._record("set_metadata", [list(item_ids), checked])
+
+    @_locked
+    def metadata(self, item_ids: Sequence[str]) -> list[dict[str, Any]]:
+        """What is known about each item, values by name.
+
+        Raises:
+            ValueError: an item is not in the store.
+        """
+        return self._metadata.get(self._rows_of("item", item_ids, "the metadata"))
+
+    def withdraw(self, item_ids: Sequence[str]) -> None:
+        """Withdraws items for good: no search returns them any more, while histories may go on to name them.
+
+        What is recorded is `"withdrawn": True` in their metadata; new vectors and interactions do not change it.
+
+        Raises:
+            ValueError: an item is not in the store.
+        """
+        self.set_metadata(item_ids, [{WITHDRAWN: True}] * len(item_ids))
 
     # ---- search
 
+    @_locked
     def search(
-        self, queries: torch.Tensor | np.ndarray, top_k: int, exclude: Sequence[Sequence[str]] | None = None
+        self,
+        queries: torch.Tensor | np.ndarray,
+        top_k: int,
+        exclude: Sequence[Sequence[str]] | None = None,
+        where: Mapping[str, Any] | None = None,
     ) -> tuple[list[list[str]], list[list[float]]]:
         """The items of highest cosine with each query, best first (Eq. 19).
 
@@ -347,44 +405,60 @@ class EmbeddingStore:
             queries: `[B, embedding_dim]`; need not be normalised.
             top_k: how many items to return for each query; fewer come back only where fewer remain.
             exclude: for each query, ids of items that must not be returned; ids that are not in the store are ignored.
+            where: only items whose metadata has these values: `{"category": ["jazz", "folk"], "in_stock": True}` stands
+                for either category and in stock. An item without the name is left out.
 
         Returns:
             For each query, item ids and their cosines. Items of equal score come in row order; a zero vector scores 0.
 
         Raises:
-            ValueError: `queries` has the wrong shape or holds NaN or an infinity, `top_k` is below 1, or `exclude` has
-                not one list for each query.
+            ValueError: `queries` has the wrong shape or holds NaN or an infinity, `top_k` is below 1, `exclude` has not
+                one list for each query, or `where` has a wrong name or value.
         """
-        matrix = self._matrix(queries, "queries", "B")
-        exclude_rows = None
+        matrix = self._checked_queries(queries, top_k)
+        query, item = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
         if exclude is not None:
             lengths = _list_lengths(exclude, len(matrix), "exclude", "query")
-            item_rows = self._index["item"].rows(list(chain.from_iterable(exclude)))
-            exclude_rows = torch.from_numpy(np.repeat(np.arange(len(matrix)), lengths)), torch.from_numpy(item_rows)
+            item = torch.from_numpy(self._index["item"].rows(list(chain.from_iterable(exclude))))
+            query = torch.from_numpy(np.repeat(np.arange(len(matrix)), lengths))
+        allowed = self._metadata.allowed(check_where(where or {}))
         # Beyond the number of items there is only padding.
-        rows, scores = self.search_rows(matrix, min(top_k, max(self.count("item"), 1)), exclude_rows)
+        rows, scores = exact_search(
+            unit_rows(matrix),
+            self._vectors["item"].chunks(),
+            min(top_k, max(self.count("item"), 1)),
+            query,
+            item,
+            None if allowed is None else torch.from_numpy(allowed),
+        )
         found = (rows >= 0).sum(dim=1).tolist()
         names = iter(self._index["item"].ids(rows[rows >= 0].numpy()))
         ids = [[next(names) for _ in range(count)] for count in found]
         return ids, [row[:count] for row, count in zip(scores.tolist(), found)]
 
-    def search_rows(
-        self,
-        queries: torch.Tensor | np.ndarray,
-        top_k: int,
-        exclude_rows: tuple[torch.Tensor | np.ndarray, torch.Tensor | np.ndarray] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[`~EmbeddingStore.search`] with rows instead of ids.
+    # ---- checks
 
-        Args:
-            queries: `[B, embedding_dim]`.
-            top_k: how many items to return for each query.
-            exclude_rows: the excluded pairs as two integer vectors of equal length, the number of the query in
-                `queries` and the row of the item; an item row of -1 is ignored.
+    def _checked_vectors(self, kind: str, ids: Sequence[str], vectors: torch.Tensor | np.ndarray):
+        """`ids`, each once, and their vectors `[n, d]` in memory of their own; the last one of an id counts."""
+        names = check_ids(_id_list(_check_kind(kind), ids), kind)
+        matrix = self._matrix(vectors, f"{kind} vectors", "n")
+        if len(names) != len(matrix):
+            raise ValueError(
+                f"{len(names)} {kind} ids were given with {len(matrix)} vectors; give one vector for each id."
+            )
+        for start in range(0, len(names), ITEM_CHUNK):
+            bad = ~torch.isfinite(matrix[start : start + ITEM_CHUNK]).all(dim=1)
+            if bad.any():
+                name = names[start + int(bad.nonzero()[0])]
+                raise ValueError(
+                    f"the vector of {kind} {name!r} holds NaN or an infinity; leave {kind} {name!r} out or mend its vector."
+                )
+        last = {name: position for position, name in enumerate(names)}
+        if len(last) < len(names):
+            return list(last), matrix[list(last.values())]
+        return names, matrix.clone() if isinstance(vectors, torch.Tensor) else matrix
 
-        Returns:
-            Item rows, int64 `[B, top_k]`, -1 where none is left, and their cosines, float32 `[B, top_k]`, `-inf` there.
-        """
+    def _checked_queries(self, queries: torch.Tensor | np.ndarray, top_k: int) -> torch.Tensor:
         matrix = self._matrix(queries, "queries", "B")
         if top_k < 1:
             raise ValueError(f"top_k is {top_k}; ask for at least 1 item.")
@@ -393,12 +467,7 @@ class EmbeddingStore:
             raise ValueError(
                 f"query {int(bad.nonzero()[0])} holds NaN or an infinity; no item can be compared with it."
             )
-        query, item = (torch.as_tensor(one, dtype=torch.int64) for one in (exclude_rows or ((), ())))
-        if self._unit_items is None:
-            self._unit_items = unit_rows(self._vectors["item"])
-        return exact_search(unit_rows(matrix), self._unit_items, top_k, query, item)
-
-    # ---- helpers
+        return matrix
 
     def _matrix(self, vectors: torch.Tensor | np.ndarray, what: str, count: str) -> torch.Tensor:
         """`vectors` as a float32 CPU tensor of shape `[count, embedding_dim]`, or a ValueError that names `what`."""
@@ -418,67 +487,103 @@ class EmbeddingStore:
             )
         return matrix
 
-    def _check_seen(
+    def _checked_seen(
         self, user_ids: Sequence[str], item_ids_per_user: Sequence[Sequence[str]]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """User rows `[n]`, lengths of the lists `[n]` and the item rows of all lists one after the other."""
         lengths = _list_lengths(item_ids_per_user, len(user_ids), "item_ids_per_user", "user")
-        item_ids = list(chain.from_iterable(item_ids_per_user))
-        found = {"user": self.rows("user", user_ids), "item": self.rows("item", item_ids)}
-        for kind, ids in (("user", user_ids), ("item", item_ids)):
-            missing = found[kind] < 0
-            if missing.any():
-                name = ids[int(np.argmax(missing))]
-                raise ValueError(
-                    f"{kind} {name!r} of the seen items is not in the store; add it first with upsert({kind!r}, ...)."
-                )
-        return found["user"], lengths, found["item"]
+        users = self._rows_of("user", user_ids, "the seen items")
+        return users, lengths, self._rows_of("item", list(chain.from_iterable(item_ids_per_user)), "the seen items")
 
-    def _seen_owners(self) -> np.ndarray:
-        """The user row of each entry of `_seen_items`."""
-        return np.repeat(np.arange(len(self._seen_indptr) - 1), np.diff(self._seen_indptr))
+    def _rows_of(self, kind: str, ids: Sequence[str], what: str) -> np.ndarray:
+        """The row of each id, or a ValueError that names the first that is not in the store."""
+        rows = self.rows(kind, ids)
+        if (rows < 0).any():
+            name = ids[int(np.argmax(rows < 0))]
+            raise ValueError(f"{kind} {name!r} of {what} is not in the store; add it first with upsert({kind!r}, ...).")
+        return rows
 
-    def _set_seen_pairs(self, users: np.ndarray, items: np.ndarray, num_users: int) -> None:
-        """Makes (user row, item row) pairs, for each user in order, the seen items."""
-        order = np.argsort(users, kind="stable")
-        counts = np.bincount(users, minlength=num_users)
-        self._seen_indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        self._seen_items = items[order].astype(np.int32)
+    # ---- files
+
+    def _record(self, method: str, arguments: list[Any], vectors: torch.Tensor | None = None) -> None:
+        """Notes a change for the next save, unless the next save writes everything anyway."""
+        if self._saved is not None:
+            self._changes.append((method, arguments, vectors))
+        else:
+            self._changes.clear()
+
+    def _manifest_to_extend(self, folder: Path, facts: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The manifest of a folder that holds this store as it was before the changes, if they are few enough to go beside it."""
+        if self._saved is None or self._saved[0] != folder or facts["counts"].keys() != set(KINDS):
+            return None
+        manifest = self._saved[1]
+        changed = sum(entry["bytes"] for entry in manifest["changes"])
+        changed += sum(vectors.nbytes for _, _, vectors in self._changes if vectors is not None)
+        few = len(manifest["changes"]) < MAX_CHANGES and MAX_CHANGED_SHARE * changed <= sum(
+            entry["bytes"] for entry in manifest["files"].values()
+        )
+        same = all(manifest[name] == facts[name] for name in ("embedding_dim", "space_ids"))
+        return manifest if few and same and is_current(folder, manifest) else None
 
     def _arrays(self, kind: str) -> dict[str, np.ndarray]:
         """Everything that the store knows of a kind, by the names in its file."""
         arrays = {f"ids.{name}": array for name, array in self._index[kind].arrays().items()}
-        arrays["vectors"] = self._vectors[kind].numpy()
+        arrays["vectors"] = self._vectors[kind].all().numpy()
         if kind == "user":
-            arrays |= {"seen.indptr": self._seen_indptr, "seen.items": self._seen_items}
-        return arrays
+            return arrays | {"seen.indptr": self._seen.indptr, "seen.items": self._seen.items}
+        return arrays | {f"metadata.{name}": column for name, column in self._metadata.columns.items()}
 
     @classmethod
     def _load(cls, folder: Path) -> EmbeddingStore:
-        facts, arrays = load_files(folder)
+        manifest, arrays, changes = load_files(folder)
         try:
-            store = cls(facts["embedding_dim"], facts["space_ids"])
+            store = cls(manifest["embedding_dim"], manifest["space_ids"])
             # Items first: the users' seen items point to their rows.
-            for kind in sorted(facts["counts"]):
-                store._fill(kind, facts["counts"][kind], arrays[f"{kind}s"])
+            for kind in sorted(manifest["counts"]):
+                store._fill(kind, arrays[f"{kind}s"], manifest.get("metadata", {}))
+            for method, arguments, vectors in chain.from_iterable(map(_unpacked, changes)):
+                getattr(store, method)(*arguments, *([] if vectors is None else [vectors]))
+            for kind, count in manifest["counts"].items():
+                if store.count(kind) != count:
+                    raise ValueError(f"there are no {count} {kind}s with an id and a vector each.")
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise damaged(folder / MANIFEST, f"it does not fit its files: {error}") from error
+        if store.space_ids.keys() == manifest["counts"].keys():
+            store._saved = folder.resolve(), manifest
         return store
 
-    def _fill(self, kind: str, count: int, arrays: dict[str, np.ndarray]) -> None:
+    def _fill(self, kind: str, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Sequence[Any]]) -> None:
         """Takes over what `_arrays` gave, after checking that it fits together."""
         vectors = torch.from_numpy(arrays["vectors"])
         index = IdIndex.from_arrays({key[4:]: array for key, array in arrays.items() if key.startswith("ids.")})
-        if vectors.dtype != torch.float32 or vectors.shape != (count, self.embedding_dim) or len(index) != count:
+        if vectors.dtype != torch.float32 or vectors.shape != (len(index), self.embedding_dim):
             raise ValueError(
-                f"there are no {count} float32 {kind} vectors of {self.embedding_dim} dimensions with an id each."
+                f"there are no {len(index)} float32 {kind} vectors of {self.embedding_dim} dimensions with an id each."
             )
-        self._index[_check_kind(kind)], self._vectors[kind] = index, vectors
+        self._index[_check_kind(kind)], self._vectors[kind] = index, VectorTable(vectors)
         if kind == "user":
-            indptr, items = arrays["seen.indptr"], arrays["seen.items"]
-            if len(indptr) != count + 1 or indptr[-1] != len(items) or items.max(initial=-1) >= self.count("item"):
+            self._seen = SeenItems(arrays["seen.indptr"], arrays["seen.items"])
+            if self._seen.num_users != len(index) or self._seen.items.max(initial=-1) >= self.count("item"):
                 raise ValueError("the seen items do not fit the users and items.")
-            self._seen_indptr, self._seen_items = indptr, items
+        else:
+            columns = {key[9:]: array for key, array in arrays.items() if key.startswith("metadata.")}
+            self._metadata = ItemMetadata(len(index), columns, metadata)
+
+
+def _packed(changes: Sequence[tuple[str, list[Any], torch.Tensor | None]]) -> dict[str, np.ndarray]:
+    """Changes as arrays: the calls as JSON, and their vectors."""
+    calls = json.dumps([[method, arguments] for method, arguments, _ in changes]).encode()
+    arrays = {f"vectors.{at}": vectors.numpy() for at, (_, _, vectors) in enumerate(changes) if vectors is not None}
+    return {"calls": np.frombuffer(calls, dtype=np.uint8), **arrays}
+
+
+def _unpacked(arrays: Mapping[str, np.ndarray]) -> list[tuple[str, list[Any], np.ndarray | None]]:
+    """The changes that `_packed` was given."""
+    calls = json.loads(arrays["calls"].tobytes())
+    unknown = {method for method, _ in calls} - {"upsert", "delete", "set_seen", "add_seen", "set_metadata"}
+    if unknown:
+        raise ValueError(f"there is no change of the name {unknown.pop()!r}.")
+    return [(method, arguments, arrays.get(f"vectors.{at}")) for at, (method, arguments) in enumerate(calls)]
 
 
 def _check_kind(kind: str) -> str:

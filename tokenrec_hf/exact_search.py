@@ -6,6 +6,8 @@ the embedding store and by the metrics.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 # Rows scored at once. 16,384 items was the fastest of the sizes measured; both bound the memory of a search.
@@ -13,26 +15,32 @@ ITEM_CHUNK, QUERY_CHUNK = 16_384, 1_024
 
 
 def exact_search(
-    queries: torch.Tensor, items: torch.Tensor, top_k: int, exclude_queries: torch.Tensor, exclude_items: torch.Tensor
+    queries: torch.Tensor,
+    items: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    top_k: int,
+    exclude_queries: torch.Tensor,
+    exclude_items: torch.Tensor,
+    allowed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The items of highest inner product with each query, best first, equal scores in row order.
+    """The items of highest cosine with each query, best first, equal scores in row order.
 
     Args:
-        queries: float32 `[B, d]`; unit rows, where the scores are to be cosines.
-        items: float32 `[n, d]`; the same.
+        queries: float32 `[B, d]`, unit rows.
+        items: chunks of item vectors in row order, each float32 `[c, d]` with its `inverse_lengths` `[c]`.
         top_k: how many items to return for each query.
         exclude_queries: int64 `[m]`, with `exclude_items` the pairs that must not be returned: a row of `queries`,
-        exclude_items: int64 `[m]`, and a row of `items`; pairs with an item outside `0..n - 1` are ignored.
+        exclude_items: int64 `[m]`, and a row of all items; pairs with an item that there is not are ignored.
+        allowed: boolean `[n]`, the items that may be returned at all; by default all.
 
     Returns:
-        Rows of `items`, int64 `[B, top_k]`, and their scores, float32 `[B, top_k]`; -1 and `-inf` where none is left.
+        Rows of the items, int64 `[B, top_k]`, and their cosines, float32 `[B, top_k]`; -1 and `-inf` where none is left.
     """
     rows = torch.full((len(queries), top_k), -1)
     scores = torch.full((len(queries), top_k), -torch.inf)
     for start in range(0, len(queries), QUERY_CHUNK):
         end = min(start + QUERY_CHUNK, len(queries))
         mine = (exclude_queries >= start) & (exclude_queries < end)
-        best = _search(queries[start:end], items, top_k, exclude_queries[mine] - start, exclude_items[mine])
+        best = _search(queries[start:end], items, top_k, exclude_queries[mine] - start, exclude_items[mine], allowed)
         rows[start:end, : best[0].shape[1]], scores[start:end, : best[1].shape[1]] = best
     return rows.masked_fill_(scores == -torch.inf, -1), scores
 
@@ -74,22 +82,51 @@ def unit_rows(vectors: torch.Tensor) -> torch.Tensor:
     return scaled.div_(torch.where(length > 0, length, 1.0))
 
 
+def inverse_lengths(vectors: torch.Tensor) -> torch.Tensor:
+    """1 / length of each row of `vectors` `[n, d]`, float32 `[n]`.
+
+    NaN where the row is zero, or so short or long that the product of the two would not be exact: `unit_rows` must be
+    taken instead.
+    """
+    lengths = torch.cat([part.norm(dim=1) for part in vectors.split(ITEM_CHUNK)]) if len(vectors) else vectors[:, 0]
+    return torch.where((lengths > 1e-15) & (lengths < 1e15), 1 / lengths, torch.nan)
+
+
+def _cosines(queries: torch.Tensor, vectors: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """Cosines of unit `queries` `[B, d]` with the rows of a chunk `[c, d]`, as new memory `[B, c]`."""
+    if inverse.isnan().any():
+        return queries @ unit_rows(vectors).T
+    # Whatever is smaller is scaled: the scores [B, c] or the vectors [c, d].
+    if len(queries) < vectors.shape[1]:
+        return (queries @ vectors.T).mul_(inverse)
+    return queries @ (vectors * inverse[:, None]).T
+
+
 def _search(
-    queries: torch.Tensor, items: torch.Tensor, top_k: int, exclude_queries: torch.Tensor, exclude_items: torch.Tensor
+    queries: torch.Tensor,
+    items: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    top_k: int,
+    exclude_queries: torch.Tensor,
+    exclude_items: torch.Tensor,
+    allowed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`exact_search` of a single chunk of queries, without padding: `[B, min(top_k, n)]`."""
     exclude_items, order = exclude_items.sort()
     exclude_queries = exclude_queries[order]
     rows = torch.empty(len(queries), 0, dtype=torch.int64)
     scores = torch.empty(len(queries), 0)
-    for start in range(0, len(items), ITEM_CHUNK):
-        end = min(start + ITEM_CHUNK, len(items))
-        chunk = queries @ items[start:end].T
+    start = 0
+    for vectors, inverse in items:
+        end = start + len(vectors)
+        chunk = _cosines(queries, vectors, inverse)
         low, high = torch.searchsorted(exclude_items, torch.tensor([start, end])).tolist()
         chunk[exclude_queries[low:high], exclude_items[low:high] - start] = -torch.inf
+        if allowed is not None:
+            chunk.masked_fill_(~allowed[start:end], -torch.inf)
         columns, best = stable_topk(chunk, top_k)
         # Earlier rows stand first, so a stable sort leaves ties in row order.
         scores, order = torch.cat([scores, best], dim=1).sort(dim=1, descending=True, stable=True)
         rows = torch.cat([rows, columns + start], dim=1).gather(1, order)
         rows, scores = rows[:, :top_k], scores[:, :top_k]
+        start = end
     return rows, scores
