@@ -32,6 +32,21 @@ def test_stable_topk_is_a_stable_sort_cut_off(scores, k):
     assert values.tolist() == np.take_along_axis(scores, expected, axis=1).tolist()
 
 
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), width=st.integers(100, 700), k=st.integers(1, 6), group=st.integers(2, 9))
+def test_stable_topk_of_many_columns_is_a_stable_sort_cut_off(data, width, k, group):
+    scores = np.random.default_rng(data.draw(st.integers(0, 9))).integers(
+        -2, data.draw(st.integers(-1, 90)), (3, width)
+    )
+    scores = scores.astype(np.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "GROUP", group)
+        columns, values = stable_topk(torch.from_numpy(scores), k)
+    expected = naive_order(scores)[:, :k]
+    assert columns.tolist() == expected.tolist()
+    assert values.tolist() == np.take_along_axis(scores, expected, axis=1).tolist()
+
+
 def test_stable_topk_takes_the_first_columns_of_thousands_of_equal_scores():
     columns, _ = stable_topk(torch.zeros(3, 20_000), 50)
     assert columns.tolist() == [list(range(50))] * 3
@@ -47,9 +62,11 @@ def test_stable_topk_ranks_finite_scores_above_masked_ones():
 @settings(max_examples=80, deadline=None)
 @given(data=st.data(), num_items=st.integers(0, 40), num_queries=st.integers(0, 9), top_k=st.integers(1, 45))
 def test_search_in_chunks_is_a_stable_sort_of_all_cosines(data, num_items, num_queries, top_k):
-    numbers = st.integers(-1, 1)
-    items = data.draw(hnp.arrays(np.float32, (num_items, 2), elements=numbers))
-    queries = data.draw(hnp.arrays(np.float32, (num_queries, 2), elements=numbers))
+    # Items on an axis, of a length that divides exactly, have cosines without rounding, so that ties are ties.
+    axes = data.draw(hnp.arrays(np.int64, num_items, elements=st.integers(0, 2)))
+    lengths = data.draw(hnp.arrays(np.float32, num_items, elements=st.sampled_from([-2.0, -1.0, 0.0, 0.5, 4.0])))
+    items = np.eye(3, dtype=np.float32)[axes] * lengths[:, None]
+    queries = data.draw(hnp.arrays(np.float32, (num_queries, 3), elements=st.integers(-1, 1)))
     pairs = data.draw(st.lists(st.tuples(st.integers(0, 8), st.integers(-1, 45)), max_size=40))
     pairs = [pair for pair in pairs if pair[0] < num_queries]
     allowed = data.draw(st.none() | hnp.arrays(bool, num_items))
@@ -67,7 +84,6 @@ def test_search_in_chunks_is_a_stable_sort_of_all_cosines(data, num_items, num_q
     assert rows.shape == scores.shape == (num_queries, top_k)
     for query in range(num_queries):
         lengths = np.linalg.norm(items, axis=1) * np.linalg.norm(queries[query])
-        # Cosines of these vectors are either equal or far apart.
         own = np.round(items @ queries[query] / np.where(lengths > 0, lengths, 1), 4)
         left = [
             item

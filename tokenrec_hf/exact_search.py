@@ -12,6 +12,10 @@ import torch
 
 # Rows scored at once. 16,384 items was the fastest of the sizes measured; both bound the memory of a search.
 ITEM_CHUNK, QUERY_CHUNK = 16_384, 1_024
+# Candidates of a query that are collected from chunks before the best of them are chosen.
+CANDIDATES = 1_024
+# Scores whose highest stands for all of them when the best are looked for.
+GROUP = 32
 
 
 def exact_search(
@@ -57,20 +61,7 @@ def stable_topk(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tenso
     Returns:
         Columns, int64 `[B, min(k, n)]`, and their scores. Columns of score `-inf` may be any.
     """
-    k = min(k, scores.shape[1])
-    # One more than asked for shows whether the last place is tied.
-    values, columns = scores.topk(min(k + 1, scores.shape[1]), dim=1)
-    if scores.shape[1] > k:
-        tied = (values[:, k] == values[:, k - 1]) & (values[:, k] > -torch.inf)
-        if tied.any():
-            cut = values[tied, k - 1 : k]
-            above, equal = scores[tied] > cut, scores[tied] == cut
-            places = k - above.sum(dim=1, keepdim=True)
-            chosen = above | (equal & (equal.cumsum(dim=1) <= places))
-            columns[tied, :k] = chosen.nonzero()[:, 1].view(-1, k)
-    columns = columns[:, :k].sort(dim=1).values
-    values, order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True)
-    return columns.gather(1, order), values
+    return _ordered(*_topk(scores, min(k, scores.shape[1])))
 
 
 def unit_rows(vectors: torch.Tensor) -> torch.Tensor:
@@ -92,14 +83,15 @@ def inverse_lengths(vectors: torch.Tensor) -> torch.Tensor:
     return torch.where((lengths > 1e-15) & (lengths < 1e15), 1 / lengths, torch.nan)
 
 
-def _cosines(queries: torch.Tensor, vectors: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """Cosines of unit `queries` `[B, d]` with the rows of a chunk `[c, d]`, as new memory `[B, c]`."""
+def _cosines(queries: torch.Tensor, vectors: torch.Tensor, inverse: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    """Cosines of unit `queries` `[B, d]` with the rows of a chunk `[c, d]`, in `memory` of at least B * c numbers: `[B, c]`."""
+    scores = memory[: len(queries) * len(vectors)].view(len(queries), len(vectors))
     if inverse.isnan().any():
-        return queries @ unit_rows(vectors).T
+        return torch.mm(queries, unit_rows(vectors).T, out=scores)
     # Whatever is smaller is scaled: the scores [B, c] or the vectors [c, d].
     if len(queries) < vectors.shape[1]:
-        return (queries @ vectors.T).mul_(inverse)
-    return queries @ (vectors * inverse[:, None]).T
+        return torch.mm(queries, vectors.T, out=scores).mul_(inverse)
+    return torch.mm(queries, (vectors * inverse[:, None]).T, out=scores)
 
 
 def _search(
@@ -113,20 +105,62 @@ def _search(
     """`exact_search` of a single chunk of queries, without padding: `[B, min(top_k, n)]`."""
     exclude_items, order = exclude_items.sort()
     exclude_queries = exclude_queries[order]
-    rows = torch.empty(len(queries), 0, dtype=torch.int64)
-    scores = torch.empty(len(queries), 0)
-    start = 0
+    rows = [torch.empty(len(queries), 0, dtype=torch.int64)]
+    scores = [torch.empty(len(queries), 0)]
+    start = collected = 0
+    # Asked for once: fresh memory for every chunk would cost as much as the product in it.
+    memory = torch.empty(len(queries) * max((len(vectors) for vectors, _ in items), default=0))
     for vectors, inverse in items:
         end = start + len(vectors)
-        chunk = _cosines(queries, vectors, inverse)
+        chunk = _cosines(queries, vectors, inverse, memory)
         low, high = torch.searchsorted(exclude_items, torch.tensor([start, end])).tolist()
         chunk[exclude_queries[low:high], exclude_items[low:high] - start] = -torch.inf
         if allowed is not None:
             chunk.masked_fill_(~allowed[start:end], -torch.inf)
-        columns, best = stable_topk(chunk, top_k)
-        # Earlier rows stand first, so a stable sort leaves ties in row order.
-        scores, order = torch.cat([scores, best], dim=1).sort(dim=1, descending=True, stable=True)
-        rows = torch.cat([rows, columns + start], dim=1).gather(1, order)
-        rows, scores = rows[:, :top_k], scores[:, :top_k]
-        start = end
-    return rows, scores
+        columns, best = _topk(chunk, min(top_k, len(vectors)))
+        rows.append(columns + start)
+        scores.append(best)
+        start, collected = end, collected + best.shape[1]
+        if collected > max(CANDIDATES, 2 * top_k):
+            columns, best = _ordered(torch.cat(rows, dim=1), torch.cat(scores, dim=1))
+            rows, scores, collected = [columns[:, :top_k]], [best[:, :top_k]], top_k
+    columns, best = _ordered(torch.cat(rows, dim=1), torch.cat(scores, dim=1))
+    return columns[:, :top_k], best[:, :top_k]
+
+
+def _topk(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Columns `[B, k]` and values of the k highest scores, of equal ones those of the lowest columns, in any order."""
+    width = scores.shape[1] // GROUP * GROUP
+    if 4 * k * GROUP > width:
+        return _plain_topk(scores, k)
+    # The best k lie in the k groups with the highest maxima (equal ones: the first): else each of these had a better one.
+    groups = scores[:, :width].unflatten(1, (-1, GROUP))  # [B, width / GROUP, GROUP]
+    chosen = _plain_topk(groups.amax(dim=2), k)[0].sort(dim=1).values  # [B, k]
+    columns = (chosen[:, :, None] * GROUP + torch.arange(GROUP)).flatten(1)  # [B, k * GROUP]
+    rest = torch.arange(width, scores.shape[1]).expand(len(scores), -1)
+    columns = torch.cat([columns, rest], dim=1)
+    best, values = _plain_topk(scores.gather(1, columns), k)
+    return columns.gather(1, best), values
+
+
+def _plain_topk(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_topk` for few columns."""
+    # One more than asked for shows whether the last place is tied.
+    values, columns = scores.topk(min(k + 1, scores.shape[1]), dim=1)
+    if scores.shape[1] > k:
+        tied = (values[:, k] == values[:, k - 1]) & (values[:, k] > -torch.inf)
+        if tied.any():
+            cut = values[tied, k - 1 : k]
+            above, equal = scores[tied] > cut, scores[tied] == cut
+            places = k - above.sum(dim=1, keepdim=True)
+            chosen = above | (equal & (equal.cumsum(dim=1) <= places))
+            columns[tied, :k] = chosen.nonzero()[:, 1].view(-1, k)
+            values[tied, :k] = scores[tied].gather(1, columns[tied, :k])
+    return columns[:, :k], values[:, :k]
+
+
+def _ordered(columns: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both `[B, k]` with the highest values first, equal ones in column order."""
+    columns, order = columns.sort(dim=1)
+    values, best = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return columns.gather(1, best), values

@@ -61,15 +61,13 @@ class IdIndex:
         encoded = [one.encode() for one in check_ids(ids, kind)]
         self._blob = np.frombuffer(b"".join(encoded), dtype=np.uint8)
         self._offsets = np.concatenate([[0], np.cumsum([len(one) for one in encoded], dtype=np.int64)]).astype(np.int64)
-        self._sort(_hashes(encoded))
+        hashes = _hashes(encoded)
+        self._order = np.argsort(hashes, kind="stable").astype(np.int64)
+        self._hashes = hashes[self._order]
         rows = self.rows([one.decode() for one in encoded])
         repeated = np.flatnonzero(rows != np.arange(len(encoded)))
         if len(repeated):
             raise ValueError(f"{kind} {encoded[repeated[0]].decode()!r} is given more than once; ids must be unique.")
-
-    def _sort(self, hashes: np.ndarray) -> None:
-        self._order = np.argsort(hashes, kind="stable").astype(np.int64)
-        self._hashes = hashes[self._order]
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> IdIndex:
@@ -133,27 +131,22 @@ class IdIndex:
         present = self.rows(ids)
         if (present >= 0).any():
             raise ValueError(f"{kind} {ids[int(np.argmax(present >= 0))]!r} is already present.")
-        return self._combined(
-            np.concatenate([self._blob, new._blob]),
-            np.concatenate([self._offsets, new._offsets[1:] + self._offsets[-1]]),
-            np.concatenate([self._unsorted_hashes(), new._unsorted_hashes()]),
-        )
+        index = IdIndex.__new__(IdIndex)
+        index._blob = np.concatenate([self._blob, new._blob])
+        index._offsets = np.concatenate([self._offsets, new._offsets[1:] + self._offsets[-1]])
+        # Both are sorted, so one is put into the other: no sorting of millions for a handful.
+        places = np.searchsorted(self._hashes, new._hashes, side="right")
+        index._hashes = np.insert(self._hashes, places, new._hashes)
+        index._order = np.insert(self._order, places, new._order + len(self))
+        return index
 
     def kept(self, keep: np.ndarray) -> IdIndex:
         """A new index with the rows where the boolean array `keep` `[n]` is true, in the same order."""
+        index = IdIndex.__new__(IdIndex)
         lengths = np.diff(self._offsets)
-        blob = self._blob[np.repeat(keep, lengths)]
-        offsets = np.concatenate([[0], np.cumsum(lengths[keep])]).astype(np.int64)
-        return self._combined(blob, offsets, self._unsorted_hashes()[keep])
-
-    def _unsorted_hashes(self) -> np.ndarray:
-        hashes = np.empty_like(self._hashes)
-        hashes[self._order] = self._hashes
-        return hashes
-
-    @classmethod
-    def _combined(cls, blob: np.ndarray, offsets: np.ndarray, hashes: np.ndarray) -> IdIndex:
-        index = cls.__new__(cls)
-        index._blob, index._offsets = blob, offsets
-        index._sort(hashes)
+        index._blob = self._blob[np.repeat(keep, lengths)]
+        index._offsets = np.concatenate([[0], np.cumsum(lengths[keep])]).astype(np.int64)
+        stays = keep[self._order]
+        index._hashes = self._hashes[stays]
+        index._order = (np.cumsum(keep) - 1)[self._order[stays]]
         return index
