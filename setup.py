@@ -6,7 +6,8 @@ HERE = Path(__file__).parent
 
 PEFT = ["peft>=0.17"]
 EVALUATE = ["evaluate>=0.4.6"]
-TEST = ["pytest>=8", "hypothesis>=6", "sentencepiece>=0.2", "tensorboard>=2.18", *PEFT, *EVALUATE]
+MILVUS = ["pymilvus>=3", "milvus-lite>=3.2"]
+TEST = ["pytest>=8", "hypothesis>=6", "sentencepiece>=0.2", "tensorboard>=2.18", *PEFT, *EVALUATE, *MILVUS]
 
 setup(
     name="tokenrec-hf",
@@ -25,6 +26,7 @@ setup(
         "datasets>=4",
         "accelerate>=1.10",
         "huggingface-hub>=2",
+        "filelock>=3.10",
         "safetensors>=0.6",
         "numpy>=2",
         "pyarrow>=17",
@@ -36,7 +38,7 @@ setup(
         "test": TEST,
         "peft": PEFT,
         "evaluate": EVALUATE,
-        "milvus": ["pymilvus>=3", "milvus-lite>=3.2"],
+        "milvus": MILVUS,
         "dev": [*TEST, "ruff>=0.15", "mypy>=1.15", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["tokenrec=tokenrec_hf.cli:main"]},

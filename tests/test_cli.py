@@ -5,14 +5,13 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tokenrec_hf import EmbeddingStore, Recommender, cli
 from tokenrec_hf.cli import main
 from tokenrec_hf.cli_output import LABELS
+from tokenrec_hf.repository_info import STAGES
 
-COMMANDS = ("quickstart", "train", "evaluate", "recommend", "info")
+COMMANDS = ("quickstart", "train", "evaluate", "recommend", "add", "remove", "push", "info")
 VARIANTS = {"tokenrec": [], "tokenrec_user_id_only": ["--user-id-only"], "tokenrec_unseen_prompt": ["--unseen-prompt"]}
 
 
@@ -120,27 +119,6 @@ def test_a_value_without_a_name_is_refused(capsys, tmp_path):
 
 def test_two_kinds_of_prompts_exclude_each_other(capsys):
     assert_fails(capsys, "evaluate", "out", "--unseen-prompt", "--user-id-only", says="not allowed", status=2)
-
-
-@given(st.floats(allow_nan=False, allow_infinity=False) | st.integers())
-def test_numbers_are_read_as_numbers(value):
-    read = cli._scalar(str(value))
-    assert read == value and type(read) is type(value)
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("1e-3", 0.001),
-        ("true", True),
-        ("no", "no"),
-        ("null", None),
-        ("cosine_ranking", "cosine_ranking"),
-        ("a: b: c", "a: b: c"),
-    ],
-)
-def test_values_are_yaml_scalars(text, value):
-    assert cli._scalar(text) == value
 
 
 # Train ----------------------------------------------------------------------------------------------------------------
@@ -445,7 +423,7 @@ def test_info_of_an_unfinished_run_lists_the_stages_done(capsys, repository):
     (repository / "training" / "refit.json").write_text(json.dumps({"collaborative": record["collaborative"]}))
     found = document(capsys, "info", repository)
     assert found["finished"] is False
-    assert found["stages"] == {"selection": list(cli.STAGES), "refit": ["collaborative"]}
+    assert found["stages"] == {"selection": list(STAGES), "refit": ["collaborative"]}
     assert "goes on" in run(capsys, "info", repository)[1]
     assert_fails(capsys, "recommend", repository, "--user", "u007", says="training has not finished")
 
@@ -469,3 +447,72 @@ def test_a_reader_that_has_enough_gets_no_traceback(trained_repository):
     finished = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE)
     os.close(writing)
     assert (finished.returncode, finished.stderr) == (1, b"")
+
+
+# Newcomers ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def today(tmp_path, demo_splits):
+    """Interactions of today: a new user with known items and a new item."""
+    items = demo_splits["train"]["item_id"][:4]
+    users = demo_splits["train"]["user_id"][:]
+    rows = [f"newbie,{item}" for item in items] + ["newbie,nova", f"{users[0]},nova", f"{users[-1]},nova"]
+    path = tmp_path / "today.csv"
+    path.write_text("user_id,item_id\n" + "\n".join(rows) + "\n")
+    return path
+
+
+def test_newcomers_are_added_shown_recommended_and_removed(capsys, repository, today):
+    weights = (repository / "model.safetensors").read_bytes()
+    added = document(capsys, "add", repository, "--interactions", today)
+    assert (added["users"], added["items"], added["interactions"]) == (1, 1, 7)
+    found = document(capsys, "recommend", repository, "--user", "newbie", "--top-k", "400")
+    assert len(found["recommendations"]) == 301 - 5 and "nova" not in [row["item"] for row in found["recommendations"]]
+    # The users of `nova` have seen it; somebody else may be recommended it.
+    other = EmbeddingStore.open(repository).ids("user")[5]
+    found = document(capsys, "recommend", repository, "--user", other, "--top-k", "400")
+    assert "nova" in [row["item"] for row in found["recommendations"]]
+    told = document(capsys, "info", repository)
+    assert told["counts"] == {"user": 401, "item": 301}
+    assert told["additions"]["user"]["count"] == told["additions"]["item"]["count"] == 1
+    assert document(capsys, "remove", repository, "--users", "newbie", "--items", "nova")["users"] == 1
+    found = document(capsys, "recommend", repository, "--user", other, "--top-k", "400")
+    assert "nova" not in [row["item"] for row in found["recommendations"]]
+    assert_fails(capsys, "recommend", repository, "--user", "newbie", says="'newbie', which is unknown")
+    assert (repository / "model.safetensors").read_bytes() == weights
+
+
+def test_what_was_added_and_removed_is_said_in_words(capsys, repository, today):
+    _, out, _ = run(capsys, "add", repository, "--interactions", today)
+    assert "1 users and 1 items are new" in out and "The codes of these items lose" in out
+    _, out, _ = run(capsys, "info", repository)
+    assert "added items  1, codes lose" in out
+    _, out, _ = run(capsys, "remove", repository, "--users", "newbie")
+    assert out.startswith("1 users were deleted and 0 items withdrawn")
+
+
+def test_recommendations_can_be_filtered_by_metadata(capsys, repository):
+    store = EmbeddingStore.open(repository)
+    items = store.ids("item")[:6]
+    metadata = [{"genre": "jazz"}, {"genre": "folk"}, {"genre": "rock"}] * 2
+    store.set_metadata(items, [{**one, "stock": at < 3} for at, one in enumerate(metadata)])
+    store.save_pretrained(repository / "store")
+    user = store.ids("user")[0]
+    filters = ("--where", "genre=jazz", "genre=folk", "stock=true")
+    found = document(capsys, "recommend", repository, "--user", user, "--include-seen", *filters)
+    assert sorted(row["item"] for row in found["recommendations"]) == sorted(items[:2])
+    assert_fails(capsys, "recommend", repository, "--user", user, "--where", "genre", says="NAME=VALUE", status=2)
+
+
+@pytest.mark.parametrize(
+    ("argv", "says", "status"),
+    [
+        (("add", "out"), "there is nothing to add", 2),
+        (("remove", "out"), "there is nothing to remove", 2),
+        (("add", "no/where", "--retrain"), "only a repository in a local folder can be changed", 1),
+        (("remove", "no/where", "--items", "a"), "only a repository in a local folder can be changed", 1),
+    ],
+)
+def test_additions_that_cannot_be_are_refused(capsys, argv, says, status):
+    assert_fails(capsys, *argv, says=says, status=status)

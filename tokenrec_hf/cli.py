@@ -1,4 +1,4 @@
-"""The `tokenrec` command: quickstart, train, evaluate, recommend, push and info.
+"""The `tokenrec` command: quickstart, train, evaluate, recommend, add, remove, push and info.
 
 A thin shell: each command reads its arguments, calls the package and returns one document, which is shown as text or, with
 `--json`, as it is. Results go to stdout, progress and notes to stderr. Everything heavy is imported inside the commands, so
@@ -12,27 +12,31 @@ import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from . import __version__
-from .cli_output import show_evaluation, show_info, show_push, show_quickstart, show_recommendations, show_train
+from .cli_output import (
+    show_addition,
+    show_evaluation,
+    show_info,
+    show_push,
+    show_quickstart,
+    show_recommendations,
+    show_removal,
+    show_train,
+)
+from .cli_settings import UsageError, read_recipe, read_where
 from .recipes import RECIPES, load_recipe
+from .repository_info import describe_repository, read_json
 
 if TYPE_CHECKING:
     from .recommender import Recommender
 
-SHORTCUTS = {"seed": "seed", "loss_type": "retrieval.config.loss_type"}
-STAGES = ("collaborative", "mq_user", "mq_item", "retrieval", "evaluation")
 # Titles are known for these data sets.
 TITLED = ("demo", "ml-100k")
-
-
-class UsageError(ValueError):
-    """An argument that there is not, or that contradicts another one."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,7 +113,7 @@ def _quickstart(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _train(arguments: argparse.Namespace) -> dict[str, Any]:
-    recipe = _recipe(arguments)
+    recipe = read_recipe(arguments)
     from .data_sources import DATA_SOURCES
     from .interactions import HUB, leave_one_out, load_interactions
     from .training import UnknownSettingError, check_settings, train
@@ -144,7 +148,7 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     folder, split = fetch_repository(arguments.repository, revision=arguments.revision), arguments.split
     recommender = Recommender.from_pretrained(folder)
     splits = load_splits(folder)
-    run = _read_json(folder / "training" / "run.json")
+    run = read_json(folder / "training" / "run.json")
     # After a refit, the model of the repository knows the validation items; the one of the selection does not.
     if split == "validation" and run["refit"]:
         folder = folder / "training" / "selection"
@@ -172,11 +176,42 @@ def _recommend(arguments: argparse.Namespace) -> dict[str, Any]:
     return _recommendations(
         recommender,
         arguments.user,
-        _titles(_read_json(known)["dataset"] if known.is_file() else ""),
+        _titles(read_json(known)["dataset"] if known.is_file() else ""),
         history=arguments.history,
         top_k=arguments.top_k,
         exclude_seen=not arguments.include_seen,
+        where=read_where(arguments.where),
     )
+
+
+def _add(arguments: argparse.Namespace) -> dict[str, Any]:
+    from .interactions import load_interactions
+    from .newcomers import add_to_repository, read_vectors
+
+    if not (arguments.users or arguments.items or arguments.interactions or arguments.retrain):
+        raise UsageError("there is nothing to add: give --users, --items, --interactions or --retrain.")
+    _quiet()
+    started = time.monotonic()
+    report = add_to_repository(
+        _local(arguments.repository),
+        users=read_vectors(arguments.users, "user") if arguments.users else None,
+        items=read_vectors(arguments.items, "item") if arguments.items else None,
+        interactions=load_interactions(arguments.interactions) if arguments.interactions else None,
+        retrain=arguments.retrain,
+    )
+    return {"repository": arguments.repository, **report, "seconds": round(time.monotonic() - started, 2)}
+
+
+def _remove(arguments: argparse.Namespace) -> dict[str, Any]:
+    from .newcomers import remove_from_repository
+
+    if not (arguments.users or arguments.items):
+        raise UsageError("there is nothing to remove: give --users or --items.")
+    _quiet()
+    removed = remove_from_repository(
+        _local(arguments.repository), users=arguments.users or (), items=arguments.items or ()
+    )
+    return {"repository": arguments.repository, **removed}
 
 
 def _push(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -196,44 +231,7 @@ def _info(arguments: argparse.Namespace) -> dict[str, Any]:
     from .repository import fetch_repository
 
     folder = fetch_repository(arguments.repository, revision=arguments.revision)
-    found = {
-        name: _read_json(path) if (path := folder / place).is_file() else {}
-        for name, place in {
-            "model": "config.json",
-            "tokenizer": "tokenizer_config.json",
-            "store": "store/store.json",
-            "metrics": "metrics.json",
-            "run": "training/run.json",
-        }.items()
-    }
-    if not found["run"] and "codebooks" not in found["tokenizer"]:
-        raise FileNotFoundError(f"{folder} is no trained repository; give the --output_dir of `tokenrec train`.")
-    metrics = found["metrics"]
-    recipe = found["run"].get("recipe", {})
-    document = {
-        "repository": arguments.repository,
-        "finished": bool(metrics) or not found["run"],
-        "dataset": metrics.get("dataset"),
-        "recipe": metrics.get("recipe") or recipe.get("recipe"),
-        "seed": metrics.get("seed", recipe.get("seed")),
-        "refit": metrics.get("refit", found["run"].get("refit")),
-        "counts": found["store"].get("counts"),
-        "interactions": metrics.get("interactions"),
-        "embedding_dim": found["store"].get("embedding_dim"),
-        "codebooks": found["tokenizer"].get("codebooks"),
-        "space_ids": found["model"].get("space_ids") or found["tokenizer"].get("space_ids"),
-        **{name: metrics.get(name) for name in ("codes", "epochs", "seconds", "validation", "test")},
-        "bytes": _size(folder) - _size(folder / "training"),
-        "training_bytes": _size(folder / "training"),
-    }
-    if not document["finished"]:
-        runs = ("selection", "refit") if found["run"]["refit"] else ("selection",)
-        records = {name: folder / "training" / f"{name}.json" for name in runs}
-        document["stages"] = {
-            run: [stage for stage in STAGES if path.is_file() and stage in _read_json(path)]
-            for run, path in records.items()
-        }
-    return document
+    return {"repository": arguments.repository, **describe_repository(folder)}
 
 
 # Arguments ------------------------------------------------------------------------------------------------------------
@@ -334,6 +332,50 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     )
     recommend.add_argument("--top-k", type=int, default=10, metavar="K", help="default: %(default)s")
     recommend.add_argument("--include-seen", action="store_true", help="also items that the user has interacted with")
+    recommend.add_argument(
+        "--where",
+        nargs="+",
+        metavar="NAME=VALUE",
+        help="only items with this metadata; of a name that is given twice either value will do",
+    )
+
+    add = command(
+        "add",
+        _add,
+        show_addition,
+        "add users and items to a trained repository without training T5 again",
+        "Vectors come as Parquet with a column of ids (id) and one of vectors (vector); further columns of items are metadata\n"
+        "that `recommend --where` filters by. Users and items that only --interactions names are folded in. Whatever goes\n"
+        "wrong, the repository stays as it was.\n\n"
+        "examples:\n"
+        "  tokenrec add out --interactions today.csv\n"
+        "  tokenrec add out --items vectors.parquet\n"
+        "  tokenrec add out --interactions today.csv --retrain",
+    )
+    add.add_argument("repository", help="the folder that `tokenrec train` wrote")
+    add.add_argument("--users", metavar="FILE", help="vectors of users")
+    add.add_argument("--items", metavar="FILE", help="vectors of items")
+    add.add_argument(
+        "--interactions", metavar="FILE", help="interactions since the training: whatever `train --dataset` takes"
+    )
+    add.add_argument(
+        "--retrain",
+        action="store_true",
+        help="go on training the collaborative model with everything, and turn its vectors into the old space",
+    )
+
+    remove = command(
+        "remove",
+        _remove,
+        show_removal,
+        "delete users with all that is known of them, or withdraw items from sale",
+        "Of a user nothing is left in the files, those of the training included. A withdrawn item is never recommended\n"
+        "again; histories may go on to name it.\n\n"
+        "example: tokenrec remove out --items 08 24",
+    )
+    remove.add_argument("repository", help="the folder that `tokenrec train` wrote")
+    remove.add_argument("--users", nargs="+", metavar="ID")
+    remove.add_argument("--items", nargs="+", metavar="ID")
 
     push = command(
         "push",
@@ -379,64 +421,6 @@ def _respelled(argv: Sequence[str], commands: Mapping[str, argparse.ArgumentPars
     return result
 
 
-def _settings(arguments: Sequence[str]) -> dict[str, Any]:
-    """`--a.b 1 --c=x --flag` as `{"a.b": 1, "c": "x", "flag": True}`."""
-    settings: dict[str, Any] = {}
-    name = None
-    for argument in arguments:
-        if argument.startswith("--"):
-            name, equals, value = argument[2:].partition("=")
-            settings[name] = _scalar(value) if equals else True
-            if equals:
-                name = None
-        elif name is None:
-            raise UsageError(f"unrecognized arguments: {argument}")
-        else:
-            settings[name] = _scalar(argument)
-            name = None
-    return settings
-
-
-def _scalar(text: str) -> Any:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-    if isinstance(value, bool) and text.lower() not in ("true", "false"):
-        return text  # YAML 1.1 takes the `no` of --save_strategy for false
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            return float(value)  # and does not take 1e-3 for a number
-    return value
-
-
-def _recipe(arguments: argparse.Namespace) -> dict[str, Any]:
-    settings = _settings(arguments.settings)
-    # What is wrong in a file is found first, so that what is wrong then is the arguments.
-    load_recipe(arguments.recipe, arguments.config)
-    bare = [name for name in settings if "." not in name and name not in SHORTCUTS]
-    if bare:
-        from dataclasses import fields
-
-        from transformers import TrainingArguments
-
-        known = {field.name for field in fields(TrainingArguments)}
-        for name in bare:
-            if name not in known:
-                raise UsageError(
-                    f"there is no argument --{name}; besides those of --help there are those of transformers' "
-                    "TrainingArguments, and the settings of a recipe by their dotted names."
-                )
-    arguments.settings = {
-        name if "." in name else SHORTCUTS.get(name, f"retrieval.training.{name}"): value
-        for name, value in settings.items()
-    }
-    try:
-        return load_recipe(arguments.recipe, arguments.config, arguments.settings)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-
-
 # What the commands share ----------------------------------------------------------------------------------------------
 
 
@@ -460,8 +444,9 @@ def _recommendations(
     history: list[str] | None = None,
     top_k: int = 10,
     exclude_seen: bool = True,
+    where: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    found = recommender.recommend([user], [history], top_k=top_k, exclude_seen=exclude_seen)[0]
+    found = recommender.recommend([user], [history], top_k=top_k, exclude_seen=exclude_seen, where=where)[0]
     tokens = _tokens(recommender, "item", [row["item"] for row in found])
     return {
         "user": user,
@@ -472,6 +457,16 @@ def _recommendations(
             for rank, (row, codes) in enumerate(zip(found, tokens), 1)
         ],
     }
+
+
+def _local(name: str) -> Path:
+    """The folder of a repository that is to be changed."""
+    if not Path(name).is_dir():
+        raise FileNotFoundError(
+            f"there is no folder {name}; only a repository in a local folder can be changed: fetch one with `hf download {name} "
+            "--local-dir out`, change that and push it."
+        )
+    return Path(name)
 
 
 def _tokens(recommender: Recommender, kind: str, ids: list[str]) -> list[str]:
@@ -488,18 +483,6 @@ def _titles(dataset: str) -> dict[str, str]:
         return load_item_titles(dataset) if dataset in TITLED else {}
     except OSError:
         return {}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); copy it again, or train in another folder.") from error
-
-
-def _size(folder: Path) -> int:
-    """Bytes of all files under a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _write(text: str) -> None:

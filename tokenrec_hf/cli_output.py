@@ -73,8 +73,43 @@ def show_push(document: Mapping[str, Any]) -> str:
     return f"{document['commit']}\n{left_out}Try: tokenrec info {document['repository']}"
 
 
+def show_addition(document: Mapping[str, Any]) -> str:
+    """What was added, and how well the codes describe it."""
+    lines = [
+        f"{document['users']} users and {document['items']} items are new, {document['users_changed']} users and "
+        f"{document['items_changed']} items have new vectors, {document['interactions']} interactions were recorded "
+        f"({document['seconds']:.1f} s)."
+    ]
+    for kind, error in document["reconstruction_error"].items():
+        lines.append(f"The codes of these {kind}s lose {error:.1%} of the variance.")
+    lines.append(f"Next:\n  tokenrec info {document['repository']}")
+    return "\n".join(lines)
+
+
+def show_removal(document: Mapping[str, Any]) -> str:
+    """What was removed."""
+    return (
+        f"{document['users']} users were deleted and {document['items']} items withdrawn from {document['repository']}."
+    )
+
+
 def show_info(document: Mapping[str, Any]) -> str:
     """What a repository holds, and what was measured."""
+    blocks = [_table(_facts(document))]
+    if document["retraining_due"]:
+        blocks.append(f"It is time to train anew: {'; '.join(document['retraining_due'])}.")
+    if not document["finished"]:
+        done = "\n".join(f"  {run}: {', '.join(stages) or 'nothing yet'}" for run, stages in document["stages"].items())
+        blocks.append(f"Training has not finished; the same `tokenrec train` goes on. Done so far:\n{done}")
+    if document["codes"]:
+        blocks.append(_code_lines(document["codes"]))
+    if document["validation"]:
+        blocks.append(_results(document, tuple(LABELS)))
+    return "\n\n".join(blocks)
+
+
+def _facts(document: Mapping[str, Any]) -> list[list[str]]:
+    """What there is to say of a repository in one line each."""
     rows = [["repository", document["repository"]]]
     for name in ("dataset", "recipe", "seed"):
         if document[name] is not None:
@@ -86,21 +121,18 @@ def show_info(document: Mapping[str, Any]) -> str:
         rows.append(["store", f"{known}, {document['embedding_dim']} dimensions"])
     for kind, (number, size) in (document["codebooks"] or {}).items():
         rows.append([f"{kind} tokens", f"K = {number}, L = {size}, MQ-Tokenizer {document['space_ids'][kind]}"])
+    for kind, added in (document["additions"] or {}).items():
+        if added["count"]:
+            rows.append(
+                [f"added {kind}s", f"{added['count']}, codes lose {added['reconstruction_error']:.1%} of the variance"]
+            )
     if epochs := document["epochs"]:
         rows.append(["epochs", ", ".join(f"{name} {count:g}" for name, count in epochs.items())])
     size = f"{document['bytes'] / 1e6:.1f} MB"
     if document["training_bytes"]:
         size += f", and {document['training_bytes'] / 1e6:.1f} MB in training/"
     rows.append(["on disk", size])
-    blocks = [_table(rows)]
-    if not document["finished"]:
-        done = "\n".join(f"  {run}: {', '.join(stages) or 'nothing yet'}" for run, stages in document["stages"].items())
-        blocks.append(f"Training has not finished; the same `tokenrec train` goes on. Done so far:\n{done}")
-    if document["codes"]:
-        blocks.append(_code_lines(document["codes"]))
-    if document["validation"]:
-        blocks.append(_results(document, tuple(LABELS)))
-    return "\n\n".join(blocks)
+    return rows
 
 
 def _results(metrics: Mapping[str, Any], names: Iterable[str]) -> str:

@@ -91,6 +91,13 @@ class CodeTable:
         index = self.index.extended([one for one, new in zip(ids, is_new) if new], self.kind)
         return CodeTable(self.kind, index, merged, self.codebook_size)
 
+    def without(self, ids: Sequence[str]) -> CodeTable:
+        """A table without `ids`; those that are not in it are ignored."""
+        rows = self.index.rows(ids)
+        keep = np.ones(len(self), dtype=bool)
+        keep[rows[rows >= 0]] = False
+        return CodeTable(self.kind, self.index.kept(keep), self.codes[keep], self.codebook_size)
+
 
 def save_tables(tables: Mapping[str, CodeTable], path: str) -> None:
     """Writes the tables of all kinds into one safetensors file, whole or not at all."""

@@ -9,6 +9,7 @@ prompts or models; it only carries the hashes (`space_ids`) of the MQ-Tokenizers
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import os
 import tempfile
@@ -100,9 +101,9 @@ class EmbeddingStore:
             ValueError: a file of the store is missing, damaged or of another format version.
         """
         if str(path_or_uri).startswith(("http://", "https://")) or str(path_or_uri).endswith(".db"):
-            from .embedding_store_milvus import MilvusEmbeddingStore
-
-            return MilvusEmbeddingStore(str(path_or_uri), token=token)
+            # Not by an import statement: code on the Hub takes along all that it imports, and Milvus is an extra.
+            milvus = importlib.import_module(".embedding_store_milvus", __package__)
+            return milvus.MilvusEmbeddingStore(str(path_or_uri), token=token)
         for folder in (Path(path_or_uri), Path(path_or_uri) / "store"):
             if (folder / MANIFEST).is_file():
                 return cls._load(folder)

@@ -7,10 +7,13 @@ about vectors, codes or models. Used by the embedding store and by the tokenizer
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 MAX_ID_LENGTH = 256
 
@@ -150,3 +153,25 @@ class IdIndex:
         index._hashes = self._hashes[stays]
         index._order = (np.cumsum(keep) - 1)[self._order[stays]]
         return index
+
+
+def save_indexes(indexes: Mapping[str, IdIndex], path: str | os.PathLike) -> None:
+    """Writes the ids of several kinds into one safetensors file."""
+    save_file(
+        {f"{kind}.{name}": array for kind, index in indexes.items() for name, array in index.arrays().items()}, path
+    )
+
+
+def load_indexes(path: str | os.PathLike) -> dict[str, IdIndex]:
+    """Reads what `save_indexes` wrote.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    parts: dict[str, dict[str, np.ndarray]] = {}
+    try:
+        for name, array in load_file(path).items():
+            parts.setdefault(name.partition(".")[0], {})[name.partition(".")[2]] = array
+        return {kind: IdIndex.from_arrays(arrays) for kind, arrays in parts.items()}
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}); copy it again.") from error

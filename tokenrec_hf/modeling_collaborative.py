@@ -193,7 +193,9 @@ class LightGCNModel(MatrixFactorizationModel):
         return mean[: self.config.num_users], mean[self.config.num_users :]
 
 
-def augment_norm(users: torch.Tensor, items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def augment_norm(
+    users: torch.Tensor, items: torch.Tensor, norm: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Vectors of one more dimension whose *cosine* ranks items as the dot product of the given ones does.
 
     Retrieval is by cosine (Eq. 19), but BPR trains dot products, where an item's norm carries its popularity. With M the
@@ -203,12 +205,15 @@ def augment_norm(users: torch.Tensor, items: torch.Tensor) -> tuple[torch.Tensor
     Args:
         users: p, `[num_users, d]`.
         items: q, `[num_items, d]`.
+        norm: M; by default that of `items`. For newcomers it is that of the items that they join, and one that is longer
+            keeps its own length.
 
     Returns:
         `[num_users, d + 1]` and `[num_items, d + 1]`.
     """
     squares = items.square().sum(dim=1, keepdim=True)
-    rest = (squares.max() - squares).clamp(min=0).sqrt()
+    largest = squares.max() if norm is None else norm**2
+    rest = (largest - squares).clamp(min=0).sqrt()
     return torch.cat([users, torch.zeros_like(users[:, :1])], dim=1), torch.cat([items, rest], dim=1)
 
 

@@ -168,6 +168,17 @@ class MQTokenizerModel(PreTrainedModel):
             "reconstruction_error": float(error / variance),
         }
 
+    @torch.no_grad()
+    def reconstruction_error(self, vectors: torch.Tensor) -> float:
+        """sum ||x - r||^2 of any `vectors` `[n, d]`, over what it would be if they were as spread as those of training.
+
+        For the vectors of training this is the `reconstruction_error` of `statistics`; for others it tells how far they are
+        from what the codes can describe.
+        """
+        vectors = self._checked(vectors)
+        error = sum((x - self.decode(self.encode(x))).square().sum() for x in vectors.split(ENCODE_CHUNK))
+        return float(error / (vectors.numel() * self.scale.square()))
+
     def forward(self, vectors: torch.Tensor, labels: torch.Tensor | None = None) -> MQTokenizerOutput:
         """Reconstructs `vectors` `[B, d]`; while training, from a masked copy (Eq. 2-3), against the unmasked input.
 

@@ -268,7 +268,9 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
         return scores.masked_fill(banned[:, :width], float("-inf"))
 
     @torch.inference_mode()
-    def recommend(self, inputs: Mapping, store, top_k: int = 10, exclude_seen: bool = True):
+    def recommend(
+        self, inputs: Mapping, store, top_k: int = 10, exclude_seen: bool = True, where: Mapping | None = None
+    ):
         """The `top_k` items of `store` nearest to each prompt's query (Eq. 19).
 
         Args:
@@ -277,6 +279,7 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
             store: an [`EmbeddingStore`].
             top_k: how many items; fewer come back where fewer are left.
             exclude_seen: leave out the items of the prompt and those that the store knows its users have seen.
+            where: only items with this metadata, see [`EmbeddingStore.search`].
 
         Returns:
             Per prompt a list of `{"item": id, "score": cosine}`, best first.
@@ -289,7 +292,7 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
             *(inputs[name].to(self.device) if name in inputs else None for name in ("input_ids", "attention_mask"))
         )
         exclude = self._seen(inputs, store) if exclude_seen else None
-        ids, scores = store.search(queries.float().cpu(), top_k, exclude)
+        ids, scores = store.search(queries.float().cpu(), top_k, exclude, where)
         return [[{"item": i, "score": s} for i, s in zip(*row)] for row in zip(ids, scores)]
 
     def _check_store(self, store) -> None:

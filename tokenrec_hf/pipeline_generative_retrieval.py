@@ -58,6 +58,7 @@ class GenerativeRetrievalPipeline(Pipeline):
                 knows, and with an empty one by user id only.
             top_k: how many items; 10 by default. Fewer come back where fewer are left.
             exclude_seen: leave out the items of the request and those that the store knows the user has seen (the default).
+            where: only items with this metadata, see [`EmbeddingStore.search`].
             prompt: wording of one's own for requests that are dicts: with `{user}` and then, if wanted, `{history}`, or with
                 `{history}` alone where requests name no user, each between white space; or a finished text.
             batch_size: how many requests go through the model at once.
@@ -102,8 +103,8 @@ class GenerativeRetrievalPipeline(Pipeline):
             "which leaves the users' data out."
         )
 
-    def _sanitize_parameters(self, top_k=None, exclude_seen=None, prompt=None):  # type: ignore[override]
-        forward = {"top_k": top_k, "exclude_seen": exclude_seen}
+    def _sanitize_parameters(self, top_k=None, exclude_seen=None, where=None, prompt=None):  # type: ignore[override]
+        forward = {"top_k": top_k, "exclude_seen": exclude_seen, "where": where}
         return {"prompt": prompt} if prompt else {}, {k: v for k, v in forward.items() if v is not None}, {}
 
     def preprocess(  # type: ignore[override]
@@ -127,13 +128,15 @@ class GenerativeRetrievalPipeline(Pipeline):
         }
 
     def _forward(  # type: ignore[override]
-        self, inputs: Mapping[str, Any], top_k: int = 10, exclude_seen: bool = True
+        self, inputs: Mapping[str, Any], top_k: int = 10, exclude_seen: bool = True, where: Mapping | None = None
     ) -> dict[str, list]:
         # A batch of one comes as `preprocess` made it, larger ones with a list of what each request has.
         alone = isinstance(inputs["user_ids"], tuple)
         if alone:
             inputs = {**inputs, "user_ids": [inputs["user_ids"]], "item_ids": [inputs["item_ids"]]}
-        found = self.model.recommend(inputs, self.recommender.store, top_k=top_k, exclude_seen=exclude_seen)
+        found = self.model.recommend(
+            inputs, self.recommender.store, top_k=top_k, exclude_seen=exclude_seen, where=where
+        )
         return {"recommendations": found[0] if alone else found}
 
     def postprocess(self, outputs: Mapping[str, list]) -> list[dict]:  # type: ignore[override]

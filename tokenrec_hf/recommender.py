@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -69,6 +70,7 @@ class Recommender:
         *,
         top_k: int = 10,
         exclude_seen: bool = True,
+        where: Mapping[str, Any] | None = None,
         template: PromptTemplate | None = None,
     ) -> list[list[dict]]:
         """The best items for each user.
@@ -79,6 +81,7 @@ class Recommender:
                 asks by user id only.
             top_k: how many items; fewer come back where fewer are left.
             exclude_seen: leave out the items of the histories and those that the store knows the user has seen.
+            where: only items with this metadata, see [`EmbeddingStore.search`].
             template: the wording; one without history ignores the histories.
 
         Returns:
@@ -94,7 +97,7 @@ class Recommender:
         )
         # Whole histories: what a prompt leaves out was seen all the same.
         inputs["item_ids"] = chosen
-        return self.model.recommend(inputs, self.store, top_k=top_k, exclude_seen=exclude_seen)
+        return self.model.recommend(inputs, self.store, top_k=top_k, exclude_seen=exclude_seen, where=where)
 
     def prompts(
         self,

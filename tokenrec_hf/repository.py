@@ -18,6 +18,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from .repository_update import finish_update
+
 # Without these, a folder is no trained repository.
 REQUIRED = ("config.json", "tokenizer.json", "codes.safetensors", "store/store.json", "model.safetensors")
 # What a trained repository holds; whatever else lies in its folder (checkpoints, interactions) is nobody else's business.
@@ -58,6 +60,7 @@ def check_repository(folder: str | os.PathLike) -> None:
         FileNotFoundError: it is not; the message says what is missing and what to do.
     """
     folder = Path(folder)
+    finish_update(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}; train one with `tokenrec train --output_dir {folder}`.")
     unfinished = (folder / "training").is_dir()

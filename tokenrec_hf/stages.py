@@ -179,6 +179,7 @@ def train_collaborative(
     holdout: Holdout | None = None,
     epochs: float | None = None,
     seed: int = 0,
+    start: MatrixFactorizationModel | None = None,
 ) -> StageResult:
     """Step 0: LightGCN or matrix factorisation on the training interactions.
 
@@ -189,10 +190,13 @@ def train_collaborative(
         holdout: the validation items; the best epoch by NDCG@20 (dot product) is kept. Without it, all `epochs` count.
         epochs: stop after so many, with the learning-rate schedule unchanged (the refit).
         seed: of everything random.
+        start: a model of these users and items to go on training, instead of a fresh one.
     """
     set_seed(seed)
-    if settings["model"] == "lightgcn":
-        model: Any = LightGCNModel.from_interactions(LightGCNConfig(**settings["config"]), interactions)
+    if start is not None:
+        model: Any = start
+    elif settings["model"] == "lightgcn":
+        model = LightGCNModel.from_interactions(LightGCNConfig(**settings["config"]), interactions)
     elif settings["model"] == "matrix_factorization":
         sizes: dict[str, Any] = {"num_users": interactions.num_users, "num_items": interactions.num_items}
         config = {name: value for name, value in settings["config"].items() if name != "num_layers"}

@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,7 @@ def save_files(folder: str | os.PathLike, facts: dict[str, Any], arrays: dict[st
         files = {name: _save(folder, Path(temporary), name, contents) for name, contents in arrays.items()}
         manifest = {"format_version": FORMAT_VERSION, **facts, "files": files, "changes": []}
         _replace_manifest(folder, Path(temporary), manifest)
-    _remove_leftovers(folder, keep=[entry["file"] for entry in files.values()])
+    remove_leftovers(folder)
     return manifest
 
 
@@ -109,6 +108,19 @@ def load_files(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Arr
         )
     arrays = {name: _load(Path(folder), *entry) for name, entry in files.items()}
     return manifest, arrays, [_load(Path(folder), *entry) for entry in changes]
+
+
+def remove_leftovers(folder: str | os.PathLike) -> None:
+    """Removes the data files that `store.json` does not name, and what interrupted saves left."""
+    manifest = json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
+    keep = {entry["file"] for entry in [*manifest["files"].values(), *manifest.get("changes", [])]}
+    for path in Path(folder).iterdir():
+        if path.name.startswith(".saving-"):
+            shutil.rmtree(path, ignore_errors=True)
+        elif _DATA_FILE.fullmatch(path.name) and path.name not in keep:
+            # A file that somebody still reads cannot be removed on Windows; the next save tries again.
+            with suppress(OSError):
+                path.unlink()
 
 
 def damaged(path: Path, problem: str) -> ValueError:
@@ -173,14 +185,3 @@ def _flush(path: Path) -> None:
     """Brings a file to the disk: after a power failure its new name must not stand for missing content."""
     with open(path, "r+b") as file:
         os.fsync(file.fileno())
-
-
-def _remove_leftovers(folder: Path, keep: Iterable[str]) -> None:
-    """Removes the data files of former stores and what interrupted saves left."""
-    for path in folder.iterdir():
-        if path.name.startswith(".saving-"):
-            shutil.rmtree(path, ignore_errors=True)
-        elif _DATA_FILE.fullmatch(path.name) and path.name not in keep:
-            # A file that somebody still reads cannot be removed on Windows; the next save tries again.
-            with suppress(OSError):
-                path.unlink()

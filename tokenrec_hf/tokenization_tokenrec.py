@@ -195,6 +195,16 @@ class TokenRecTokenizer(TokenizersBackend):
         """Gives items codes; otherwise as `add_users`."""
         self._add("item", vectors)
 
+    def remove(self, kind: str, ids: Sequence[str]) -> None:
+        """Forgets users or items and their codes; ids that are not known are ignored."""
+        table = self._table(kind).without(ids)
+        with self._lock:
+            self._tables = {**self._tables, kind: table}
+
+    def save_codes(self, folder: str | os.PathLike) -> None:
+        """Writes only the ids and their codes, into a folder that has the rest of this tokenizer."""
+        save_tables(self._tables, os.path.join(folder, self.vocab_files_names["codes_file"]))
+
     def attach(self, user_mq: Any = None, item_mq: Any = None) -> None:
         """Sets the MQ-Tokenizers that `add_users` and `add_items` use.
 

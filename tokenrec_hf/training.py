@@ -31,7 +31,7 @@ from .configuration_t5_retrieval import T5GenerativeRetrievalConfig
 from .data_collator import DataCollatorForGenerativeRetrieval
 from .embedding_store import EmbeddingStore
 from .evaluation import evaluate_baselines, evaluate_retrieval
-from .id_index import IdIndex
+from .id_index import IdIndex, save_indexes
 from .interaction_matrix import InteractionMatrix
 from .model_card import write_model_card
 from .modeling_collaborative import LightGCNModel, MatrixFactorizationModel, augment_norm
@@ -327,6 +327,9 @@ class _Run:
             seed=self.recipe["seed"],
         )
         result.model.save_pretrained(self.folder / "collaborative")
+        # The model knows rows; whoever goes on training it must know whose they are.
+        indexes = {"user": IdIndex(data.user_ids), "item": IdIndex(data.item_ids)}
+        save_indexes(indexes, self.folder / "collaborative" / "ids.safetensors")
         # Remote code is looked for in the root, even when a model in a subfolder is loaded.
         custom_object_save(result.model, self.folder)
         return {"epochs": result.epochs, "metrics": result.metrics}
