@@ -96,7 +96,7 @@ def read_vectors(path: str | os.PathLike, kind: str) -> NewVectors:
         raise ValueError(
             f"{path}: {chosen['vectors']!r} does not hold one vector of the same length in each row, but lengths {lengths[:5]}."
         )
-    flat = np.asarray(column.flatten().to_numpy(zero_copy_only=False), dtype=np.float32)
+    flat = np.array(column.flatten().to_numpy(zero_copy_only=False), dtype=np.float32)
     others = [name for name in table.column_names if name not in chosen.values()]
     if others and kind == "user":
         raise ValueError(

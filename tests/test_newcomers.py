@@ -1,0 +1,331 @@
+import json
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from datasets import Dataset
+
+from tokenrec_hf import EmbeddingStore, NewVectors, Recommender, TokenRecTokenizer
+from tokenrec_hf import newcomers as module
+from tokenrec_hf.id_index import load_indexes
+from tokenrec_hf.modeling_collaborative import LightGCNModel
+from tokenrec_hf.modeling_mq_tokenizer import MQTokenizerModel
+from tokenrec_hf.newcomers import add_to_repository, read_vectors, remove_from_repository
+from tokenrec_hf.repository_info import describe_repository
+
+
+@pytest.fixture
+def repository(trained_repository, tmp_path):
+    """A copy of the trained repository, to be changed."""
+    return shutil.copytree(trained_repository, tmp_path / "repository")
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def interactions(*pairs):
+    return Dataset.from_dict({"user_id": [user for user, _ in pairs], "item_id": [item for _, item in pairs]})
+
+
+def twin_of(folder, user):
+    """The interactions of a user under another name."""
+    return [("twin", item) for item in EmbeddingStore.open(folder).seen([user])[0]]
+
+
+def check_codes(folder):
+    """The code table has the ids of the store, and the codes are those of its vectors."""
+    store, tokenizer = EmbeddingStore.open(folder), TokenRecTokenizer.from_pretrained(folder)
+    for kind in ("user", "item"):
+        assert sorted(tokenizer.ids(kind)) == sorted(store.ids(kind))
+        codes = MQTokenizerModel.from_pretrained(folder / f"mq_{kind}").encode(store.vectors(kind))
+        assert tokenizer.codes(kind, store.ids(kind)).tolist() == codes.tolist()
+
+
+def test_a_folded_in_twin_is_recommended_what_its_original_is(repository):
+    store = EmbeddingStore.open(repository)
+    users = store.ids("user")[:8]
+    pairs = [(f"twin-{user}", item) for user, items in zip(users, store.seen(users)) for item in items]
+    report = add_to_repository(repository, interactions=interactions(*pairs))
+    assert report["users"] == 8 and report["items"] == 0 and report["interactions"] == len(pairs)
+    store = EmbeddingStore.open(repository)
+    twins = store.get("user", [f"twin-{user}" for user in users])
+    assert torch.cosine_similarity(twins, store.get("user", users)).mean() > 0.8
+    recommender = Recommender.from_pretrained(repository)
+    for user in users[:3]:
+        one, two = recommender.recommend([user, f"twin-{user}"], top_k=20)
+        assert len({row["item"] for row in one} & {row["item"] for row in two}) >= 8
+        assert not {row["item"] for row in two} & set(store.seen([user])[0])
+    check_codes(repository)
+
+
+def test_a_folded_in_item_is_near_the_items_of_its_users(repository):
+    store = EmbeddingStore.open(repository)
+    users = [user for user in store.ids("user") if len(store.seen([user])[0]) > 3]
+    likes = store.seen(users)[0][0]
+    audience = [user for user, seen in zip(users, store.seen(users)) if likes in seen]
+    add_to_repository(repository, interactions=interactions(*((user, "nova") for user in audience)))
+    store = EmbeddingStore.open(repository)
+    nova, original = store.get("item", ["nova", likes])
+    others = torch.cosine_similarity(nova[None], store.vectors("item"))
+    assert torch.cosine_similarity(nova, original, dim=0) > others.quantile(0.9)
+    # Norm-augmented items all have the same length.
+    torch.testing.assert_close(nova.norm(), original.norm(), rtol=1e-3, atol=0)
+    assert all(seen[-1] == "nova" for seen in store.seen(audience))
+    check_codes(repository)
+
+
+def test_t5_and_the_mq_tokenizers_stay_as_they_are(repository):
+    before = contents(repository)
+    add_to_repository(
+        repository, interactions=interactions(*twin_of(repository, EmbeddingStore.open(repository).ids("user")[0]))
+    )
+    after = contents(repository)
+    changed = {str(path) for path in after if after[path] != before.get(path)}
+    assert {path for path in changed if not path.startswith("store/")} == {
+        "codes.safetensors", "additions.json", ".update.lock"
+    }  # fmt: skip
+    assert set(before) <= set(after)
+
+
+def test_vectors_are_taken_with_and_without_the_added_coordinate(repository):
+    store = EmbeddingStore.open(repository)
+    item = store.get("item", store.ids("item")[:2])
+    user = store.get("user", store.ids("user")[:2])
+    report = add_to_repository(
+        repository,
+        items=NewVectors(["whole", "plain"], torch.stack([item[0], item[1]]), [{"genre": "jazz"}, {"genre": "folk"}]),
+        users=NewVectors(["u-plain", "u-other"], user[:, :-1]),
+    )
+    assert (report["users"], report["items"]) == (2, 2)
+    again = add_to_repository(repository, items=NewVectors(["plain"], item[1:, :-1]))
+    assert (again["items"], again["items_changed"]) == (0, 1)
+    store = EmbeddingStore.open(repository)
+    torch.testing.assert_close(store.get("item", ["whole", "plain"]), item, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(store.get("user", ["u-plain", "u-other"]), user)
+    assert store.metadata(["plain"]) == [{"genre": "folk"}]
+    check_codes(repository)
+
+
+def test_known_ids_keep_their_vectors_and_see_more(repository):
+    store = EmbeddingStore.open(repository)
+    user, item = store.ids("user")[0], store.ids("item")[-1]
+    known = store.seen([user])[0]
+    assert item not in known
+    report = add_to_repository(repository, interactions=interactions((user, known[0]), (user, item), (user, item)))
+    assert report == {
+        "users": 0, "items": 0, "users_changed": 0, "items_changed": 0, "interactions": 1, "reconstruction_error": {}
+    }  # fmt: skip
+    after = EmbeddingStore.open(repository)
+    assert after.seen([user]) == [[*known, item]]
+    assert torch.equal(after.vectors("user"), store.vectors("user"))
+
+
+def test_retraining_keeps_the_space(repository):
+    """Vectors of the model that was trained on, turned back, are near the old ones; without the rotation they need not be."""
+    before = EmbeddingStore.open(repository)
+    user = before.ids("user")[0]
+    report = add_to_repository(
+        repository, interactions=interactions(*twin_of(repository, user), ("twin", "nova")), retrain=True
+    )
+    assert (report["users"], report["items"]) == (1, 1)
+    assert report["users_changed"] == before.count("user") and report["items_changed"] == before.count("item")
+    after = EmbeddingStore.open(repository)
+    for kind in ("user", "item"):
+        old, new = before.vectors(kind), after.get(kind, before.ids(kind))
+        assert torch.cosine_similarity(old, new).mean() > 0.9
+        assert not torch.equal(old, new)
+    check_codes(repository)
+    model = LightGCNModel.from_pretrained(repository / "collaborative")
+    ids = load_indexes(repository / "collaborative" / "ids.safetensors")
+    assert ids["user"].ids() == after.ids("user") and ids["item"].ids() == after.ids("item")
+    assert model.config.num_users == len(ids["user"]) and model.config.num_interactions == sum(
+        map(len, after.seen(after.ids("user")))
+    )
+    # And once more, now that the model knows the newcomers.
+    add_to_repository(repository, retrain=True)
+    check_codes(repository)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"items": NewVectors(["a"], torch.ones(1, 5))},
+            "item vectors have 5 dimensions but those of .* have 16 or 17",
+        ),
+        ({"items": NewVectors(["a", "b c"], torch.ones(2, 16))}, "item 'b c' contains white space"),
+        ({"items": NewVectors(["a"], torch.full((1, 16), torch.nan))}, "vector of item 'a' holds NaN"),
+        ({"items": NewVectors(["a"], torch.ones(1, 16), [{"b c": 1}])}, "metadata name 'b c'"),
+        ({"interactions": interactions(("lost", "nowhere"))}, "user 'lost' has no interaction that leads to a known"),
+        ({"interactions": interactions(("u", "<v1-3>"))}, "begins like a code token|leads to a known"),
+    ],
+)
+def test_whatever_is_wrong_is_said_and_changes_nothing(repository, arguments, message):
+    before = contents(repository)
+    with pytest.raises(ValueError, match=message):
+        add_to_repository(repository, **arguments)
+    after = contents(repository)
+    after.pop(next(path for path in after if path.name == ".update.lock"))
+    assert after == before
+
+
+def test_an_error_after_the_store_has_changed_changes_nothing(repository, monkeypatch):
+    before = contents(repository)
+
+    def failing(*_):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(module, "_give_codes", failing)
+    with pytest.raises(RuntimeError, match="no memory"):
+        add_to_repository(repository, items=NewVectors(["a"], torch.ones(1, 16)))
+    after = contents(repository)
+    after.pop(next(path for path in after if path.name == ".update.lock"))
+    assert after == before
+
+
+def test_a_repository_without_users_takes_vectors_only(repository, tmp_path):
+    EmbeddingStore.open(repository).save_pretrained(repository / "store", include_users=False)
+    item = EmbeddingStore.open(repository).ids("item")[0]
+    with pytest.raises(ValueError, match="knows no interactions of users .* supply vectors instead"):
+        add_to_repository(repository, interactions=interactions(("u", item)))
+
+
+def test_info_counts_newcomers_and_tells_when_to_train_anew(repository):
+    assert describe_repository(repository)["retraining_due"] == []
+    store = EmbeddingStore.open(repository)
+    spread = store.vectors("user")[:, :16].std() * 30
+    far = torch.randn(3, 16, generator=torch.Generator().manual_seed(0)) * spread
+    add_to_repository(repository, users=NewVectors(["far-1", "far-2", "far-3"], far))
+    told = describe_repository(repository)
+    assert told["additions"]["user"]["count"] == 3
+    [reason] = told["retraining_due"]
+    assert reason.startswith("the codes of new users lose") and "in training" in reason
+    near = store.get("item", store.ids("item")[:100])
+    add_to_repository(repository, items=NewVectors([f"copy-{i}" for i in range(100)], near))
+    assert "100 items were added to 300" in describe_repository(repository)["retraining_due"]
+
+
+def test_the_error_of_the_training_vectors_is_that_of_the_training(trained_repository):
+    store = EmbeddingStore.open(trained_repository)
+    codes = json.loads((trained_repository / "metrics.json").read_text())["codes"]
+    for kind in ("user", "item"):
+        mq = MQTokenizerModel.from_pretrained(trained_repository / f"mq_{kind}")
+        error = mq.reconstruction_error(store.vectors(kind))
+        assert error == pytest.approx(codes[kind]["reconstruction_error"], rel=1e-3)
+
+
+# Removal --------------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_of_a_deleted_user_is_left_in_any_file(repository):
+    store = EmbeddingStore.open(repository)
+    name = "somebody-with-a-long-name"
+    add_to_repository(
+        repository,
+        interactions=interactions(*((name, item) for item in store.seen(store.ids("user")[:1])[0])),
+        retrain=True,
+    )
+    table = pq.read_table(repository / "training" / "interactions" / "train.parquet")
+    extra = pa.Table.from_pylist([{**table.slice(0, 1).to_pylist()[0], "user_id": name}], schema=table.schema)
+    pq.write_table(pa.concat_tables([table, extra]), repository / "training" / "interactions" / "train.parquet")
+    vector = EmbeddingStore.open(repository).get("user", [name])[0, :2].numpy().tobytes()
+    model = LightGCNModel.from_pretrained(repository / "collaborative")
+    row = int(load_indexes(repository / "collaborative" / "ids.safetensors")["user"].rows([name])[0])
+    table_row = model.user_table.weight[row, :2].detach().numpy().tobytes()
+    edges = int((model.edge_users == row).sum())
+
+    def traces():
+        data = contents(repository).values()
+        return [any(trace in one for one in data) for trace in (name.encode(), vector, table_row)]
+
+    assert traces() == [True, True, True]
+    assert remove_from_repository(repository, users=[name]) == {"users": 1, "items": 0}
+    assert traces() == [False, False, False]
+    left = LightGCNModel.from_pretrained(repository / "collaborative")
+    assert left.config.num_users == model.config.num_users - 1
+    assert left.config.num_interactions == model.config.num_interactions - edges and edges > 0
+    rows = np.delete(np.arange(model.config.num_users), row)
+    assert torch.equal(left.user_table.weight, model.user_table.weight[rows])
+    assert torch.equal(left.item_table.weight, model.item_table.weight)
+    check_codes(repository)
+    Recommender.from_pretrained(repository).recommend(EmbeddingStore.open(repository).ids("user")[:2])
+
+
+def test_users_of_the_training_leave_its_records_too(repository):
+    users = EmbeddingStore.open(repository).ids("user")[:2]
+    remove_from_repository(repository, users=users)
+    for folder in (repository, repository / "training" / "selection"):
+        assert not EmbeddingStore.open(folder).contains("user", users).any()
+        assert not set(users) & set(TokenRecTokenizer.from_pretrained(folder).ids("user"))
+    for path in (repository / "training" / "interactions").glob("*.parquet"):
+        assert not set(users) & set(pq.read_table(path)["user_id"].to_pylist())
+
+
+def test_a_withdrawn_item_stays_withdrawn(repository):
+    store = EmbeddingStore.open(repository)
+    user, other = store.ids("user")[:2]
+    item = Recommender.from_pretrained(repository).recommend([user], top_k=1)[0][0]["item"]
+    remove_from_repository(repository, items=[item])
+    add_to_repository(
+        repository, interactions=interactions((other, item)), items=NewVectors([item], store.get("item", [item]))
+    )
+    recommender = Recommender.from_pretrained(repository)
+    assert item not in {row["item"] for row in recommender.recommend([user], top_k=1_000)[0]}
+    # Histories may go on to name it.
+    assert recommender.store.seen([other])[0][-1] == item
+    recommender.recommend([other])
+
+
+def test_removing_somebody_unknown_changes_nothing(repository):
+    before = contents(repository)
+    with pytest.raises(ValueError, match="user 'nobody' is not in the store of .*; nothing was removed"):
+        remove_from_repository(repository, users=[EmbeddingStore.open(repository).ids("user")[0], "nobody"])
+    after = contents(repository)
+    after.pop(next(path for path in after if path.name == ".update.lock"))
+    assert after == before
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.float32()), pa.list_(pa.float64()), pa.list_(pa.float32(), 2)])
+def test_vectors_and_metadata_are_read_from_parquet(tmp_path, kind):
+    table = pa.table(
+        {"item_id": ["a", "b"], "embedding": pa.array([[1.0, 2.0], [3.0, 4.0]], kind), "genre": ["x", None]}
+    )
+    pq.write_table(table, tmp_path / "items.parquet")
+    found = read_vectors(tmp_path / "items.parquet", "item")
+    assert found.ids == ["a", "b"] and found.vectors.tolist() == [[1.0, 2.0], [3.0, 4.0]]
+    assert found.vectors.dtype == torch.float32 and found.metadata == [{"genre": "x"}, {"genre": None}]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"name": ["a"], "vector": [[1.0]]}, "columns name, vector, so it is not clear which holds the ids"),
+        ({"id": ["a"], "item_id": ["a"], "vector": [[1.0]]}, "not clear which holds the ids"),
+        ({"id": ["a"], "numbers": [[1.0]]}, "which holds the vectors; name exactly one vector or embedding"),
+        ({"id": ["a", "b"], "vector": [[1.0], [1.0, 2.0]]}, "does not hold one vector of the same length in each row"),
+        ({"id": ["a", "b"], "vector": [[1.0], None]}, "does not hold one vector of the same length in each row"),
+        ({"id": ["a"], "vector": ["x"]}, "'vector' holds string but must hold lists of numbers"),
+    ],
+)
+def test_files_that_are_not_vectors_are_refused(tmp_path, columns, message):
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=message):
+        read_vectors(tmp_path / "x.parquet", "item")
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no file .*x.parquet"):
+        read_vectors(tmp_path / "x.parquet", "item")
+    (tmp_path / "x.parquet").write_text("id,vector")
+    with pytest.raises(ValueError, match="is no Parquet file"):
+        read_vectors(tmp_path / "x.parquet", "item")
+    pq.write_table(pa.table({"id": ["a"], "vector": [[1.0]], "age": [3]}), tmp_path / "u.parquet")
+    with pytest.raises(ValueError, match="has the column 'age' besides ids and vectors; only items have metadata"):
+        read_vectors(tmp_path / "u.parquet", "user")
