@@ -6,8 +6,9 @@ HERE = Path(__file__).parent
 
 PEFT = ["peft>=0.17"]
 EVALUATE = ["evaluate>=0.4.6"]
+FAISS = ["faiss-cpu>=1.12"]
 MILVUS = ["pymilvus>=3", "milvus-lite>=3.2"]
-TEST = ["pytest>=8", "hypothesis>=6", "sentencepiece>=0.2", "tensorboard>=2.18", *PEFT, *EVALUATE, *MILVUS]
+TEST = ["pytest>=8", "hypothesis>=6", "sentencepiece>=0.2", "tensorboard>=2.18", *PEFT, *EVALUATE, *FAISS, *MILVUS]
 
 setup(
     name="tokenrec-hf",
@@ -39,6 +40,7 @@ setup(
         "peft": PEFT,
         "evaluate": EVALUATE,
         "milvus": MILVUS,
+        "faiss": FAISS,
         "dev": [*TEST, "ruff>=0.15", "mypy>=1.15", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["tokenrec=tokenrec_hf.cli:main"]},

@@ -72,10 +72,14 @@ class AgainstDictionaries(RuleBasedStateMachine):
     names = st.sampled_from(["genre", "withdrawn"])
     values = st.sampled_from([True, False, 1, "a", 'it\'s "so"'])
 
+    def prepared(self, store):
+        """A store as it is to be tested."""
+        return store
+
     @initialize(folder=st.uuids(), users=vectors, items=vectors)
     def start(self, folder, users, items):
         self.folder = self.root / str(folder)
-        self.store = EmbeddingStore(DIM)
+        self.store = self.prepared(EmbeddingStore(DIM))
         self.model = {"user": {}, "item": {}}
         self.seen = {}
         self.known = {}
@@ -130,7 +134,7 @@ class AgainstDictionaries(RuleBasedStateMachine):
         self.store.save_pretrained(self.folder)
         opened = EmbeddingStore.open(self.folder)
         assert snapshot(opened) == snapshot(self.store)
-        self.store = opened
+        self.store = self.prepared(opened)
 
     @rule(
         query=st.tuples(numbers, numbers, numbers),

@@ -24,14 +24,15 @@ import numpy as np
 import torch
 from huggingface_hub.errors import HFValidationError
 
-from .exact_search import ITEM_CHUNK, exact_search, unit_rows
-from .id_index import IdIndex, check_ids
+from .approximate_search import ApproximateIndex
+from .exact_search import exact_search, unit_rows
+from .id_index import IdIndex
 from .item_metadata import WITHDRAWN, ItemMetadata, check_metadata, check_where
 from .seen_items import SeenItems
+from .store_checks import KINDS, check_id_list, check_kind, check_queries, check_vectors, list_lengths
 from .store_files import MANIFEST, append_changes, damaged, is_current, load_files, save_files
 from .vector_table import VectorTable
 
-KINDS = ("user", "item")
 # A store on disk is written anew when it has more files of changes than this, or when these hold more than a quarter of it.
 MAX_CHANGES, MAX_CHANGED_SHARE = 16, 4
 
@@ -69,12 +70,13 @@ class EmbeddingStore:
         self.embedding_dim = int(embedding_dim)
         self.space_ids: dict[str, str | None] = dict.fromkeys(KINDS)
         for kind, space_id in (space_ids or {}).items():
-            self.space_ids[_check_kind(kind)] = space_id
+            self.space_ids[check_kind(kind)] = space_id
         self._lock = threading.RLock()
         self._index = {kind: IdIndex() for kind in KINDS}
         self._vectors = {kind: VectorTable(torch.empty(0, self.embedding_dim)) for kind in KINDS}
         self._seen = SeenItems()
         self._metadata = ItemMetadata()
+        self._approximate: ApproximateIndex | None = None
         # Where the store was opened from or last saved to, with its manifest, and what has changed since, call by call.
         self._saved: tuple[Path, dict[str, Any]] | None = None
         self._changes: list[tuple[str, list[Any], torch.Tensor | None]] = []
@@ -236,7 +238,7 @@ class EmbeddingStore:
         Raises:
             ValueError: an id or the shape is wrong, or a vector holds NaN or an infinity. Nothing was changed then.
         """
-        names, matrix = self._checked_vectors(kind, ids, vectors)
+        names, matrix = check_vectors(self.embedding_dim, kind, ids, vectors)
         rows = self._index[kind].rows(names)
         new = rows < 0
         if new.any():
@@ -245,6 +247,9 @@ class EmbeddingStore:
             (self._seen.add_users if kind == "user" else self._metadata.add_items)(int(new.sum()))
         if not new.all():
             self._vectors[kind].put(torch.from_numpy(rows[~new]), matrix[torch.from_numpy(~new)])
+        if kind == "item" and self._approximate is not None:
+            self._approximate.added(int(new.sum()))
+            self._approximate.replaced(rows[~new])
         self._record("upsert", [kind, names], matrix)
 
     @_locked
@@ -263,6 +268,8 @@ class EmbeddingStore:
         else:
             self._seen.keep_items(keep)
             self._metadata.keep(keep)
+            if self._approximate is not None:
+                self._approximate.kept(keep)
         self._index[kind] = self._index[kind].kept(keep)
         self._vectors[kind].keep(torch.from_numpy(keep))
         self._record("delete", [kind, list(ids)])
@@ -282,7 +289,7 @@ class EmbeddingStore:
     @_locked
     def rows(self, kind: str, ids: Sequence[str]) -> np.ndarray:
         """The row of each id, int64 `[n]`; -1 where the id is not in the store."""
-        return self._index[_check_kind(kind)].rows(_id_list(kind, ids))
+        return self._index[check_kind(kind)].rows(check_id_list(kind, ids))
 
     def contains(self, kind: str, ids: Sequence[str]) -> np.ndarray:
         """Whether each id is in the store, boolean `[n]`."""
@@ -291,17 +298,17 @@ class EmbeddingStore:
     @_locked
     def ids(self, kind: str) -> list[str]:
         """All ids, in row order."""
-        return self._index[_check_kind(kind)].ids()
+        return self._index[check_kind(kind)].ids()
 
     @_locked
     def count(self, kind: str) -> int:
         """The number of ids."""
-        return len(self._index[_check_kind(kind)])
+        return len(self._index[check_kind(kind)])
 
     @_locked
     def vectors(self, kind: str) -> torch.Tensor:
         """All raw vectors, float32 `[count, embedding_dim]`, in row order: the store's own tensor, to be read only."""
-        return self._vectors[_check_kind(kind)].all()
+        return self._vectors[check_kind(kind)].all()
 
     def check_space(self, kind: str, space_id: str, who: str) -> None:
         """Makes sure that the store belongs to the MQ-Tokenizer that somebody else uses; one not tied yet passes.
@@ -314,7 +321,7 @@ class EmbeddingStore:
         Raises:
             ValueError: the two hashes differ.
         """
-        own = self.space_ids[_check_kind(kind)]
+        own = self.space_ids[check_kind(kind)]
         if own not in (None, space_id):
             raise ValueError(
                 f"the {kind} vectors of the store belong to MQ-Tokenizer {own} but {who} was made with {space_id}; "
@@ -416,83 +423,75 @@ class EmbeddingStore:
             ValueError: `queries` has the wrong shape or holds NaN or an infinity, `top_k` is below 1, `exclude` has not
                 one list for each query, or `where` has a wrong name or value.
         """
-        matrix = self._checked_queries(queries, top_k)
-        query, item = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+        unit = unit_rows(check_queries(self.embedding_dim, queries, top_k))
+        lengths = np.zeros(len(unit), dtype=np.int64)
+        items = np.empty(0, dtype=np.int64)
         if exclude is not None:
-            lengths = _list_lengths(exclude, len(matrix), "exclude", "query")
-            item = torch.from_numpy(self._index["item"].rows(list(chain.from_iterable(exclude))))
-            query = torch.from_numpy(np.repeat(np.arange(len(matrix)), lengths))
+            lengths = list_lengths(exclude, len(unit), "exclude", "query")
+            items = self._index["item"].rows(list(chain.from_iterable(exclude)))
         allowed = self._metadata.allowed(check_where(where or {}))
         # Beyond the number of items there is only padding.
+        top_k = min(top_k, max(self.count("item"), 1))
+        if self._approximate is not None and allowed is None and len(unit) and self.count("item"):
+            rows, scores = self._nearly(unit, top_k, lengths, items)
+        else:
+            rows, scores = self._exactly(unit, top_k, lengths, items, allowed)
+        names = iter(self._index["item"].ids(np.concatenate([np.empty(0, dtype=np.int64), *rows])))
+        return [[next(names) for _ in found] for found in rows], [own.tolist() for own in scores]
+
+    @_locked
+    def use_index(self, kind: str | None, effort: int | None = None) -> None:
+        """Searches approximately from now on, by FAISS; the index is not saved.
+
+        It is built when it is first needed. What changes later is found at once, a search with a filter and one of withdrawn
+        items is exact, and so is the search of a query for which the index has not found `top_k` items. The T5 pass takes 10
+        to 100 times as long as an exact search among a million items in batches, so measure before you use this.
+
+        Args:
+            kind: `"ivf"` or `"hnsw"`; `None` searches exactly again.
+            effort: lists looked into (`ivf`, by default 64) or candidates kept (`hnsw`, 128); more misses less.
+
+        Raises:
+            ImportError: FAISS is not installed (`pip install "tokenrec-hf[faiss]"`).
+            ValueError: an unknown kind.
+        """
+        self._approximate = None if kind is None else ApproximateIndex(kind, effort)
+
+    def _exactly(self, unit, top_k, lengths, items, allowed) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Rows and cosines for unit queries `[B, d]`; `items` are the excluded rows, `lengths` of them for each query."""
         rows, scores = exact_search(
-            unit_rows(matrix),
+            unit,
             self._vectors["item"].chunks(),
-            min(top_k, max(self.count("item"), 1)),
-            query,
-            item,
+            top_k,
+            torch.from_numpy(np.repeat(np.arange(len(unit)), lengths)),
+            torch.from_numpy(items),
             None if allowed is None else torch.from_numpy(allowed),
         )
         found = (rows >= 0).sum(dim=1).tolist()
-        names = iter(self._index["item"].ids(rows[rows >= 0].numpy()))
-        ids = [[next(names) for _ in range(count)] for count in found]
-        return ids, [row[:count] for row, count in zip(scores.tolist(), found)]
+        return (
+            [row[:count] for row, count in zip(rows.numpy(), found)],
+            [row[:count] for row, count in zip(scores.numpy(), found)],
+        )
+
+    def _nearly(self, unit, top_k, lengths, items) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """As `_exactly`, by the approximate index, and exactly where that has found too few."""
+        assert self._approximate is not None
+        excluded = np.split(items, np.cumsum(lengths)[:-1])
+        rows, scores = self._approximate.search(unit, self._vectors["item"], top_k, excluded)
+        for at, found in enumerate(rows):
+            if len(found) < top_k:
+                [rows[at]], [scores[at]] = self._exactly(
+                    unit[at : at + 1], top_k, lengths[at : at + 1], excluded[at], None
+                )
+        return rows, scores
 
     # ---- checks
-
-    def _checked_vectors(self, kind: str, ids: Sequence[str], vectors: torch.Tensor | np.ndarray):
-        """`ids`, each once, and their vectors `[n, d]` in memory of their own; the last one of an id counts."""
-        names = check_ids(_id_list(_check_kind(kind), ids), kind)
-        matrix = self._matrix(vectors, f"{kind} vectors", "n")
-        if len(names) != len(matrix):
-            raise ValueError(
-                f"{len(names)} {kind} ids were given with {len(matrix)} vectors; give one vector for each id."
-            )
-        for start in range(0, len(names), ITEM_CHUNK):
-            bad = ~torch.isfinite(matrix[start : start + ITEM_CHUNK]).all(dim=1)
-            if bad.any():
-                name = names[start + int(bad.nonzero()[0])]
-                raise ValueError(
-                    f"the vector of {kind} {name!r} holds NaN or an infinity; leave {kind} {name!r} out or mend its vector."
-                )
-        last = {name: position for position, name in enumerate(names)}
-        if len(last) < len(names):
-            return list(last), matrix[list(last.values())]
-        return names, matrix.clone() if isinstance(vectors, torch.Tensor) else matrix
-
-    def _checked_queries(self, queries: torch.Tensor | np.ndarray, top_k: int) -> torch.Tensor:
-        matrix = self._matrix(queries, "queries", "B")
-        if top_k < 1:
-            raise ValueError(f"top_k is {top_k}; ask for at least 1 item.")
-        bad = ~torch.isfinite(matrix).all(dim=1)
-        if bad.any():
-            raise ValueError(
-                f"query {int(bad.nonzero()[0])} holds NaN or an infinity; no item can be compared with it."
-            )
-        return matrix
-
-    def _matrix(self, vectors: torch.Tensor | np.ndarray, what: str, count: str) -> torch.Tensor:
-        """`vectors` as a float32 CPU tensor of shape `[count, embedding_dim]`, or a ValueError that names `what`."""
-        if isinstance(vectors, torch.Tensor):
-            matrix = vectors.detach().to("cpu", torch.float32)
-        else:
-            matrix = torch.from_numpy(np.array(vectors, dtype=np.float32))
-        if matrix.ndim != 2:
-            raise ValueError(
-                f"{what} have shape {list(matrix.shape)} but the store expects [{count}, {self.embedding_dim}]; pass a "
-                "matrix with one row each."
-            )
-        if matrix.shape[1] != self.embedding_dim:
-            raise ValueError(
-                f"{what} have {matrix.shape[1]} dimensions but the store holds vectors of {self.embedding_dim}; pass "
-                f"vectors of {self.embedding_dim} or make a store with embedding_dim={matrix.shape[1]}."
-            )
-        return matrix
 
     def _checked_seen(
         self, user_ids: Sequence[str], item_ids_per_user: Sequence[Sequence[str]]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """User rows `[n]`, lengths of the lists `[n]` and the item rows of all lists one after the other."""
-        lengths = _list_lengths(item_ids_per_user, len(user_ids), "item_ids_per_user", "user")
+        lengths = list_lengths(item_ids_per_user, len(user_ids), "item_ids_per_user", "user")
         users = self._rows_of("user", user_ids, "the seen items")
         return users, lengths, self._rows_of("item", list(chain.from_iterable(item_ids_per_user)), "the seen items")
 
@@ -561,7 +560,7 @@ class EmbeddingStore:
             raise ValueError(
                 f"there are no {len(index)} float32 {kind} vectors of {self.embedding_dim} dimensions with an id each."
             )
-        self._index[_check_kind(kind)], self._vectors[kind] = index, VectorTable(vectors)
+        self._index[check_kind(kind)], self._vectors[kind] = index, VectorTable(vectors)
         if kind == "user":
             self._seen = SeenItems(arrays["seen.indptr"], arrays["seen.items"])
             if self._seen.num_users != len(index) or self._seen.items.max(initial=-1) >= self.count("item"):
@@ -585,23 +584,3 @@ def _unpacked(arrays: Mapping[str, np.ndarray]) -> list[tuple[str, list[Any], np
     if unknown:
         raise ValueError(f"there is no change of the name {unknown.pop()!r}.")
     return [(method, arguments, arrays.get(f"vectors.{at}")) for at, (method, arguments) in enumerate(calls)]
-
-
-def _check_kind(kind: str) -> str:
-    if kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}; it must be 'user' or 'item'.")
-    return kind
-
-
-def _id_list(kind: str, ids: Sequence[str]) -> Sequence[str]:
-    if isinstance(ids, str):
-        raise ValueError(f"{kind} ids are the single string {ids[:60]!r}; pass a list of ids.")
-    return ids
-
-
-def _list_lengths(lists: Sequence[Sequence[str]], expected: int, what: str, of: str) -> np.ndarray:
-    """The length of each list, int64 `[expected]`; ValueError where there is not one list for each."""
-    if len(lists) != expected or str in set(map(type, lists)):
-        found = "strings" if len(lists) == expected else f"{len(lists)} lists of item ids"
-        raise ValueError(f"{what} holds {found}; pass one list of item ids for each {of}, {expected} in all.")
-    return np.fromiter(map(len, lists), dtype=np.int64, count=expected)

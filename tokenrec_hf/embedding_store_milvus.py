@@ -19,11 +19,12 @@ from urllib.parse import unquote
 import numpy as np
 import torch
 
-from .embedding_store import KINDS, EmbeddingStore, _check_kind, _id_list, _list_lengths
+from .embedding_store import EmbeddingStore
 from .exact_search import unit_rows
 from .id_index import check_ids
 from .item_metadata import WITHDRAWN, check_metadata, check_where
 from .milvus_encoding import encoded, field_of, filter_of, joined, one_of, parted, value_of
+from .store_checks import KINDS, check_id_list, check_kind, check_queries, check_vectors, list_lengths
 
 # What one request may ask for: rows found by a search or a query, ids in a filter, rows written.
 MAX_FOUND, MAX_NAMED, MAX_WRITTEN = 16_384, 1_000, 5_000
@@ -147,14 +148,14 @@ class MilvusEmbeddingStore(EmbeddingStore):
 
     def upsert(self, kind: str, ids: Sequence[str], vectors: torch.Tensor | np.ndarray) -> None:
         """As [`EmbeddingStore.upsert`]; each 5,000 ids are one request, which happens whole or not at all."""
-        names, matrix = self._checked_vectors(kind, ids, vectors)
+        names, matrix = check_vectors(self.embedding_dim, kind, ids, vectors)
         for start in range(0, len(names), MAX_WRITTEN):
             part = names[start : start + MAX_WRITTEN]
             self._write_vectors(kind, part, matrix[start : start + MAX_WRITTEN], self._known(kind, part))
 
     def delete(self, kind: str, ids: Sequence[str]) -> None:
         """As [`EmbeddingStore.delete`]. Deleting items reads what all users have seen."""
-        names = check_ids(dict.fromkeys(_id_list(_check_kind(kind), ids)), kind) if len(ids) else []
+        names = check_ids(dict.fromkeys(check_id_list(check_kind(kind), ids)), kind) if len(ids) else []
         names = [one for one, there in zip(names, self.contains(kind, names)) if there]
         if not names:
             return
@@ -170,7 +171,7 @@ class MilvusEmbeddingStore(EmbeddingStore):
 
     def get(self, kind: str, ids: Sequence[str]) -> torch.Tensor:
         """As [`EmbeddingStore.get`]."""
-        found = {row["id"]: row["vector"] for row in self._rows(_check_kind(kind), _unique(kind, ids), ["vector"])}
+        found = {row["id"]: row["vector"] for row in self._rows(check_kind(kind), _unique(kind, ids), ["vector"])}
         missing = next((one for one in ids if encoded(one) not in found), None)
         if missing is not None:
             raise KeyError(f"{kind} {missing!r} is not in the store; add it with upsert.")
@@ -189,21 +190,21 @@ class MilvusEmbeddingStore(EmbeddingStore):
 
     def contains(self, kind: str, ids: Sequence[str]) -> np.ndarray:
         """As [`EmbeddingStore.contains`]."""
-        found = {row["id"] for row in self._rows(_check_kind(kind), _unique(kind, ids), ["id"])}
+        found = {row["id"] for row in self._rows(check_kind(kind), _unique(kind, ids), ["id"])}
         return np.array([encoded(one) in found for one in ids], dtype=bool)
 
     def ids(self, kind: str) -> list[str]:
         """All ids, in the order of `vectors`."""
-        return [unquote(row["id"]) for row in self._scan(_check_kind(kind), ["id"])]
+        return [unquote(row["id"]) for row in self._scan(check_kind(kind), ["id"])]
 
     def count(self, kind: str) -> int:
         """The number of ids."""
-        found = self._ask("query", _check_kind(kind), filter="", output_fields=["count(*)"], **_LEVEL)
+        found = self._ask("query", check_kind(kind), filter="", output_fields=["count(*)"], **_LEVEL)
         return int(found[0]["count(*)"])
 
     def vectors(self, kind: str) -> torch.Tensor:
         """All raw vectors, float32 `[count, embedding_dim]`, in the order of `ids`, fetched from the database."""
-        rows = [row["vector"] for row in self._scan(_check_kind(kind), ["vector"])]
+        rows = [row["vector"] for row in self._scan(check_kind(kind), ["vector"])]
         return torch.tensor(np.array(rows, dtype=np.float32).reshape(-1, self.embedding_dim))
 
     # ---- seen items
@@ -269,10 +270,10 @@ class MilvusEmbeddingStore(EmbeddingStore):
         Where `top_k` and the longest list of excluded items exceed 16,384 together, which is all that Milvus gives at once, the
         items are fetched and searched here.
         """
-        matrix = unit_rows(self._checked_queries(queries, top_k))
+        matrix = unit_rows(check_queries(self.embedding_dim, queries, top_k))
         excluded = [set(map(encoded, one)) for one in exclude] if exclude is not None else [set()] * len(matrix)
         if exclude is not None:
-            _list_lengths(exclude, len(matrix), "exclude", "query")
+            list_lengths(exclude, len(matrix), "exclude", "query")
         expression = filter_of(check_where(where or {}))
         if not len(matrix) or not self.count("item"):
             return [[] for _ in matrix], [[] for _ in matrix]
@@ -300,6 +301,14 @@ class MilvusEmbeddingStore(EmbeddingStore):
                 ids.append([one for one, _ in left])
                 scores.append([score for _, score in left])
         return ids, scores
+
+    def use_index(self, kind: str | None, effort: int | None = None) -> None:
+        """Not to be had here: the index of a store on Milvus is chosen when it is made.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("the index of a store on Milvus is chosen when it is made, with index='HNSW'.")
 
     # ---- helpers
 
@@ -362,7 +371,7 @@ class MilvusEmbeddingStore(EmbeddingStore):
             self._upsert("seen", rows[start : start + 500])
 
     def _check_seen_ids(self, user_ids: Sequence[str], item_ids_per_user: Sequence[Sequence[str]]) -> None:
-        _list_lengths(item_ids_per_user, len(user_ids), "item_ids_per_user", "user")
+        list_lengths(item_ids_per_user, len(user_ids), "item_ids_per_user", "user")
         for kind, ids in (("user", user_ids), ("item", list(chain.from_iterable(item_ids_per_user)))):
             names = _unique(kind, ids)
             missing = next((one for one, there in zip(names, self.contains(kind, names)) if not there), None)
@@ -465,4 +474,4 @@ def _copy(source: EmbeddingStore, target: EmbeddingStore, kinds: Sequence[str] =
 
 
 def _unique(kind: str, ids: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(_id_list(kind, ids)))
+    return list(dict.fromkeys(check_id_list(kind, ids)))
