@@ -26,13 +26,14 @@ class ApproximateIndex:
         kind: `"ivf"` (about 4 * sqrt(n) lists; small, quick to build) or `"hnsw"` (32 links; larger, slow to build, quicker).
         effort: lists looked into (`ivf`, 64 by default) or candidates kept (`hnsw`, 128 by default): more is slower and misses
             less.
+        num_items: how many items there are already.
 
     Raises:
         ImportError: FAISS is not installed.
         ValueError: an unknown kind.
     """
 
-    def __init__(self, kind: str, effort: int | None = None):
+    def __init__(self, kind: str, effort: int | None = None, num_items: int = 0):
         try:
             import faiss
         except ImportError:
@@ -42,7 +43,7 @@ class ApproximateIndex:
         self._faiss, self.kind, self.effort = faiss, kind, effort or (64 if kind == "ivf" else 128)
         # The present row of each entry of the index, ascending where it is not -1; and which rows an entry covers.
         self._rows = np.empty(0, dtype=np.int64)
-        self._covered = np.empty(0, dtype=bool)
+        self._covered = np.zeros(num_items, dtype=bool)
         self._index: Any = None
 
     def added(self, count: int) -> None:
@@ -75,6 +76,10 @@ class ApproximateIndex:
             self._build(items)
         fresh = np.flatnonzero(~self._covered)
         limit = min(top_k + max(map(len, excluded), default=0), max(len(self._rows), 1))
+        if self.kind == "ivf":
+            self._index.nprobe = self.effort
+        else:
+            self._index.hnsw.efSearch = self.effort
         scores, found = self._index.search(queries.numpy(), limit)
         rows = np.where(found >= 0, self._rows[found], -1)
         if len(fresh):
@@ -94,12 +99,12 @@ class ApproximateIndex:
         if self.kind == "ivf":
             lists = max(1, min(round(4 * len(items) ** 0.5), len(items) // 39))
             index = faiss.IndexIVFFlat(faiss.IndexFlatIP(size), size, lists, faiss.METRIC_INNER_PRODUCT)
-            index.cp.seed, index.nprobe = 0, self.effort
+            index.cp.seed = 0
             sample = np.random.default_rng(0).permutation(len(items))[: 64 * lists]
             index.train(unit_rows(items.take(torch.from_numpy(np.sort(sample)))).numpy())
         else:
             index = faiss.IndexHNSWFlat(size, 32, faiss.METRIC_INNER_PRODUCT)
-            index.hnsw.efConstruction, index.hnsw.efSearch = 80, self.effort
+            index.hnsw.efConstruction = 80
         for vectors, _ in items.chunks():
             index.add(unit_rows(vectors).numpy())
         self._index = index

@@ -455,7 +455,11 @@ class EmbeddingStore:
             ImportError: FAISS is not installed (`pip install "tokenrec-hf[faiss]"`).
             ValueError: an unknown kind.
         """
-        self._approximate = None if kind is None else ApproximateIndex(kind, effort)
+        changed = ApproximateIndex(kind, effort, self.count("item")) if kind is not None else None
+        if changed is not None and self._approximate is not None and self._approximate.kind == kind:
+            self._approximate.effort = changed.effort
+        else:
+            self._approximate = changed
 
     def _exactly(self, unit, top_k, lengths, items, allowed) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Rows and cosines for unit queries `[B, d]`; `items` are the excluded rows, `lengths` of them for each query."""
