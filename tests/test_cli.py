@@ -516,3 +516,31 @@ def test_recommendations_can_be_filtered_by_metadata(capsys, repository):
 )
 def test_additions_that_cannot_be_are_refused(capsys, argv, says, status):
     assert_fails(capsys, *argv, says=says, status=status)
+
+
+def test_another_store_takes_the_place_of_the_repositorys(capsys, repository, tmp_path):
+    pytest.importorskip("pymilvus")
+    from tokenrec_hf.embedding_store_milvus import MilvusEmbeddingStore
+
+    store = EmbeddingStore.open(repository)
+    moved = MilvusEmbeddingStore.from_store(store, tmp_path / "moved.db")
+    user = store.ids("user")[0]
+    expected = document(capsys, "recommend", repository, "--user", user)["recommendations"]
+    found = document(capsys, "recommend", repository, "--user", user, "--store", tmp_path / "moved.db")[
+        "recommendations"
+    ]
+    assert [row["item"] for row in found] == [row["item"] for row in expected]
+    own = document(capsys, "evaluate", repository)["metrics"]
+    other = document(capsys, "evaluate", repository, "--store", tmp_path / "moved.db")["metrics"]
+    assert own["tokenrec"] == pytest.approx(other["tokenrec"]) and own["collaborative"] == pytest.approx(
+        other["collaborative"]
+    )
+    moved.withdraw([expected[0]["item"]])
+    found = document(capsys, "recommend", repository, "--user", user, "--store", tmp_path / "moved.db")[
+        "recommendations"
+    ]
+    assert expected[0]["item"] not in [row["item"] for row in found]
+    argv = ("recommend", repository, "--user", user, "--store", "http://127.0.0.1:1")
+    assert_fails(capsys, *argv, says="Milvus at http://127.0.0.1:1 does not answer")
+    argv = ("evaluate", repository, "--store", tmp_path / "moved.db", "--split", "validation")
+    assert_fails(capsys, *argv, says="evaluate it on --split test", status=2)

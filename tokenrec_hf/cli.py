@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader, say `head`, has enough. Python would complain when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (UsageError, ValueError, KeyError, OSError) as error:
+    except (UsageError, ValueError, KeyError, OSError, ImportError) as error:
         if os.environ.get("TOKENREC_DEBUG"):
             raise
         message = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
@@ -146,16 +146,19 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
 
     _quiet()
     folder, split = fetch_repository(arguments.repository, revision=arguments.revision), arguments.split
-    recommender = Recommender.from_pretrained(folder)
+    store = _store(arguments.store)
+    recommender = Recommender.from_pretrained(folder, store=store)
     splits = load_splits(folder)
     run = read_json(folder / "training" / "run.json")
     # After a refit, the model of the repository knows the validation items; the one of the selection does not.
     if split == "validation" and run["refit"]:
+        if store is not None:
+            raise UsageError("--store holds the vectors of the refit; evaluate it on --split test.")
         folder = folder / "training" / "selection"
         recommender = Recommender.from_pretrained(folder)
     data = index_splits(splits, split)
     metrics = evaluate_baselines(data, recommender.store)
-    metrics[arguments.variant] = evaluate_retrieval(folder, data, run["recipe"], arguments.variant)
+    metrics[arguments.variant] = evaluate_retrieval(folder, data, run["recipe"], arguments.variant, store)
     return {
         "repository": arguments.repository,
         "split": split,
@@ -171,7 +174,7 @@ def _recommend(arguments: argparse.Namespace) -> dict[str, Any]:
 
     _quiet()
     folder = fetch_repository(arguments.repository, revision=arguments.revision)
-    recommender = Recommender.from_pretrained(folder)
+    recommender = Recommender.from_pretrained(folder, store=_store(arguments.store))
     known = folder / "metrics.json"
     return _recommendations(
         recommender,
@@ -306,6 +309,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         "example: tokenrec evaluate out --split test --unseen-prompt",
     )
     _repository(evaluate)
+    _elsewhere(evaluate)
     evaluate.add_argument("--split", choices=("test", "validation"), default="test", help="default: %(default)s")
     prompt = evaluate.add_mutually_exclusive_group()
     prompt.set_defaults(variant="tokenrec")
@@ -323,6 +327,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         "example: tokenrec recommend out --user 03 --history 08 24 --top-k 10",
     )
     _repository(recommend)
+    _elsewhere(recommend)
     recommend.add_argument("--user", required=True, metavar="ID", help="the user's id")
     recommend.add_argument(
         "--history",
@@ -408,6 +413,15 @@ def _repository(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of the Hub repository; default: main")
 
 
+def _elsewhere(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--store",
+        metavar="URI",
+        help="an embedding store in the place of the repository's own: a folder, a Milvus Lite .db, or http(s)://host:19530 "
+        "(its token in the environment variable MILVUS_TOKEN)",
+    )
+
+
 def _respelled(argv: Sequence[str], commands: Mapping[str, argparse.ArgumentParser]) -> list[str]:
     """The arguments with `-` and `_` within option names as the options were declared."""
     declared = {name.replace("-", "_"): name for parser in commands.values() for name in parser._option_string_actions}
@@ -426,6 +440,7 @@ def _respelled(argv: Sequence[str], commands: Mapping[str, argparse.ArgumentPars
 
 def _quiet() -> None:
     """Turns off the bars that transformers and datasets draw beside ours, and torch's word on a stable feature."""
+    import logging as std_logging
     import warnings
 
     import datasets
@@ -433,6 +448,8 @@ def _quiet() -> None:
 
     warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
     logging.disable_progress_bar()
+    # It logs every error that it raises, with a traceback.
+    std_logging.getLogger("pymilvus").setLevel(std_logging.CRITICAL)
     datasets.disable_progress_bars()
 
 
@@ -457,6 +474,13 @@ def _recommendations(
             for rank, (row, codes) in enumerate(zip(found, tokens), 1)
         ],
     }
+
+
+def _store(uri: str | None) -> Any:
+    """The store that is asked for in the place of the repository's own."""
+    from .embedding_store import EmbeddingStore
+
+    return None if uri is None else EmbeddingStore.open(uri, token=os.environ.get("MILVUS_TOKEN"))
 
 
 def _local(name: str) -> Path:

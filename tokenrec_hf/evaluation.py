@@ -52,7 +52,11 @@ def evaluate_baselines(data, store: EmbeddingStore) -> dict[str, dict[str, float
 
 
 def evaluate_retrieval(
-    folder: str | os.PathLike, data, recipe: Mapping[str, Any], variant: str = "tokenrec"
+    folder: str | os.PathLike,
+    data,
+    recipe: Mapping[str, Any],
+    variant: str = "tokenrec",
+    store: EmbeddingStore | None = None,
 ) -> dict[str, float]:
     """The trained recommender of `folder` on held-out items.
 
@@ -61,10 +65,11 @@ def evaluate_retrieval(
         data: an [`IndexedSplits`] of the interactions it was trained on and of the items to look for.
         recipe: its recipe.
         variant: `tokenrec` (user id and history), `tokenrec_user_id_only` or `tokenrec_unseen_prompt`.
+        store: where the item vectors come from; by default the repository's own store.
     """
     folder = Path(folder)
     tokenizer = TokenRecTokenizer.from_pretrained(folder)
-    store = EmbeddingStore.open(folder / "store")
+    store = store or EmbeddingStore.open(folder / "store")
     collator = DataCollatorForGenerativeRetrieval(
         tokenizer,
         data.interactions,

@@ -41,7 +41,12 @@ class Recommender:
 
     @classmethod
     def from_pretrained(
-        cls, name: str | os.PathLike, *, revision: str | None = None, token: str | bool | None = None
+        cls,
+        name: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        store: EmbeddingStore | None = None,
     ) -> Recommender:
         """Opens a trained repository.
 
@@ -49,6 +54,7 @@ class Recommender:
             name: its folder, or its name on the Hub.
             revision: branch, tag or commit of the Hub repository.
             token: Hub token; by default the one that is logged in.
+            store: in the place of the repository's own, for example one on Milvus.
 
         Raises:
             FileNotFoundError: the repository is missing, or training in it has not finished.
@@ -60,7 +66,7 @@ class Recommender:
         return cls(
             load_model(folder),
             TokenRecTokenizer.from_pretrained(folder),
-            EmbeddingStore.open(Path(folder) / "store"),
+            store or EmbeddingStore.open(Path(folder) / "store"),
         )
 
     def recommend(
