@@ -33,7 +33,6 @@ from .modeling_mq_tokenizer import MQTokenizerModel
 from .recipes import load_recipe
 from .repository import check_repository
 from .repository_update import repository_update
-from .stages import train_collaborative
 from .tokenization_tokenrec import TokenRecTokenizer
 
 ADDITIONS = "additions.json"
@@ -301,6 +300,9 @@ def _record(store: EmbeddingStore, users: Sequence[str], items: Sequence[str]) -
 
 def _retrain(space: _Space, staged: Path) -> None:
     """Goes on training the collaborative model on everything that users have seen; new vectors for everybody."""
+    # The Trainer takes longer to import than newcomers take to be added.
+    from .stages import train_collaborative
+
     store, source = space.store, space.folder / "collaborative"
     if not (source / "ids.safetensors").is_file():
         raise ValueError(
