@@ -117,3 +117,11 @@ def test_a_file_that_does_not_fit_the_codebooks_is_refused(tables, tmp_path, cod
     save_tables(tables, path)
     with pytest.raises(ValueError, match="is damaged"):
         load_tables(path, codebooks)
+
+
+def test_a_table_without_some_ids_keeps_the_others_and_their_codes(tables):
+    left = tables["item"].without(["x", "never there"])
+    assert left.index.ids() == ["y", "z"] and left.codes.tolist() == [[1, 2, 3], [0, 299, 1]]
+    assert tables["item"].index.ids() == ["x", "y", "z"]
+    # Once the other of two equal tuples has gone, the tuple names one id.
+    assert left.owners(np.array([[0, 299, 1]])).tolist() == [1]

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenrec_hf import id_index
-from tokenrec_hf.id_index import IdIndex, check_ids
+from tokenrec_hf.id_index import IdIndex, check_ids, load_indexes, save_indexes
 
 valid_ids = st.text(min_size=1, max_size=12).filter(lambda one: one.split() == [one] and "�" not in one)
 id_lists = st.lists(valid_ids | st.sampled_from(["a", "b", "ab", "é", "日本", "'", "]", "\\", "x" * 256]), unique=True)
@@ -100,3 +100,22 @@ def test_arrays_that_do_not_fit_together_are_refused():
         IdIndex.from_arrays({**arrays, "hashes": arrays["hashes"][:1]})
     with pytest.raises(ValueError, match="damaged"):
         IdIndex.from_arrays({**arrays, "blob": arrays["blob"][:1]})
+
+
+def test_indexes_of_several_kinds_come_back_from_one_file(tmp_path):
+    save_indexes({"user": IdIndex(["a", "日本"]), "item": IdIndex([])}, tmp_path / "ids.safetensors")
+    found = load_indexes(tmp_path / "ids.safetensors")
+    assert {kind: index.ids() for kind, index in found.items()} == {"user": ["a", "日本"], "item": []}
+    assert found["user"].rows(["日本", "b"]).tolist() == [1, -1]
+    (tmp_path / "ids.safetensors").write_bytes(b"not tensors")
+    with pytest.raises(ValueError, match="ids.safetensors is damaged"):
+        load_indexes(tmp_path / "ids.safetensors")
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_ids_of_equal_hashes_are_told_apart_after_any_change(monkeypatch, shared):
+    if shared:
+        monkeypatch.setattr(id_index, "_hashes", lambda encoded: np.full(len(encoded), 7, dtype=np.uint64))
+    index = IdIndex(["a", "b"]).extended(["c", "d"]).kept(np.array([True, False, True, True])).extended(["b"])
+    assert index.ids() == ["a", "c", "d", "b"]
+    assert index.rows(["b", "d", "c", "a", "e"]).tolist() == [3, 2, 1, 0, -1]

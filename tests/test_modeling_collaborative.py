@@ -257,3 +257,12 @@ def test_with_augmented_norms_cosine_ranks_as_the_dot_product_does():
     for user in range(7):
         scores = [sum(float(a) * float(b) for a, b in zip(users[user], item)) for item in items]
         assert np.argsort(scores).tolist() == cosines[user].argsort().tolist()
+
+
+def test_newcomers_are_augmented_to_the_norm_of_the_items_they_join():
+    items = torch.tensor([[3.0, 0.0], [0.0, 5.0]])
+    _, whole = augment_norm(items, items)
+    _, newcomers = augment_norm(items[:1], items[:1], norm=float(whole.norm(dim=1).max()))
+    assert torch.equal(newcomers, whole[:1])
+    _, longer = augment_norm(items, 2 * items, norm=5.0)
+    assert longer[1].tolist() == [0.0, 10.0, 0.0]

@@ -213,3 +213,12 @@ def test_saved_again_it_is_the_same_pipeline(recommend, requests, tmp_path):
 def test_it_is_not_pushed_with_the_users_in_it(recommend):
     with pytest.raises(NotImplementedError, match="tokenrec push"):
         recommend.push_to_hub("somebody/something")
+
+
+def test_a_filter_leaves_only_items_that_it_fits(trained_repository, users):
+    store = EmbeddingStore.open(trained_repository)
+    chosen = store.ids("item")[10:14]
+    store.set_metadata(chosen, [{"genre": "jazz"}] * 4)
+    recommend = pipeline(TASK, model=str(trained_repository), store=store, device="cpu")
+    found = recommend({"user": list(users)[0], "history": []}, where={"genre": "jazz"}, exclude_seen=False)
+    assert sorted(items(found)) == sorted(chosen)

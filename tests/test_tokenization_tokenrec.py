@@ -768,3 +768,19 @@ def test_codes_beyond_the_codebooks_are_refused(shared, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"item codes go from 6 to 63 but should be in \[0, 63\)"):
         TokenRecTokenizer.from_pretrained(tmp_path)
+
+
+def test_what_is_removed_is_unknown_and_codes_are_saved_alone(shared, tmp_path):
+    shared.save_pretrained(tmp_path)
+    others = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != "codes.safetensors"}
+    tokenizer = copy.deepcopy(shared)
+    tokenizer.remove("item", ["08", "never there"])
+    tokenizer.remove("user", ["7"])
+    tokenizer.save_codes(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != "codes.safetensors"} == others
+    for one in (tokenizer, TokenRecTokenizer.from_pretrained(tmp_path)):
+        assert one.ids("item") == [item for item in ITEMS if item != "08"] and one.ids("user") == ["03", "ünï"]
+        with pytest.raises(KeyError, match="item '08' is unknown"):
+            one.codes("item", ["08"])
+        assert one.codes("item", ["24"]).tolist() == shared.codes("item", ["24"]).tolist()
+    assert "08" in shared.ids("item")

@@ -11,6 +11,7 @@ from tokenrec_hf import stages, training
 from tokenrec_hf.configuration_mq_tokenizer import MQTokenizerConfig
 from tokenrec_hf.data_sources import demo_interactions
 from tokenrec_hf.embedding_store import EmbeddingStore
+from tokenrec_hf.id_index import load_indexes
 from tokenrec_hf.interactions import leave_one_out
 from tokenrec_hf.modeling_collaborative import LightGCNModel, augment_norm
 from tokenrec_hf.modeling_mq_tokenizer import MQTokenizerModel
@@ -484,3 +485,9 @@ def test_the_collator_draws_what_the_loss_needs(parts, splits, overrides, num_ne
 def test_changes_of_the_collator_win_over_the_recipe(parts, splits, recipe):
     collator = build_collator(parts.tokenizer, index_splits(splits, "test"), recipe, targets_per_prompt=2, seed=9)
     assert (collator.targets_per_prompt, collator.seed) == (2, 9)
+
+
+def test_the_collaborative_model_tells_whose_its_rows_are(trained_repository):
+    ids = load_indexes(trained_repository / "collaborative" / "ids.safetensors")
+    store = EmbeddingStore.open(trained_repository)
+    assert {kind: index.ids() for kind, index in ids.items()} == {kind: store.ids(kind) for kind in ("user", "item")}
