@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from huggingface_hub.errors import HFValidationError
 
-from .approximate_search import ApproximateIndex
 from .exact_search import exact_search, unit_rows
 from .id_index import IdIndex
 from .item_metadata import WITHDRAWN, ItemMetadata, check_metadata, check_where
@@ -35,6 +34,12 @@ from .vector_table import VectorTable
 
 # A store on disk is written anew when it has more files of changes than this, or when these hold more than a quarter of it.
 MAX_CHANGES, MAX_CHANGED_SHARE = 16, 4
+
+
+def _extra(module: str) -> Any:
+    """A sibling that needs what only an extra installs."""
+    # Not by an import statement: code on the Hub takes along all that it imports.
+    return importlib.import_module(f".{module}", __package__)
 
 
 def _locked(method: Callable) -> Callable:
@@ -76,7 +81,7 @@ class EmbeddingStore:
         self._vectors = {kind: VectorTable(torch.empty(0, self.embedding_dim)) for kind in KINDS}
         self._seen = SeenItems()
         self._metadata = ItemMetadata()
-        self._approximate: ApproximateIndex | None = None
+        self._approximate: Any = None
         # Where the store was opened from or last saved to, with its manifest, and what has changed since, call by call.
         self._saved: tuple[Path, dict[str, Any]] | None = None
         self._changes: list[tuple[str, list[Any], torch.Tensor | None]] = []
@@ -103,9 +108,7 @@ class EmbeddingStore:
             ValueError: a file of the store is missing, damaged or of another format version.
         """
         if str(path_or_uri).startswith(("http://", "https://")) or str(path_or_uri).endswith(".db"):
-            # Not by an import statement: code on the Hub takes along all that it imports, and Milvus is an extra.
-            milvus = importlib.import_module(".embedding_store_milvus", __package__)
-            return milvus.MilvusEmbeddingStore(str(path_or_uri), token=token)
+            return _extra("embedding_store_milvus").MilvusEmbeddingStore(str(path_or_uri), token=token)
         for folder in (Path(path_or_uri), Path(path_or_uri) / "store"):
             if (folder / MANIFEST).is_file():
                 return cls._load(folder)
@@ -455,7 +458,11 @@ class EmbeddingStore:
             ImportError: FAISS is not installed (`pip install "tokenrec-hf[faiss]"`).
             ValueError: an unknown kind.
         """
-        changed = ApproximateIndex(kind, effort, self.count("item")) if kind is not None else None
+        changed = (
+            _extra("approximate_search").ApproximateIndex(kind, effort, self.count("item"))
+            if kind is not None
+            else None
+        )
         if changed is not None and self._approximate is not None and self._approximate.kind == kind:
             self._approximate.effort = changed.effort
         else:
@@ -479,7 +486,6 @@ class EmbeddingStore:
 
     def _nearly(self, unit, top_k, lengths, items) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """As `_exactly`, by the approximate index, and exactly where that has found too few."""
-        assert self._approximate is not None
         excluded = np.split(items, np.cumsum(lengths)[:-1])
         rows, scores = self._approximate.search(unit, self._vectors["item"], top_k, excluded)
         for at, found in enumerate(rows):
