@@ -11,7 +11,7 @@ from transformers.dynamic_module_utils import get_imports
 from tokenrec_hf import Recommender
 
 # What somebody has who installed transformers, torch and safetensors.
-BROUGHT = {"torch", "transformers", "safetensors", "numpy", "huggingface_hub", "tokenizers", "tqdm"}
+BROUGHT = {"filelock", "torch", "transformers", "safetensors", "numpy", "huggingface_hub", "tokenizers", "tqdm"}
 # An interpreter that has neither the package nor what only the package needs.
 ABSENT = "import sys; sys.modules.update(dict.fromkeys(['tokenrec_hf', 'datasets', 'google', 'accelerate', 'pyarrow']))"
 REFUSALS = """

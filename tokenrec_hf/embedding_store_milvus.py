@@ -418,6 +418,8 @@ class MilvusEmbeddingStore(EmbeddingStore):
     def _delete(self, what: str, ids: Sequence[str]) -> None:
         for start in range(0, len(ids), MAX_NAMED):
             self._ask("delete", what, filter="id in " + json.dumps(list(ids[start : start + MAX_NAMED])))
+        # Session makes one's own upserts visible; on a Milvus 2.3 server, a delete is only after somebody has waited for it.
+        self._ask("query", what, filter="", output_fields=["count(*)"], consistency_level="Strong")
 
     def _load_collections(self) -> None:
         with self._errors():
