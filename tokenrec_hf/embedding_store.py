@@ -10,26 +10,24 @@ from __future__ import annotations
 
 import functools
 import importlib
-import json
 import os
-import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import numpy as np
 import torch
-from huggingface_hub.errors import HFValidationError
 
 from .exact_search import exact_search, unit_rows
 from .id_index import IdIndex
 from .item_metadata import WITHDRAWN, ItemMetadata, check_metadata, check_where
 from .seen_items import SeenItems
+from .store_changes import pack_changes, unpack_changes
 from .store_checks import KINDS, check_id_list, check_kind, check_queries, check_vectors, list_lengths
 from .store_files import MANIFEST, append_changes, damaged, is_current, load_files, save_files
+from .store_hub import StoreHubMixin
 from .vector_table import VectorTable
 
 # A store on disk is written anew when it has more files of changes than this, or when these hold more than a quarter of it.
@@ -53,7 +51,7 @@ def _locked(method: Callable) -> Callable:
     return run
 
 
-class EmbeddingStore:
+class EmbeddingStore(StoreHubMixin):
     """Ids, raw vectors and seen items of users and items, in memory, with exact cosine search over the items.
 
     Rows keep the order in which ids were first added; deleting closes the gaps. Every change is checked before anything
@@ -117,50 +115,6 @@ class EmbeddingStore:
             "trained repository, or make one with `tokenrec train`."
         )
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        repo_or_folder: str | os.PathLike,
-        subfolder: str = "store",
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-    ) -> EmbeddingStore:
-        """Loads the store of a trained repository: a local folder or a Hub repository (only `subfolder` is downloaded).
-
-        Args:
-            repo_or_folder: a folder (of a repository, or of a store itself), or the id of a Hub repository.
-            subfolder: the folder of the store in the repository.
-            revision: branch, tag or commit of the Hub repository.
-            token: Hub token; by default the one that is logged in.
-            cache_dir: where downloads are kept; by default the Hub's cache.
-
-        Raises:
-            FileNotFoundError: there is no such folder, or no store in it.
-            ValueError: a file of the store is missing, damaged or of another format version.
-        """
-        if Path(repo_or_folder).is_dir():
-            inside = Path(repo_or_folder) / subfolder
-            return cls.open(inside if (inside / MANIFEST).is_file() else repo_or_folder)
-        try:
-            snapshot = huggingface_hub.snapshot_download(
-                str(repo_or_folder),
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                allow_patterns=f"{subfolder}/*",
-            )
-        except HFValidationError as error:
-            raise FileNotFoundError(
-                f"{repo_or_folder} is neither a folder nor the id of a Hub repository; check the path."
-            ) from error
-        if not (Path(snapshot) / subfolder / MANIFEST).is_file():
-            raise FileNotFoundError(
-                f"the Hub repository {repo_or_folder} has no {subfolder}/{MANIFEST}; it holds no embedding store, or "
-                "not in that subfolder."
-            )
-        return cls._load(Path(snapshot) / subfolder)
-
     @_locked
     def save_pretrained(self, folder: str | os.PathLike, include_users: bool = True) -> None:
         """Writes the store to a folder, replacing the store that is there.
@@ -185,47 +139,12 @@ class EmbeddingStore:
             facts["metadata"] = self._metadata.values
             manifest = save_files(folder, facts, {f"{kind}s": self._arrays(kind) for kind in kinds})
         elif self._changes:
-            manifest = append_changes(folder, manifest, facts, _packed(self._changes))
+            manifest = append_changes(folder, manifest, facts, pack_changes(self._changes))
         if include_users:
             self._saved, self._changes = (folder, manifest), []
 
     def close(self) -> None:
         """Nothing: there is nothing to close here, as there is in stores on a server."""
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        include_users: bool = False,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        commit_message: str = "Upload embedding store",
-    ) -> huggingface_hub.CommitInfo:
-        """Uploads the store to the `store/` folder of a Hub model repository, which is made if absent.
-
-        Args:
-            repo_id: `name` or `organisation/name`.
-            include_users: whether users' ids, vectors and seen items go up too. They are personal data: left out unless
-                asked for, and then those of an earlier upload are removed from the branch.
-            private: whether a repository that is made here is private; by default what the organisation prescribes.
-            token: Hub token; by default the one that is logged in.
-            revision: the branch, made if absent; by default the main one.
-            commit_message: the message of the commit.
-        """
-        repo_id = huggingface_hub.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-        if revision is not None and not revision.startswith("refs/pr"):
-            huggingface_hub.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, include_users=include_users)
-            return huggingface_hub.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                path_in_repo="store",
-                token=token,
-                revision=revision,
-                commit_message=commit_message,
-                delete_patterns=["users-*.safetensors", "items-*.safetensors"],
-            )
 
     # ---- ids and vectors
 
@@ -551,7 +470,7 @@ class EmbeddingStore:
             # Items first: the users' seen items point to their rows.
             for kind in sorted(manifest["counts"]):
                 store._fill(kind, arrays[f"{kind}s"], manifest.get("metadata", {}))
-            for method, arguments, vectors in chain.from_iterable(map(_unpacked, changes)):
+            for method, arguments, vectors in chain.from_iterable(map(unpack_changes, changes)):
                 getattr(store, method)(*arguments, *([] if vectors is None else [vectors]))
             for kind, count in manifest["counts"].items():
                 if store.count(kind) != count:
@@ -578,19 +497,3 @@ class EmbeddingStore:
         else:
             columns = {key[9:]: array for key, array in arrays.items() if key.startswith("metadata.")}
             self._metadata = ItemMetadata(len(index), columns, metadata)
-
-
-def _packed(changes: Sequence[tuple[str, list[Any], torch.Tensor | None]]) -> dict[str, np.ndarray]:
-    """Changes as arrays: the calls as JSON, and their vectors."""
-    calls = json.dumps([[method, arguments] for method, arguments, _ in changes]).encode()
-    arrays = {f"vectors.{at}": vectors.numpy() for at, (_, _, vectors) in enumerate(changes) if vectors is not None}
-    return {"calls": np.frombuffer(calls, dtype=np.uint8), **arrays}
-
-
-def _unpacked(arrays: Mapping[str, np.ndarray]) -> list[tuple[str, list[Any], np.ndarray | None]]:
-    """The changes that `_packed` was given."""
-    calls = json.loads(arrays["calls"].tobytes())
-    unknown = {method for method, _ in calls} - {"upsert", "delete", "set_seen", "add_seen", "set_metadata"}
-    if unknown:
-        raise ValueError(f"there is no change of the name {unknown.pop()!r}.")
-    return [(method, arguments, arrays.get(f"vectors.{at}")) for at, (method, arguments) in enumerate(calls)]
