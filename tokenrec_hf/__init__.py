@@ -30,6 +30,7 @@ _MODULES = {
     "metrics": ("RankingMetrics", "evaluate_embeddings"),
     "recipes": ("load_recipe",),
     "recommender": ("Recommender",),
+    "embedding_store_milvus": ("MilvusEmbeddingStore",),
     "newcomers": ("NewVectors", "add_to_repository", "read_vectors", "remove_from_repository"),
     "pipeline_generative_retrieval": ("GenerativeRetrievalPipeline",),
     "stages": ("SetEpoch",),
