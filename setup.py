@@ -8,7 +8,18 @@ PEFT = ["peft>=0.17"]
 EVALUATE = ["evaluate>=0.4.6"]
 FAISS = ["faiss-cpu>=1.12"]
 MILVUS = ["pymilvus>=3", "milvus-lite>=3.2"]
-TEST = ["pytest>=8", "hypothesis>=6", "sentencepiece>=0.2", "tensorboard>=2.18", *PEFT, *EVALUATE, *FAISS, *MILVUS]
+PAPER = ["implicit>=0.7.2", "matplotlib>=3.9", "scipy>=1.13"]
+TEST = [
+    "pytest>=8",
+    "hypothesis>=6",
+    "sentencepiece>=0.2",
+    "tensorboard>=2.18",
+    *PEFT,
+    *EVALUATE,
+    *FAISS,
+    *MILVUS,
+    *PAPER,
+]
 
 setup(
     name="tokenrec-hf",
@@ -41,6 +52,7 @@ setup(
         "evaluate": EVALUATE,
         "milvus": MILVUS,
         "faiss": FAISS,
+        "paper": PAPER,
         "dev": [*TEST, "ruff>=0.15", "mypy>=1.15", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["tokenrec=tokenrec_hf.cli:main"]},

@@ -783,6 +783,8 @@ def test_pushing_leaves_users_out_unless_asked_and_what_was_pushed_loads(store, 
         ("upload_folder", {"token": "t", "revision": "branch", "commit_message": "why"}),
         ("snapshot_download", {"revision": "branch", "token": "t", "cache_dir": None, "allow_patterns": "store/*"}),
     ]
+    # As a repository has it that was added to: changes of users in files of their own.
+    (tmp_path / "me/demo/store/changes-0123abcd.safetensors").write_bytes(b"u3")
     store.push_to_hub("demo")
     assert EmbeddingStore.from_pretrained("me/demo").count("user") == 0
     assert sorted(path.name[:5] for path in (tmp_path / "me/demo/store").iterdir()) == ["items", "store"]

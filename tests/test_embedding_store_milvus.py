@@ -420,6 +420,39 @@ def test_a_store_moves_to_milvus_once(server, tmp_path):
         MilvusEmbeddingStore.from_store(store, server, prefix="moved")
 
 
+def test_a_store_on_milvus_follows_another(server):
+    """Newcomers, new vectors, interactions and metadata, and whoever was deleted: everything is as in the other store."""
+    store = filled(EmbeddingStore(DIM, {"user": "hash-u", "item": "hash-i"}))
+    store.set_metadata(["i0", "i1"], [{"genre": "jazz", "stock": True}, {"genre": "folk"}])
+    moved = MilvusEmbeddingStore.from_store(store, server, prefix="follows")
+    store.upsert("item", ["new", "i2"], torch.ones(2, DIM))
+    store.upsert("user", ["newbie"], torch.ones(1, DIM))
+    store.set_seen(["newbie", "u0", "u2"], [["new"], ["i3", "i1", "new"], []])
+    store.set_metadata(["i0", "new"], [{"genre": None}, {"genre": "jazz"}])
+    store.withdraw(["i4"])
+    store.delete("user", ["u1"])
+    store.delete("item", ["i5"])
+    moved.copy_from(store)
+    assert everything(moved) == everything(store)
+    assert moved.search(torch.ones(1, DIM), 9, where={"genre": "jazz"})[0] == [["new"]]
+    before = everything(moved)
+    with pytest.raises(ValueError, match="has vectors of 5 dimensions but the store at http.* of 3"):
+        moved.copy_from(EmbeddingStore(5))
+    assert everything(moved) == before
+
+
+def test_an_index_that_misses_items_is_searched_like_any_other(tmp_path):
+    store = MilvusEmbeddingStore(
+        SERVER or tmp_path / "hnsw.db", embedding_dim=8, prefix="t" + uuid.uuid4().hex, index="HNSW"
+    )
+    vectors = torch.randn(500, 8, generator=torch.Generator().manual_seed(0))
+    store.upsert("item", [f"i{row}" for row in range(500)], vectors)
+    [ids], _ = store.search(vectors[:1], 200, [["i0"]])
+    unit = torch.nn.functional.normalize(vectors)
+    expected = (unit @ unit[0]).argsort(descending=True)[1:201].tolist()
+    assert len(ids) == 200 and len({int(one[1:]) for one in ids} & set(expected)) > 180
+
+
 def test_two_clients_see_each_others_writes(server):
     one = filled(MilvusEmbeddingStore(server, embedding_dim=DIM, prefix="two"))
     two = MilvusEmbeddingStore(server, prefix="two")

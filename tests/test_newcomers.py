@@ -265,6 +265,26 @@ def test_users_of_the_training_leave_its_records_too(repository):
         assert not set(users) & set(pq.read_table(path)["user_id"].to_pylist())
 
 
+def test_users_who_were_deleted_in_part_are_deleted_by_the_next_call(repository, monkeypatch):
+    """A process that stops after the records of the training have changed leaves users that can be removed again."""
+    users = EmbeddingStore.open(repository).ids("user")[:2]
+    forget = module._forget_interactions
+
+    def stopping(folder, staged, users):
+        if folder == repository:
+            raise KeyboardInterrupt
+        forget(folder, staged, users)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "_forget_interactions", stopping)
+        remove_from_repository(repository, users=users)
+    selection = EmbeddingStore.open(repository / "training" / "selection")
+    assert not selection.contains("user", users).any() and EmbeddingStore.open(repository).contains("user", users).all()
+    remove_from_repository(repository, users=users)
+    assert not EmbeddingStore.open(repository).contains("user", users).any()
+    check_codes(repository)
+
+
 def test_a_withdrawn_item_stays_withdrawn(repository):
     store = EmbeddingStore.open(repository)
     user, other = store.ids("user")[:2]

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after `tokenrec`; by default those of the process.
 
     Returns:
-        The exit status: 0, 1 where the command failed, 130 where it was interrupted. A wrong usage ends in argparse's
+        The exit status: 0, 1 where the command failed or an audit did not pass, 130 where it was interrupted. A wrong usage ends in argparse's
         `SystemExit(2)`. With the environment variable `TOKENREC_DEBUG`, errors keep their traceback.
     """
     parser, commands = _parsers()
@@ -65,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             _write(arguments.show(document))
         sys.stdout.flush()
+        if document.get("passed") is False:
+            return 1
     except KeyboardInterrupt:
         _note("tokenrec: interrupted" + ("; the same command goes on where this one stopped." if trains else "."))
         return 130
@@ -139,6 +141,8 @@ def _train(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
+    if arguments.audit:
+        return _audit(arguments)
     from .evaluation import evaluate_baselines, evaluate_retrieval
     from .recommender import Recommender
     from .repository import fetch_repository
@@ -165,6 +169,23 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         "variant": arguments.variant,
         "users": len(data.holdout.users),
         "metrics": metrics,
+    }
+
+
+def _audit(arguments: argparse.Namespace) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from .audit import audit
+    from .repository import fetch_repository
+
+    if arguments.store:
+        raise UsageError("--audit looks at the repository's own store; leave --store out.")
+    _quiet()
+    checks = audit(fetch_repository(arguments.repository, revision=arguments.revision))
+    return {
+        "repository": arguments.repository,
+        "passed": all(check.passed is not False for check in checks),
+        "checks": [asdict(check) for check in checks],
     }
 
 
@@ -318,6 +339,11 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         ("--user-id-only", "tokenrec_user_id_only", "ask without the history"),
     ):
         prompt.add_argument(flag, dest="variant", action="store_const", const=variant, default="tokenrec", help=text)
+    prompt.add_argument(
+        "--audit",
+        action="store_true",
+        help="instead of measuring, check that nothing in the repository has seen the validation and test items",
+    )
 
     recommend = command(
         "recommend",

@@ -44,13 +44,25 @@ def show_train(document: Mapping[str, Any]) -> str:
 
 
 def show_evaluation(document: Mapping[str, Any]) -> str:
-    """Metrics down, methods across."""
+    """Metrics down, methods across; or the checks of an audit."""
+    if "checks" in document:
+        return _checks(document)
     metrics = document["metrics"]
     names = list(metrics[document["variant"]])
     rows = [[LABELS[name], *(_number(values.get(key)) for key in names)] for name, values in metrics.items()]
     # More metrics than a line is wide, so they go down and the methods across.
     table = list(zip(*[["", *names], *rows]))
     return f"{document['split']}, {document['users']} users\n\n{_table(table)}"
+
+
+def _checks(document: Mapping[str, Any]) -> str:
+    """A line a check, and the verdict."""
+    words = {True: "ok", False: "FAILED", None: "unknown"}
+    rows = [[words[one["passed"]], one["run"], one["name"], one["finding"]] for one in document["checks"]]
+    passed = [one["passed"] for one in document["checks"]]
+    counts = [f"{passed.count(outcome)} {word}" for outcome, word in words.items() if outcome in passed]
+    verdict = "No leak was found" if document["passed"] else "The audit has FAILED"
+    return f"{_table(rows)}\n\n{verdict}: {', '.join(counts)}."
 
 
 def show_recommendations(document: Mapping[str, Any], held_out: str | None = None) -> str:

@@ -116,9 +116,30 @@ class MilvusEmbeddingStore(EmbeddingStore):
         moved = cls(uri, token, embedding_dim=store.embedding_dim, **settings)
         if any(moved.count(kind) for kind in KINDS):
             raise ValueError(f"the embedding store at {uri} is not empty; give another prefix.")
-        _copy(store, moved)
-        moved.space_ids = dict(store.space_ids)
+        moved.copy_from(store)
         return moved
+
+    def copy_from(self, store: EmbeddingStore) -> None:
+        """Makes this store say what another one says, for example after `tokenrec add` or `tokenrec remove`.
+
+        All vectors are written again; who reads in the meantime finds some of the old and some of the new.
+
+        Args:
+            store: any embedding store.
+
+        Raises:
+            ValueError: it is of another `embedding_dim`.
+        """
+        if store.embedding_dim != self.embedding_dim:
+            raise ValueError(
+                f"{store} has vectors of {store.embedding_dim} dimensions but the store at {self.uri} of {self.embedding_dim}; "
+                "move it there under another prefix."
+            )
+        for kind in KINDS:
+            ids = self.ids(kind)
+            self.delete(kind, [one for one, there in zip(ids, store.contains(kind, ids)) if not there])
+        _copy(store, self)
+        self.space_ids = dict(store.space_ids)
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{kind}s={self.count(kind)}" for kind in KINDS)
@@ -334,7 +355,10 @@ class MilvusEmbeddingStore(EmbeddingStore):
             for field, kind in fields[what]:
                 schema.add_field(field, kind, **({"max_length": 65_535} if kind == DataType.VARCHAR else {}))
             indexes = self._client.prepare_index_params()
-            indexes.add_index("vector", index_type=index if what == "item" else "FLAT", metric_type="COSINE")
+            chosen = index if what == "item" else "FLAT"
+            # Milvus 2.3 knows no defaults for these.
+            params = {"M": 16, "efConstruction": 200} if chosen == "HNSW" else {}
+            indexes.add_index("vector", index_type=chosen, metric_type="COSINE", params=params)
             with self._errors():
                 self._client.create_collection(
                     name, schema=schema, index_params=indexes, timeout=self._timeout, **_LEVEL
@@ -461,17 +485,21 @@ class MilvusEmbeddingStore(EmbeddingStore):
 
 
 def _copy(source: EmbeddingStore, target: EmbeddingStore, kinds: Sequence[str] = KINDS) -> None:
-    """Puts everything that a store knows of `kinds` into an empty one."""
+    """Puts everything that a store knows of `kinds` into one that has no other ids."""
     for kind in ("item", "user"):
         if kind in kinds:
             target.upsert(kind, source.ids(kind), source.vectors(kind))
     items = source.ids("item")
-    known = [(one, metadata) for one, metadata in zip(items, source.metadata(items)) if metadata]
+    # What is no longer known becomes None, which takes it away.
+    pairs = zip(items, source.metadata(items), target.metadata(items))
+    known = [(one, dict.fromkeys(before) | now) for one, now, before in pairs if now != before]
     if known:
         target.set_metadata([one for one, _ in known], [metadata for _, metadata in known])
     if "user" in kinds:
         users = source.ids("user")
-        seen = [(user, items) for user, items in zip(users, source.seen(users)) if items]
+        seen = [
+            (user, now) for user, now, before in zip(users, source.seen(users), target.seen(users)) if now != before
+        ]
         target.set_seen([user for user, _ in seen], [items for _, items in seen])
 
 

@@ -200,15 +200,13 @@ def remove_from_repository(
         if items:
             store.withdraw(items)
         if users:
+            # First, so that whoever stops in between leaves users that are still known here, to be removed again.
+            _forget_selection(folder, users)
             store.delete("user", users)
             _forget_codes(folder, staged, users)
             _forget_collaborative(folder, staged, users)
             _forget_interactions(folder, staged, users)
         store.save_pretrained(staged / "store")
-    selection = folder / "training" / "selection"
-    if users and (selection / "store").is_dir():
-        known = EmbeddingStore.open(selection / "store").contains("user", users)
-        remove_from_repository(selection, users=[one for one, there in zip(users, known) if there])
     return {"users": len(set(users)), "items": len(set(items))}
 
 
@@ -390,6 +388,14 @@ def _note_additions(folder: Path, staged: Path, added: dict[str, int], errors: d
             "reconstruction_error": total / (before["count"] + count),
         }
     (staged / ADDITIONS).write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+
+
+def _forget_selection(folder: Path, users: Sequence[str]) -> None:
+    """Takes users out of the repository of the selection run, which has been trained on them too."""
+    selection = folder / "training" / "selection"
+    if (selection / "store").is_dir():
+        known = EmbeddingStore.open(selection / "store").contains("user", users)
+        remove_from_repository(selection, users=[one for one, there in zip(users, known) if there])
 
 
 def _forget_codes(folder: Path, staged: Path, users: Sequence[str]) -> None:

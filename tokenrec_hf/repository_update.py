@@ -15,7 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .store_files import MANIFEST, remove_leftovers
+from .store_files import MANIFEST, flush_names, remove_leftovers
 
 STAGED, COMMITTED, LOCK = ".update", ".update-committed", ".update.lock"
 
@@ -48,6 +48,7 @@ def repository_update(folder: str | os.PathLike) -> Iterator[Path]:
                 with open(path, "r+b") as file:
                     os.fsync(file.fileno())
         os.rename(staged, folder / COMMITTED)
+        flush_names(folder)
         _finish(folder)
     finally:
         shutil.rmtree(folder / STAGED, ignore_errors=True)

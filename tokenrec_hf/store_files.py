@@ -123,6 +123,14 @@ def remove_leftovers(folder: str | os.PathLike) -> None:
                 path.unlink()
 
 
+def flush_names(folder: str | os.PathLike) -> None:
+    """Brings the names in a folder to the disk, where a folder can be opened: a power failure must not undo a renaming."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        os.fsync(handle)
+        os.close(handle)
+
+
 def damaged(path: Path, problem: str) -> ValueError:
     """The error that says that a file of a store is unusable, why, and what to do."""
     return ValueError(
@@ -155,6 +163,7 @@ def _replace_manifest(folder: Path, temporary: Path, manifest: dict[str, Any]) -
     new.write_bytes(_manifest_bytes(manifest))
     _flush(new)
     os.replace(new, folder / MANIFEST)
+    flush_names(folder)
 
 
 def _load(folder: Path, file: str, size: int, sha256: str) -> Arrays:

@@ -95,5 +95,5 @@ class StoreHubMixin:
                 token=token,
                 revision=revision,
                 commit_message=commit_message,
-                delete_patterns=["users-*.safetensors", "items-*.safetensors"],
+                delete_patterns=["users-*.safetensors", "items-*.safetensors", "changes-*.safetensors"],
             )

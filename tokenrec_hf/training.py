@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -141,6 +141,14 @@ def train(
     _write_json(output / "metrics.json", metrics)
     write_model_card(output)
     return metrics
+
+
+def fingerprint(*columns: Sequence[str]) -> str:
+    """16 hex digits that tell columns of ids from all others."""
+    digest = hashlib.sha256()
+    for column in columns:
+        digest.update("\n".join(column).encode() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 class UnknownSettingError(ValueError):
@@ -332,7 +340,12 @@ class _Run:
         save_indexes(indexes, self.folder / "collaborative" / "ids.safetensors")
         # Remote code is looked for in the root, even when a model in a subfolder is loaded.
         custom_object_save(result.model, self.folder)
-        return {"epochs": result.epochs, "metrics": result.metrics}
+        # What was really trained on, for the audit: matrix factorisation itself does not tell.
+        users, items = (
+            [ids[row] for row in rows]
+            for ids, rows in ((data.user_ids, data.interactions.users), (data.item_ids, data.interactions.items))
+        )
+        return {"epochs": result.epochs, "metrics": result.metrics, "trained_on": fingerprint(users, items)}
 
     def _store(self, data: IndexedSplits) -> EmbeddingStore:
         """The store of the collaborative vectors and the items that users have seen, made anew from the model."""
@@ -387,11 +400,8 @@ class _Run:
 
 def _claim(training: Path, splits: DatasetDict, recipe: Mapping[str, Any], refit: bool) -> None:
     """Ties the folder to these data and settings, so that stages of two different runs are never mixed."""
-    digest = hashlib.sha256()
-    for name in SPLITS:
-        for column in ("user_id", "item_id"):
-            digest.update("\n".join(splits[name][column][:]).encode() + b"\0")
-    mine = {"data": digest.hexdigest()[:16], "refit": refit, "recipe": json.loads(json.dumps(dict(recipe)))}
+    data = fingerprint(*(splits[name][column][:] for name in SPLITS for column in ("user_id", "item_id")))
+    mine = {"data": data, "refit": refit, "recipe": json.loads(json.dumps(dict(recipe)))}
     path = training / "run.json"
     if not path.is_file():
         _write_json(path, mine)

@@ -18,6 +18,8 @@ from tokenrec_hf.metrics import RankingMetrics
 from tokenrec_hf.stages import Holdout
 
 SELECT_BY = "ndcg@20"
+# Settings tried of each method that has anything to choose: the same budget for all.
+TRIALS = 6
 
 
 class Baseline:
@@ -28,12 +30,14 @@ class Baseline:
         settings: the method's own, as in an entry of its `grid`.
 
     A subclass sets `name` (of the command line) and `grid` (the settings among which the harness chooses on validation, the
-    first being the default), and implements `fit` and `scores`.
+    first being the default; one, or `TRIALS` of them), and implements `fit` and `scores`.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     grid: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
+    # Whether the seed changes nothing, so that one run says everything.
+    deterministic: ClassVar[bool] = False
 
     def __init__(self, *, seed: int = 0, **settings: Any):
         self.seed, self.settings = seed, settings

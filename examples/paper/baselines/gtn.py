@@ -1,0 +1,69 @@
+"""GTN: graph trend filtering networks (Fan et al., SIGIR 2022, arXiv 2108.05552).
+
+Where LightGCN smooths its embeddings alike over all interactions, GTN asks for few differences, by an l1 norm:
+E = argmin 1/2 ||E - E_in||^2 + lambda ||Delta E||_1, with Delta the incidence matrix of the user-item graph, its columns divided
+by the root of the degrees. Some steps of a primal-dual method (the proximal alternating predictor-corrector, Eq. 10-12 with
+gamma = 1 and beta = 1/2) are the layers of the network.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tokenrec_hf import LightGCNConfig, LightGCNModel
+from tokenrec_hf.modeling_collaborative import _Propagation
+
+from .lightgcn import LightGCN
+
+
+class GTNModel(LightGCNModel):
+    """LightGCN's embeddings after `num_layers` steps of trend filtering with the weight `smoothness` (lambda)."""
+
+    def __init__(self, config: LightGCNConfig):
+        super().__init__(config)
+        self._incidence: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "_incidence": None}
+
+    def incidence(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Delta `[interactions, users + items]` and its transpose, sparse CSR; degrees count a loop at each node."""
+        if self._incidence is None:
+            ends = torch.cat([self.edge_users, self.edge_items + self.config.num_users]).long()
+            size = self.config.num_users + self.config.num_items
+            scale = (torch.bincount(ends, minlength=size) + 1).float().rsqrt()[ends]
+            edges = len(self.edge_users)
+            scale[edges:] *= -1
+            rows = torch.arange(edges).repeat(2)
+            delta = torch.sparse_coo_tensor(
+                torch.stack([rows, ends]), scale, (edges, size), check_invariants=False
+            ).coalesce()
+            self._incidence = delta.to_sparse_csr(), delta.t().coalesce().to_sparse_csr()
+        return self._incidence
+
+    def representations(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Final representations of users `[num_users, d]` and items `[num_items, d]`, with gradient."""
+        delta, transposed = self.incidence()
+        start = torch.cat([self.user_table.weight, self.item_table.weight])
+        embeddings, dual, limit = start, torch.zeros(()), self.config.smoothness
+        for _ in range(self.config.num_layers):
+            differences = _Propagation.apply(delta, transposed, embeddings)  # [interactions, d]
+            dual = torch.add(dual, differences, alpha=0.5).clamp(-limit, limit)
+            embeddings = start - _Propagation.apply(transposed, delta, dual)
+        return embeddings[: self.config.num_users], embeddings[self.config.num_users :]
+
+
+class GTN(LightGCN):
+    """GTN; settings as those of [`LightGCN`], and `smoothness`."""
+
+    name, title = "gtn", "GTN"
+    grid = (
+        {"num_layers": 3, "smoothness": 2.0, "loss_type": "bpr", "l2_weight": 1e-3, "lr": 5e-3},
+        {"num_layers": 3, "smoothness": 2.0, "loss_type": "softmax", "temperature": 0.15, "lr": 5e-3},
+    )
+
+    # A step costs as much as the whole graph, which is some times that of LightGCN.
+    batch_size = 8192
+
+    def build(self, train, smoothness, **config):  # noqa: D102
+        return GTNModel.from_interactions(LightGCNConfig(smoothness=smoothness, **config), train)

@@ -1,0 +1,66 @@
+"""S3-Rec: self-supervised pre-training of a sequence model (Zhou et al., CIKM 2020, arXiv 2008.07873).
+
+The paper pre-trains by four objectives that maximise mutual information, then goes on as SASRec. Two of the four need the
+items' attributes, which our data do not have. What is left, and done here: masked items are predicted from both sides, and a
+segment cut out of a history is recognised among those of other users by what is around it. Competitors are all items, and all
+segments of the batch, instead of one of each.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .bert4rec import cloze_mask
+from .sasrec import SASRec
+from .sequence import linear_cross_entropy, padded
+
+
+class S3Rec(SASRec):
+    """S3-Rec; settings beside those of [`SASRec`]: `pretrain_epochs`, `mask_probability`, `segment_weight`."""
+
+    name, title = "s3rec", "S3-Rec"
+    num_special = 2
+    grid = (
+        {"loss": "softmax", "pretrain_epochs": 20, "mask_probability": 0.2, "segment_weight": 0.5},
+        {"loss": "bce", "pretrain_epochs": 20, "mask_probability": 0.2, "segment_weight": 0.5},
+    )
+
+    def pretrain(self) -> None:
+        """Trains the encoder, with attention to both sides, by the two objectives."""
+        dim = self.settings["dim"]
+        self.segment_weights = nn.Linear(dim, dim, bias=False)
+        parameters = [*self.encoder.parameters(), *self.segment_weights.parameters()]
+        optimizer = torch.optim.Adam(parameters, lr=self.settings["learning_rate"])
+        self.encoder.causal = False
+        self.encoder.train()
+        for epoch in range(self.settings["pretrain_epochs"]):
+            self.run_epoch(optimizer, self.pretraining_loss, epoch)
+        self.encoder.causal = True
+
+    def pretraining_loss(self, starts: np.ndarray, ends: np.ndarray, epoch: int) -> torch.Tensor:
+        """Masked-item prediction and segment prediction on the windows."""
+        items = padded(self.train.items, starts, ends, self.padding)
+        lengths = torch.from_numpy(ends - starts)
+        masked = cloze_mask(lengths, items.shape[1], self.settings["mask_probability"], last_only=0.0)
+        hidden = self.encoder(items.masked_fill(masked, self.padding + 1))[masked]
+        loss = linear_cross_entropy(hidden, self.encoder.items.weight[: self.padding], items[masked])
+
+        first, length = segments(lengths)
+        position = torch.arange(items.shape[1])
+        cut = (position >= first[:, None]) & (position < (first + length)[:, None])
+        rows = torch.arange(len(items))
+        around = self.encoder(items.masked_fill(cut, self.padding + 1))[rows, lengths - 1]  # [B, d]
+        segment_starts = starts + first.numpy()
+        inside = padded(self.train.items, segment_starts, segment_starts + length.numpy(), self.padding)
+        segment = self.encoder(inside)[rows, length - 1]  # [B, d]
+        logits = self.segment_weights(around) @ segment.T / around.shape[1] ** 0.5
+        return loss + self.settings["segment_weight"] * F.cross_entropy(logits, rows)
+
+
+def segments(lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A random segment of each row, of one item to half of them: its first position and its length, int64 `[B]` each."""
+    length = 1 + (torch.rand(len(lengths)) * (lengths // 2).clamp(min=1)).long()
+    return (torch.rand(len(lengths)) * (lengths - length + 1)).long(), length

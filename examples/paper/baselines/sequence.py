@@ -1,0 +1,254 @@
+"""What the sequence models share: histories cut into windows, batches with little padding, and a small transformer.
+
+Item ids are `0..num_items - 1`; the row after them is padding, and further rows are special tokens of a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tokenrec_hf.interaction_matrix import InteractionMatrix
+from tokenrec_hf.stages import Holdout
+
+from .base import Baseline, train_epochs
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The gradient is computed along with the loss, block by block, so that the logits never leave the cache."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):
+        low, low_weight = hidden.bfloat16(), weight.bfloat16()
+        hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight)
+        loss = hidden.new_zeros(())
+        for start in range(0, len(hidden), 128):
+            block, target = low[start : start + 128], targets[start : start + 128, None]
+            logits = block @ low_weight.T
+            largest = logits.amax(dim=1, keepdim=True)
+            target_logits = logits.gather(1, target) - largest
+            exponentials = logits.sub_(largest).exp_()
+            total = exponentials.sum(dim=1, keepdim=True, dtype=torch.float32)
+            loss += (total.log() - target_logits).sum()
+            grad = exponentials.mul_(total.reciprocal().bfloat16())
+            grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
+            hidden_grad[start : start + 128] = grad @ low_weight
+            weight_grad += grad.T @ block
+        ctx.save_for_backward(hidden_grad / len(hidden), weight_grad / len(hidden))
+        return loss / len(hidden)
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden_grad, weight_grad = ctx.saved_tensors
+        return grad * hidden_grad, grad * weight_grad, None
+
+
+def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """`cross_entropy(hidden @ weight.T, targets)` over a whole catalogue, with products in bfloat16.
+
+    On one CPU core it takes a sixth of the time of the plain expression.
+
+    Args:
+        hidden: `[P, d]`.
+        weight: `[num_items, d]`.
+        targets: int64 `[P]`.
+    """
+    return _LinearCrossEntropy.apply(hidden, weight, targets)
+
+
+class FastDropout(nn.Module):
+    """Dropout that draws a byte for each element: on a CPU a tenth of the time of `nn.Dropout`.
+
+    Args:
+        probability: of an element to become zero, rounded to 1/256.
+    """
+
+    def __init__(self, probability: float):
+        super().__init__()
+        self.threshold = round(256 * probability)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Drops elements of `x`, of any shape, in training."""
+        if not self.training or not self.threshold:
+            return x
+        numbers = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
+        kept = numbers.view(torch.uint8)[: x.numel()].view(x.shape) >= self.threshold
+        return x * (kept * (256 / (256 - self.threshold)))
+
+
+class TransformerLayer(nn.Module):
+    """Self-attention and a feed-forward part of 4 * dim units, each after a norm and before a residual sum."""
+
+    def __init__(self, dim: int, num_heads: int, dropout: float):
+        super().__init__()
+        self.num_heads = num_heads
+        self.attention_norm, self.feed_forward_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.projections = nn.Linear(dim, 3 * dim)
+        self.output = nn.Linear(dim, dim)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(dim, 4 * dim), nn.GELU(), FastDropout(dropout), nn.Linear(4 * dim, dim)
+        )
+        self.dropout = FastDropout(dropout)
+
+    def forward(self, hidden: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
+        """`[B, T, d]` to the same; `visible` are the positions to look at, `[B, 1, 1, T]`, or None for causal attention."""
+        size, length, _ = hidden.shape
+        projected = self.projections(self.attention_norm(hidden)).view(size, length, 3, self.num_heads, -1)
+        query, key, value = projected.permute(2, 0, 3, 1, 4)  # [B, heads, T, d / heads] each
+        attended = F.scaled_dot_product_attention(query, key, value, visible, is_causal=visible is None)
+        hidden = hidden + self.dropout(self.output(attended.transpose(1, 2).flatten(2)))
+        return hidden + self.dropout(self.feed_forward(self.feed_forward_norm(hidden)))
+
+
+class SequenceEncoder(nn.Module):
+    """Embeddings of items and positions, transformer layers, and a final norm.
+
+    Args:
+        num_rows: items, padding and special tokens.
+        max_length: number of positions.
+        dim, num_layers, num_heads, dropout: of the layers.
+        causal: whether a position sees only itself and those before it.
+        padding: the row that no position looks at. Where attention is causal it need not be hidden, being at the end.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        max_length: int,
+        *,
+        dim: int,
+        num_layers: int,
+        num_heads: int,
+        dropout: float,
+        causal: bool,
+        padding: int,
+    ):
+        super().__init__()
+        self.causal, self.padding = causal, padding
+        self.items = nn.Embedding(num_rows, dim)
+        self.positions = nn.Embedding(max_length, dim)
+        self.dropout = FastDropout(dropout)
+        self.layers = nn.ModuleList(TransformerLayer(dim, num_heads, dropout) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(dim)
+        for table in (self.items, self.positions):
+            nn.init.normal_(table.weight, std=0.02)
+
+    def forward(self, items: torch.Tensor) -> torch.Tensor:
+        """Hidden states `[B, T, d]` of padded rows `[B, T]`."""
+        hidden = self.dropout(self.items(items) + self.positions.weight[: items.shape[1]])
+        visible = None if self.causal else (items != self.padding)[:, None, None]
+        for layer in self.layers:
+            hidden = layer(hidden, visible)
+        return self.norm(hidden)
+
+
+def padded(flat: np.ndarray, starts: np.ndarray, ends: np.ndarray, padding: int) -> torch.Tensor:
+    """The slices `flat[start:end]` as the rows of one matrix, filled up at the end, int64 `[B, longest]`."""
+    columns = np.arange(max(1, (ends - starts).max()))
+    positions = starts[:, None] + columns
+    inside = positions < ends[:, None]
+    return torch.from_numpy(np.where(inside, flat[np.where(inside, positions, 0)], padding))
+
+
+def windows(train: InteractionMatrix, stride: int, overlap: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """All histories cut into windows of at most `stride + overlap` items, counted from the end.
+
+    Args:
+        train: whose histories are cut.
+        stride: from one window's end to the next.
+        overlap: items that a window shares with the one before it; a history of no more has no window.
+
+    Returns:
+        `starts` and `ends`, int64 `[W]`: bounds in `train.items`.
+    """
+    counts = -(-np.maximum(train.lengths - overlap, 0) // stride)
+    users = np.repeat(np.arange(train.num_users), counts)
+    number = np.arange(len(users)) - np.repeat(np.cumsum(counts) - counts, counts)
+    ends = train.indptr[users + 1] - number * stride
+    return np.maximum(ends - stride - overlap, train.indptr[users]), ends
+
+
+class SequenceBaseline(Baseline):
+    """A transformer over histories: a subclass sets what follows and implements `loss` and `scores`.
+
+    `causal` is that of the encoder, `overlap` that of the training windows, `num_special` counts the rows of the embedding
+    table after the items (padding first), and `defaults` completes the settings.
+    """
+
+    causal: ClassVar[bool]
+    overlap: ClassVar[int] = 0
+    num_special: ClassVar[int] = 1
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "dim": 64,
+        "num_layers": 2,
+        "num_heads": 2,
+        "dropout": 0.5,
+        "max_length": 50,
+        "batch_size": 128,
+        "learning_rate": 1e-3,
+    }
+
+    def __init__(self, *, seed: int = 0, **settings: Any):
+        super().__init__(seed=seed, **{**self.defaults, **settings})
+
+    def fit(self, train: InteractionMatrix, validation: Holdout | None, epochs: int | None = None) -> None:
+        """See [`Baseline.fit`]."""
+        torch.manual_seed(self.seed)
+        self.train, self.padding = train, train.num_items
+        self.encoder = SequenceEncoder(
+            train.num_items + self.num_special,
+            self.settings["max_length"],
+            causal=self.causal,
+            padding=self.padding,
+            **{name: self.settings[name] for name in ("dim", "num_layers", "num_heads", "dropout")},
+        )
+        self.pretrain()
+        optimizer = torch.optim.Adam(self.encoder.parameters(), lr=self.settings["learning_rate"])
+        # Patience is long: on small data a model gives out popularity for some twenty epochs before it learns more.
+        train_epochs(
+            self,
+            self.encoder,
+            lambda epoch: self.run_epoch(optimizer, self.loss, epoch),
+            train,
+            validation,
+            epochs,
+            max_epochs=200,
+            every=2,
+            patience=6,
+        )
+
+    def pretrain(self) -> None:
+        """What is to be done with a fresh encoder before it is trained; nothing by default."""
+
+    def run_epoch(self, optimizer: torch.optim.Optimizer, loss: Callable[..., torch.Tensor], epoch: int) -> None:
+        """Goes through all training windows once, with `loss(starts, ends, epoch)` of each batch."""
+        for starts, ends in self.batches(epoch):
+            optimizer.zero_grad()
+            loss(starts, ends, epoch).backward()
+            optimizer.step()
+
+    def batches(self, epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Bounds of all training windows in random batches of about equal length, so that there is little to pad."""
+        starts, ends = windows(self.train, self.settings["max_length"], self.overlap)
+        random = np.random.default_rng([self.seed, epoch])
+        order = random.permutation(len(starts))
+        order = order[np.argsort((ends - starts)[order], kind="stable")]
+        size = self.settings["batch_size"]
+        for number in random.permutation(-(-len(order) // size)):
+            rows = order[number * size : (number + 1) * size]
+            yield starts[rows], ends[rows]
+
+    def loss(self, starts: np.ndarray, ends: np.ndarray, epoch: int) -> torch.Tensor:
+        """The loss of the windows `train.items[start:end]`, a scalar."""
+        raise NotImplementedError
+
+    def histories(self, users: np.ndarray, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last `length` items of each user, padded `[B, T]`, and how many they are `[B]`."""
+        ends = self.train.indptr[users + 1]
+        starts = np.maximum(ends - length, self.train.indptr[users])
+        return padded(self.train.items, starts, ends, self.padding), torch.from_numpy(ends - starts)

@@ -1,0 +1,17 @@
+"""Interactions as a sparse matrix, for the baselines that count co-occurrences."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.sparse import csr_matrix
+
+from tokenrec_hf.interaction_matrix import InteractionMatrix
+
+
+def binary_matrix(interactions: InteractionMatrix) -> csr_matrix:
+    """1 where a user has interacted with an item, however often, float32 `[num_users, num_items]`."""
+    ones = np.ones(len(interactions), dtype=np.float32)
+    shape = (interactions.num_users, interactions.num_items)
+    matrix = csr_matrix((ones, (interactions.users, interactions.items)), shape=shape)
+    matrix.data[:] = 1
+    return matrix

@@ -1,0 +1,126 @@
+"""One fit in a process of its own, so that its memory, its time and its crash are its own; `harness.py` starts it.
+
+python examples/paper/fit_one.py --job '{"dataset": "demo", "model": "ease", ...}' --output record.json --work out-paper
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from baselines.base import evaluate
+from baselines.registry import load_baseline
+from datasets import DatasetDict
+
+from tokenrec_hf import leave_one_out, load_interactions, train
+from tokenrec_hf.training import SPLITS, VARIANTS, index_splits
+
+# ru_maxrss is in bytes on macOS and in KiB everywhere else.
+_RSS_UNIT = 1 if sys.platform == "darwin" else 1024
+
+
+def main() -> None:
+    """Fits, and writes the record whole or not at all."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--job", required=True, type=json.loads)
+    parser.add_argument("--output", required=True, type=Path)
+    parser.add_argument("--work", required=True, type=Path)
+    arguments = parser.parse_args()
+    record = fit_one(arguments.job, arguments.work)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = arguments.output.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, arguments.output)
+
+
+def fit_one(job: dict[str, Any], work: Path) -> dict[str, Any]:
+    """The record of a job: what was measured, with which data and versions.
+
+    Args:
+        job: the fields of a `harness.Job`.
+        work: where TokenRec's checkpoints and repositories go.
+    """
+    splits = leave_one_out(load_interactions(job["dataset"]))
+    result = fit_tokenrec(job, splits, work) if job["phase"] == "both" else fit_baseline(job, splits)
+    return {
+        "job": job,
+        **result,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT,
+        "data": digest(splits),
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": {
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            **{name: version(name) for name in ("tokenrec-hf", "torch", "transformers", "numpy")},
+        },
+    }
+
+
+def fit_baseline(job: dict[str, Any], splits: DatasetDict) -> dict[str, Any]:
+    """A baseline on the training interactions and evaluated on validation, or refit with those too and evaluated on test."""
+    data = index_splits(splits, job["phase"])
+    baseline = load_baseline(job["model"])(seed=job["seed"], **job["settings"])
+    clock = _Clock()
+    if job["phase"] == "validation":
+        baseline.fit(data.interactions, data.holdout)
+    else:
+        baseline.fit(data.interactions, None, job["epochs"])
+    fitted = clock.lap()
+    with torch.no_grad():
+        metrics = evaluate(baseline.scores, data.interactions, data.holdout, with_lists=True)
+    return {"metrics": metrics, "epochs": baseline.epochs, "fit": fitted, "evaluation": clock.lap()}
+
+
+def fit_tokenrec(job: dict[str, Any], splits: DatasetDict, work: Path) -> dict[str, Any]:
+    """TokenRec from all stages, selection and refit; goes on where it was interrupted.
+
+    The time is what it says of its own stages, so that it is whole after an interruption too; with nothing for the CPU alone.
+    """
+    recipe = {**job["settings"], "seed": job["seed"]}
+    name = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:8]
+    folder = work / job["dataset"] / f"{job['model']}-seed{job['seed']}-{name}"
+    found = train(splits, recipe, folder, dataset_name=job["dataset"], log=print)
+    stages = found["seconds"]["refit"]
+    return {
+        "metrics": {phase: {one: found[phase][one] for one in VARIANTS} for phase in ("validation", "test")},
+        "epochs": found["epochs"],
+        "fit": {"seconds": sum(spent for stage, spent in stages.items() if stage != "evaluation")},
+        "evaluation": {"seconds": stages["evaluation"]},
+    }
+
+
+def digest(splits: DatasetDict) -> str:
+    """Tells data sets apart, and splits of the same data."""
+    sha = hashlib.sha256()
+    for name in SPLITS:
+        for column in ("user_id", "item_id"):
+            sha.update("\n".join(splits[name][column][:]).encode() + b"\0")
+    return sha.hexdigest()[:16]
+
+
+class _Clock:
+    """Seconds since the last lap: by the clock, and of this process's CPU time, which a busy machine does not stretch."""
+
+    def __init__(self):
+        self.lap()
+
+    def lap(self) -> dict[str, float]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        last = getattr(self, "last", (wall, cpu))
+        self.last = wall, cpu
+        return {"seconds": round(wall - last[0], 2), "cpu_seconds": round(cpu - last[1], 2)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+"""Table V of TokenRec (arXiv 2406.10450): milliseconds per user of inference, TokenRec against P5 with beam search.
+
+    python examples/paper/table5.py --dataset lastfm
+    python examples/paper/table5.py --dataset beauty --backbones cpu
+
+End to end from user ids and histories (the latest 100 items) to the ids of 20 unseen items, on the same T5 sizes, in one
+process with one thread. The methods take turns, so that whatever else the machine does meets all of them; the median of the
+turns counts. All weights are random: what they are changes nothing about the time. Twenty minutes for `lastfm`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from baselines.beam_search import IdTrie
+from baselines.item_ids import BASE, sequential_ids
+from baselines.p5 import P5SID
+from transformers.modeling_outputs import BaseModelOutput
+
+from tokenrec_hf import (
+    EmbeddingStore,
+    MQTokenizerConfig,
+    MQTokenizerModel,
+    Recommender,
+    TokenRecTokenizer,
+    leave_one_out,
+    load_interactions,
+    load_recipe,
+)
+from tokenrec_hf.training import IndexedSplits, build_retrieval_model, index_splits
+
+TOP_K = BEAMS = 20
+HISTORY = 100
+# Sizes of T5, and the recipe whose vectors, tokens and pooling TokenRec takes with them.
+BACKBONES = {
+    "cpu": {},
+    "t5-small": {
+        "d_model": 512,
+        "d_kv": 64,
+        "num_heads": 8,
+        "d_ff": 2048,
+        "num_layers": 6,
+        "num_decoder_layers": 6,
+    },
+}
+RECIPES = {"cpu": "cpu", "t5-small": "paper"}
+Recommend = Callable[[Sequence[int]], list[list[str]]]
+
+
+class WrittenOutP5(P5SID):
+    """P5 whose ids are written out, `item_1234`, as five tokens: `item`, `_`, two of digits and the end of the sequence."""
+
+    def item_ids(self, train):
+        """The digits in pairs as in P5-SID, with constant symbols around them."""
+        numbers = sequential_ids(train, self.seed)
+        item, underscore, end = (np.full((len(numbers), 1), BASE + i) for i in range(3))
+        return np.concatenate([item, underscore, numbers, end], axis=1)
+
+    def build(self, train):
+        """As in P5; in a prompt, an id has no end."""
+        super().build(train)
+        self.item_tokens = self.item_tokens[:, :-1]
+
+
+def main() -> None:
+    """Measures, prints, and writes the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s --dataset NAME [...]"
+    )
+    parser.add_argument("--dataset", required=True, help="whatever `tokenrec train` takes")
+    parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=list(BACKBONES))
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 64])
+    parser.add_argument("--users", type=int, default=64, help="random users asked about in each turn")
+    parser.add_argument("--turns", type=int, default=5, help="of each method")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "tables")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    data = index_splits(leave_one_out(load_interactions(arguments.dataset)), "test")
+    users = np.random.default_rng(0).permutation(data.holdout.users)[: arguments.users].tolist()
+    rows = []
+    for backbone in arguments.backbones:
+        methods = {"TokenRec": tokenrec(data, backbone), **p5_methods(data, backbone)}
+        for batch_size in arguments.batch_sizes:
+            rows.append({"backbone": backbone, "batch_size": batch_size})
+            rows[-1]["milliseconds"] = measure(methods, users, batch_size, arguments.turns)
+            print(json.dumps(rows[-1]), flush=True)
+    report = {
+        "dataset": arguments.dataset,
+        "users": len(users),
+        "mean_history": float(np.minimum(data.interactions.lengths[users], HISTORY).mean()),
+        "turns": arguments.turns,
+        "machine": f"{platform.machine()}, one thread, torch {torch.__version__}",
+        "rows": rows,
+    }
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    path = arguments.output / f"table5-{Path(arguments.dataset).name}"
+    path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    path.with_suffix(".md").write_text(markdown(report))
+    print(markdown(report))
+
+
+def tokenrec(data: IndexedSplits, backbone: str) -> Recommend:
+    """TokenRec on random vectors: the words that `Recommender` writes, tokenizer, T5, projection, and the store's exact search."""
+    recipe = load_recipe(RECIPES[backbone])
+    torch.manual_seed(0)
+    width = recipe["collaborative"]["config"]["embedding_dim"] + recipe["collaborative"]["augment_norm"]
+    store = EmbeddingStore(width)
+    mqs = {}
+    for kind, ids in (("user", data.user_ids), ("item", data.item_ids)):
+        vectors = torch.randn(len(ids), width)
+        store.upsert(kind, ids, vectors)
+        config = {**recipe["mq_tokenizer"]["config"], "embedding_dim": width}
+        config["codebook_size"] = min(256 if len(ids) <= 10_000 else 512, len(ids))
+        mqs[kind] = MQTokenizerModel(MQTokenizerConfig(**config))
+        mqs[kind].prepare(vectors)
+    store.space_ids = {kind: mq.space_id for kind, mq in mqs.items()}
+    tokenizer = TokenRecTokenizer.from_components(None, user_mq=mqs["user"], item_mq=mqs["item"], store=store)
+    section = {**recipe["retrieval"], "backbone": None}
+    section["config"] = {**section["config"], **BACKBONES[backbone]}
+    model = build_retrieval_model(section, tokenizer, mqs["user"], mqs["item"])
+    names = np.array(data.item_ids, dtype=object)
+    seen = [names[data.interactions.of(user)].tolist() for user in range(len(data.user_ids))]
+    store.set_seen(data.user_ids, seen)
+    recommender = Recommender(model, tokenizer, store)
+
+    def recommend(users):
+        found = recommender.recommend(
+            [data.user_ids[user] for user in users], [seen[user][-HISTORY:] for user in users], top_k=TOP_K
+        )
+        return [[row["item"] for row in own] for own in found]
+
+    return recommend
+
+
+def p5_methods(data: IndexedSplits, backbone: str) -> dict[str, Recommend]:
+    """P5 with `generate` of transformers and with this repository's beam search."""
+    names = np.array([*data.item_ids, ""], dtype=object)
+    written, short = (random_p5(kind, data, backbone) for kind in (WrittenOutP5, P5SID))
+
+    def ours(users):
+        return names[short.recommend(np.array(users))[0].numpy()].tolist()
+
+    return {
+        "P5, written-out ids, generate": lambda users: names[generate(written, np.array(users))].tolist(),
+        "P5-SID, generate": lambda users: names[generate(short, np.array(users))].tolist(),
+        "P5-SID, vectorised beam search": ours,
+    }
+
+
+def random_p5(kind: type[P5SID], data: IndexedSplits, backbone: str) -> P5SID:
+    """A P5 that was not trained."""
+    torch.manual_seed(0)
+    p5 = kind(max_history=HISTORY, beams=BEAMS, t5=BACKBONES[backbone])
+    p5.train = data.interactions
+    p5.build(data.interactions)
+    p5.network.eval()
+    return p5
+
+
+@torch.inference_mode()
+def generate(p5: P5SID, users: np.ndarray, memory: float = 2e9) -> np.ndarray:
+    """Unseen items by beam search of transformers, restricted to valid ids, `[B, BEAMS]`; -1 where none is left.
+
+    Args:
+        p5: with ids of one length.
+        users: rows.
+        memory: bytes that the keys and values of all beams may take, which limits how many users are asked about at once.
+    """
+    config, trie, first = p5.network.t5.config, p5.trie, p5.network.first_symbol
+    tokens, words, open_nodes = p5.inputs(users)
+    per_token = BEAMS * config.num_decoder_layers * 2 * config.num_heads * config.d_kv * 4
+    at_once = max(1, int(memory / (per_token * tokens.shape[1])))
+    if at_once < len(users):
+        return np.concatenate([generate(p5, users[i : i + at_once], memory) for i in range(0, len(users), at_once)])
+    states, mask = p5.network.encode(tokens, words)
+    children = children_of(trie)
+    closed = [set(np.flatnonzero(~row)) for row in open_nodes.numpy()]
+
+    def allowed(row, written):
+        node = 0
+        for token in written[1:].tolist():
+            node = children[node][token - first]
+        return [symbol + first for symbol, child in children[node].items() if child not in closed[row]]
+
+    found = p5.network.t5.generate(
+        encoder_outputs=BaseModelOutput(states),
+        attention_mask=mask,
+        num_beams=BEAMS,
+        num_return_sequences=BEAMS,
+        max_new_tokens=trie.depth,
+        prefix_allowed_tokens_fn=allowed,
+        do_sample=False,
+        eos_token_id=None,
+    )
+    nodes = np.zeros(len(found), dtype=np.int64)
+    for symbols in (found[:, 1:] - first).T.numpy():
+        nodes = trie.children.numpy()[nodes, symbols]
+    return trie.items.numpy()[nodes].reshape(len(users), BEAMS)
+
+
+@lru_cache
+def children_of(trie: IdTrie) -> list[dict[int, int]]:
+    """For each node, the nodes after it by symbol, as `prefix_allowed_tokens_fn` wants them."""
+    children: list[dict[int, int]] = [{} for _ in trie.children]
+    for node, symbol in (trie.children >= 0).nonzero().tolist():
+        children[node][symbol] = int(trie.children[node, symbol])
+    return children
+
+
+def measure(methods: dict[str, Recommend], users: list[int], batch_size: int, turns: int) -> dict[str, float]:
+    """Milliseconds per user of each method, the median of its turns, after one batch that does not count."""
+    times: dict[str, list[float]] = {name: [] for name in methods}
+    batches = [users[start : start + batch_size] for start in range(0, len(users), batch_size)]
+    for recommend in methods.values():
+        recommend(batches[0])
+    for _ in range(turns):
+        for name, recommend in methods.items():
+            started = time.perf_counter()
+            for batch in batches:
+                recommend(batch)
+            times[name].append((time.perf_counter() - started) / len(users) * 1000)
+    return {name: statistics.median(own) for name, own in times.items()}
+
+
+def markdown(report: dict) -> str:
+    """The table."""
+    methods = list(report["rows"][0]["milliseconds"])
+    lines = [
+        f"## Table V: milliseconds per user, {report['dataset']}",
+        "",
+        f"| T5 | users at once | {' | '.join(methods)} |",
+        f"|---|---:|{'---:|' * len(methods)}",
+    ]
+    for row in report["rows"]:
+        own = row["milliseconds"]["TokenRec"]
+        cells = [f"{own:.2f}"]
+        cells += [f"{row['milliseconds'][name]:.2f} ({row['milliseconds'][name] / own:.1f}x)" for name in methods[1:]]
+        lines.append(f"| {row['backbone']} | {row['batch_size']} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"{report['users']} random users, {report['mean_history']:.1f} items of history on average (at most {HISTORY}); "
+        f"{TOP_K} unseen items each, {BEAMS} beams. Median of {report['turns']} turns. {report['machine']}. Random weights, "
+        "on both sizes: `cpu` is the T5 of that recipe, `t5-small` has the sizes of T5-small. TokenRec pools as its recipe "
+        "does (`cpu`: the encoder's mean; `paper`, with T5-small: one step of the decoder).",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

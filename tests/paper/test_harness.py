@@ -1,0 +1,182 @@
+"""The protocol: chosen on validation, refit, tested once, and never the same fit twice."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import fit_one
+import harness
+import pytest
+import torch
+from baselines import registry
+from baselines.base import Baseline
+from harness import FitError, Fits, Job, study
+from report import markdown, summary, write_report
+
+from tokenrec_hf.training import index_splits
+
+TABLE = Path(harness.__file__).with_name("table2.py")
+
+
+class Spy(Baseline):
+    """Scores items by number, upwards or downwards, and notes what it is fit with."""
+
+    name, title = "spy", "Spy"
+    grid = ({"sign": 1}, {"sign": -1})
+    calls: list = []
+
+    def fit(self, train, validation, epochs=None):
+        self.num_items = train.num_items
+        Spy.calls.append((self.seed, self.settings["sign"], train, validation, epochs))
+        self.epochs = 5 + self.seed if validation is not None else epochs
+
+    def scores(self, users):
+        return self.settings["sign"] * torch.arange(self.num_items).float().expand(len(users), -1)
+
+
+class InProcess(Fits):
+    """Fits here and now, so that a class of this file can be fit; counts."""
+
+    count = 0
+
+    def run(self, job, path):
+        self.count += 1
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(fit_one.fit_one(asdict(job), self.work)))
+
+
+@pytest.fixture
+def spied(monkeypatch):
+    monkeypatch.setattr(Spy, "calls", [])
+    monkeypatch.setitem(registry.BASELINES, "spy", "spy:Spy")
+    for module in (harness, fit_one):
+        monkeypatch.setattr(module, "load_baseline", lambda name: Spy)
+    return Spy
+
+
+def test_settings_are_chosen_on_validation_and_the_refit_never_sees_the_test_items(spied, tmp_path, demo_splits):
+    fits = InProcess(tmp_path / "results", tmp_path)
+    (row,) = study("demo", "spy", seeds=2, fits=fits)
+    trials = [json.loads(path.read_text()) for path in (tmp_path / "results/demo/spy").glob("validation-seed0-*")]
+    best = max(trials, key=lambda record: record["metrics"]["ndcg@20"])["job"]["settings"]["sign"]
+    assert row["settings"] == f"sign={best}"
+    assert row["trials"] == 2
+
+    before, after = index_splits(demo_splits, "validation"), index_splits(demo_splits, "test")
+    # Both settings with seed 0, its refit, then seed 1 and its refit: five fits.
+    assert [(seed, epochs) for seed, _, _, _, epochs in spied.calls] == [(0, None)] * 2 + [(0, 5), (1, None), (1, 6)]
+    for _, sign, train, validation, epochs in spied.calls:
+        expected = before if epochs is None else after
+        assert train.items.tolist() == expected.interactions.items.tolist()
+        if epochs is None:
+            assert validation.targets.tolist() == before.holdout.targets.tolist()
+        else:
+            assert validation is None
+            assert sign == best
+            held_out = train.contains(after.holdout.users, after.holdout.targets)
+            assert not held_out.any()
+    assert row["epochs"] == [5, 6]
+
+
+def test_a_second_run_repeats_nothing_and_an_interrupted_one_goes_on(spied, tmp_path):
+    fits = InProcess(tmp_path / "results", tmp_path)
+    first = study("demo", "spy", seeds=2, fits=fits)
+    assert fits.count == 5
+    assert study("demo", "spy", seeds=2, fits=fits) == first
+    assert fits.count == 5
+    next((tmp_path / "results/demo/spy").glob("test-seed1-*")).unlink()
+    again = study("demo", "spy", seeds=2, fits=fits)
+    assert fits.count == 6
+    assert [one["test"] for one in again] == [one["test"] for one in first]
+    # A third seed is two fits more.
+    study("demo", "spy", seeds=3, fits=fits)
+    assert fits.count == 8
+
+
+def test_a_refit_of_another_length_is_out_of_date(spied, tmp_path):
+    fits = InProcess(tmp_path / "results", tmp_path)
+    fits(Job("demo", "spy", "test", 0, {"sign": 1}, 5))
+    fits(Job("demo", "spy", "test", 0, {"sign": 1}, 7))
+    assert [epochs for *_, epochs in spied.calls] == [5, 7]
+
+
+def test_fewer_trials_take_the_first_of_the_grid(spied, tmp_path):
+    (row,) = study("demo", "spy", seeds=1, fits=InProcess(tmp_path / "results", tmp_path), trials=1)
+    assert row["settings"] == "sign=1"
+    assert row["trials"] == 1
+
+
+def test_a_model_without_randomness_has_one_run(spied, tmp_path, monkeypatch):
+    monkeypatch.setattr(Spy, "deterministic", True)
+    (row,) = study("demo", "spy", seeds=3, fits=InProcess(tmp_path / "results", tmp_path))
+    assert len(row["test"]) == 1
+
+
+def test_a_fit_that_crashes_is_named_and_leaves_no_record(tmp_path):
+    job = Job("demo", "ease", "validation", 0, {"no such setting": 1})
+    with pytest.raises(FitError, match="ease on demo ended with exit code"):
+        Fits(tmp_path, tmp_path)(job)
+    assert not job.path(tmp_path).exists()
+
+
+@pytest.mark.slow
+def test_the_command_writes_the_table_and_a_second_time_trains_nothing(tmp_path):
+    command = [sys.executable, str(TABLE), "--dataset", "demo", "--models", "popularity", "ease", "--trials", "1"]
+    command += ["--results", str(tmp_path / "results"), "--output", str(tmp_path / "tables")]
+    first = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert first.returncode == 0, first.stderr
+    assert "demo ease test seed 0: l2=" in first.stdout
+    table = (tmp_path / "tables" / "table2-demo.md").read_text()
+    assert "| EASE | 0." in table
+    rows = json.loads((tmp_path / "tables" / "table2-demo.json").read_text())["rows"]
+    assert rows[1]["summary"]["hr@20"]["mean"] > rows[0]["summary"]["hr@20"]["mean"]
+    assert (tmp_path / "tables" / "table2-demo.png").read_bytes().startswith(b"\x89PNG")
+    second = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert second.returncode == 0, second.stderr
+    assert "demo ease" not in second.stdout
+    assert (tmp_path / "tables" / "table2-demo.md").read_text() == table
+
+
+def test_an_unknown_model_gets_a_sentence(tmp_path):
+    command = [sys.executable, str(TABLE), "--dataset", "demo", "--models", "nope"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert run.returncode == 2
+    assert "there is no model 'nope'; choose all, or among popularity, itemknn" in run.stderr
+
+
+@pytest.mark.slow
+def test_tokenrec_has_three_rows_from_one_training(tmp_path, tiny_recipe, monkeypatch):
+    monkeypatch.setattr(harness, "load_recipe", lambda name: dict(tiny_recipe))
+    fits = InProcess(tmp_path / "results", tmp_path / "work")
+    rows = study("demo", "tokenrec-cpu", seeds=1, fits=fits)
+    titles = ["TokenRec (cpu)", "TokenRec (cpu, user id only)", "TokenRec (cpu, unseen prompt)"]
+    assert [row["title"] for row in rows] == titles
+    assert fits.count == 1
+    repository = next((tmp_path / "work" / "demo").iterdir())
+    metrics = json.loads((repository / "metrics.json").read_text())
+    assert rows[1]["test"] == [metrics["test"]["tokenrec_user_id_only"]]
+    assert rows[0]["validation"] == [metrics["validation"]["tokenrec"]]
+    assert rows[0]["fit_seconds"][0] > 0
+    assert "recipe `cpu`" in markdown(rows, "demo")
+
+
+def row(*hit_rates, **changes):
+    test = [{f"{name}@{k}": value for name in ("hr", "ndcg") for k in (10, 20, 30)} for value in hit_rates]
+    usual = {"model": "m", "title": "M", "settings": "a=1", "trials": 2, "validation": test, "test": test}
+    measured = {"epochs": [None] * len(test), "fit_seconds": [1.0], "peak_bytes": [2e8], "data": ["d"]}
+    return {**usual, **measured, **changes}
+
+
+def test_the_spread_is_the_sample_standard_deviation_and_one_run_has_none():
+    assert summary(row(0.1, 0.2, 0.3))["hr@20"] == {"mean": pytest.approx(0.2), "sd": pytest.approx(0.1)}
+    assert summary(row(0.1))["ndcg@10"] == {"mean": pytest.approx(0.1), "sd": None}
+    table = markdown([row(0.1, 0.2, 0.3), row(0.1)], "t")
+    assert "| M | 0.2000 ± 0.1000 |" in table
+    assert "| M | 0.1000 | 0.1000 |" in table
+
+
+def test_rows_of_different_data_make_no_table(tmp_path):
+    with pytest.raises(ValueError, match=r"not all measured on the same data \(m: d; m: e\)"):
+        write_report([row(0.1), row(0.1, data=["e"])], "t", [], tmp_path, "t")

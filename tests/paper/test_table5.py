@@ -1,0 +1,74 @@
+import json
+import sys
+
+import numpy as np
+import pytest
+import table5
+import torch
+
+from tokenrec_hf.training import index_splits
+
+TINY = {"d_model": 32, "d_kv": 16, "num_heads": 2, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 2}
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(table5.BACKBONES, "cpu", TINY)
+
+
+@pytest.fixture(scope="module")
+def demo(demo_splits):
+    return index_splits(demo_splits, "test")
+
+
+@pytest.mark.parametrize("kind", [table5.P5SID, table5.WrittenOutP5])
+def test_generate_and_our_beam_search_find_the_same_items(kind, tiny, demo):
+    p5 = table5.random_p5(kind, demo, "cpu")
+    users = np.array([1, 5, 17, 300])
+    ours = p5.recommend(users)[0].numpy()
+    assert (table5.generate(p5, users) == ours).mean() > 0.95  # but for ties and rounding
+    alone = table5.generate(p5, users, memory=1)
+    assert (alone == ours).mean() > 0.95
+
+
+def test_every_method_gives_20_unseen_items(tiny, demo):
+    methods = {"TokenRec": table5.tokenrec(demo, "cpu"), **table5.p5_methods(demo, "cpu")}
+    assert len(methods) == 4
+    for recommend in methods.values():
+        for user, found in zip([3, 40], recommend([3, 40])):
+            assert len(set(found)) == 20
+            assert not set(found) & {demo.item_ids[item] for item in demo.interactions.of(user)}
+            assert set(found) <= set(demo.item_ids)
+
+
+def test_a_written_out_id_is_two_tokens_and_an_end_longer(tiny, demo):
+    written, short = (table5.random_p5(kind, demo, "cpu") for kind in (table5.WrittenOutP5, table5.P5SID))
+    assert written.codes.shape[1] == short.codes.shape[1] + 3
+    assert written.item_tokens.shape[1] == short.item_tokens.shape[1] + 2
+    assert (written.codes[:, 2:-1] == short.codes).all()
+
+
+def test_the_table_is_written(tiny, tmp_path, monkeypatch, capsys):
+    arguments = [
+        "--dataset",
+        "demo",
+        "--backbones",
+        "cpu",
+        "--batch-sizes",
+        "1",
+        "2",
+        "--users",
+        "2",
+        "--turns",
+        "1",
+        "--output",
+    ]
+    monkeypatch.setattr(sys, "argv", ["table5.py", *arguments, str(tmp_path)])
+    threads = torch.get_num_threads()
+    table5.main()
+    torch.set_num_threads(threads)
+    report = json.loads((tmp_path / "table5-demo.json").read_text())
+    assert [row["batch_size"] for row in report["rows"]] == [1, 2]
+    assert all(value > 0 for row in report["rows"] for value in row["milliseconds"].values())
+    text = (tmp_path / "table5-demo.md").read_text()
+    assert "| cpu | 2 |" in text and "vectorised" in text and text in capsys.readouterr().out
