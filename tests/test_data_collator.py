@@ -198,8 +198,9 @@ def test_history_and_targets_are_disjoint_parts_of_what_the_user_did(
         assert len(history + wanted) == len(set(history + wanted))
         assert set(history + wanted) <= set(histories[user])
         assert len(history) <= min(max_history, train_history or max_history)
-        # As many targets as there are, first, and padding after them.
-        assert len(wanted) == min(targets, len(histories[user]) - len(history)) >= 1
+        # As many targets as there are (after the moment, where there is one), first, and padding after them.
+        assert 1 <= len(wanted) <= min(targets, len(histories[user]) - len(history))
+        assert len(wanted) == min(targets, len(histories[user]) - len(history)) or not shuffle
         assert batch["labels"][row].tolist() == wanted + [IGNORED] * (targets - len(wanted))
 
 
@@ -386,3 +387,37 @@ def test_user_vectors_come_along_as_rows_of_the_users(tokenizer):
     batch = training_batch(make_collator(tokenizer, user_vectors=vectors))
     assert torch.equal(batch["user_embeds"], vectors[torch.as_tensor(list(ACTIVE))])
     assert "user_embeds" not in training_batch(make_collator(tokenizer))
+
+
+def test_in_time_order_the_latest_items_before_a_moment_are_shown_and_the_next_ones_wanted(tokenizer):
+    histories = [list(range(10)), list(range(9, -1, -1)), *[[3, 1]] * (NUM_USERS - 2)]
+    collator = make_collator(
+        tokenizer, histories, templates=HISTORY_TEMPLATES, train_history=4, targets_per_prompt=3, shuffle_history=False
+    )
+    moments = set()
+    for epoch in range(40):
+        batch = training_batch(collator, range(NUM_USERS), epoch)
+        for user in range(NUM_USERS):
+            shown, wanted = items_in(batch["seen_items"][user]), items_in(batch["labels"][user])
+            moment = histories[user].index(wanted[0])
+            moments.add((user, moment))
+            assert shown == histories[user][max(moment - 4, 0) : moment]
+            assert wanted == histories[user][moment : moment + 3]
+    assert {moment for user, moment in moments if user == 0} == set(range(1, 10))
+
+
+def test_the_query_of_a_cut_history_is_drawn_to_the_vector_of_that_history(tokenizer):
+    def pool(rows, items, ages, count):
+        assert (ages >= 0).all()
+        return torch.zeros(count, 1).index_add(0, rows, (items * 100 + ages)[:, None].float())
+
+    whole = torch.full((NUM_USERS, 1), -1.0)
+    options = {"user_vectors": whole, "pool_history": pool, "shuffle_history": False, "train_history": 2}
+    collator = make_collator(tokenizer, [[4, 2, 6]] * NUM_USERS, templates=HISTORY_TEMPLATES, **options)
+    batch = training_batch(collator, range(NUM_USERS))
+    expected = {2: 400.0, 6: 400 + 1 + 200}
+    for user in range(NUM_USERS):
+        assert batch["user_embeds"][user].item() == expected[items_in(batch["labels"][user])[0]]
+    alone = make_collator(tokenizer, [[4, 2, 6]] * NUM_USERS, templates=USER_ONLY_TEMPLATES, **options)
+    assert torch.equal(training_batch(alone, range(NUM_USERS))["user_embeds"], whole)
+    assert torch.equal(evaluation_batch(collator, range(NUM_USERS))["user_embeds"], whole)

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from tokenrec_hf.configuration_collaborative import LightGCNConfig, MatrixFactorizationConfig
+from tokenrec_hf.configuration_collaborative import FISMConfig, LightGCNConfig, MatrixFactorizationConfig
 from tokenrec_hf.interaction_matrix import InteractionMatrix
-from tokenrec_hf.modeling_collaborative import LightGCNModel, MatrixFactorizationModel, augment_norm
+from tokenrec_hf.modeling_collaborative import FISMModel, LightGCNModel, MatrixFactorizationModel, augment_norm
 
 NUM_USERS, NUM_ITEMS, DIM = 7, 9, 4
 
@@ -266,3 +266,70 @@ def test_newcomers_are_augmented_to_the_norm_of_the_items_they_join():
     assert torch.equal(newcomers, whole[:1])
     _, longer = augment_norm(items, 2 * items, norm=5.0)
     assert longer[1].tolist() == [0.0, 10.0, 0.0]
+
+
+def fism(interactions, **settings):
+    torch.manual_seed(0)
+    return FISMModel.from_interactions(FISMConfig(embedding_dim=DIM, **settings), interactions).eval()
+
+
+def unit(vector):
+    return vector / max(np.linalg.norm(vector), 1e-12)
+
+
+def fism_user(model, history):
+    """p_u of a history in time order, item by item."""
+    table, half_life = model.history_table.weight.detach().double().numpy(), model.config.half_life
+    total = np.zeros(DIM)
+    for age, item in enumerate(reversed(list(history))):
+        total += table[item] * (1 if half_life is None else 0.5 ** (age / half_life))
+    return unit(total)
+
+
+@pytest.mark.parametrize("half_life", [None, 2, 0.5])
+def test_a_fism_user_is_the_sum_of_the_own_items_of_which_older_ones_count_less(half_life):
+    shuffled = InteractionMatrix(np.array([0, 0, 0, 1, 1]), np.array([5, 2, 7, 7, 0]), NUM_USERS, NUM_ITEMS)
+    model = fism(shuffled, half_life=half_life)
+    expected = [fism_user(model, shuffled.of(user)) for user in range(NUM_USERS)]
+    assert np.allclose(model.user_embeddings(), expected, atol=1e-6)
+    assert np.allclose(model.item_embeddings(), [unit(q) for q in model.item_table.weight.detach().numpy()], atol=1e-6)
+
+
+@pytest.mark.parametrize("half_life", [None, 1])
+def test_the_fism_loss_is_a_softmax_over_cosines_without_what_is_known(interactions, half_life):
+    model = fism(interactions, half_life=half_life, temperature=0.2)
+    histories, wanted = [[4, 1], [3]], [[2, 6, 0], [7]]
+    items = model.item_embeddings().double().numpy()
+    terms, weights = 0.0, 0.0
+    for history, targets in zip(histories, wanted):
+        scores = items @ fism_user(model, history) / 0.2
+        rivals = [np.exp(scores[item]) for item in range(NUM_ITEMS) if item not in history]
+        losses = [np.log(sum(rivals)) - scores[target] for target in targets]
+        terms += sum(losses) / np.sqrt(len(targets))
+        weights += np.sqrt(len(targets))
+    output = model(
+        user_ids=torch.tensor([0, 1]),
+        labels=torch.tensor([[2, 6, 0], [7, -100, -100]]),
+        history_rows=torch.tensor([0, 0, 1]),
+        history_items=torch.tensor([4, 1, 3]),
+        history_ages=torch.tensor([1, 0, 0]),
+    )
+    assert output.loss.item() == pytest.approx(terms / weights, rel=1e-5)
+    output.loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_saved_fism_loads_bit_for_bit_with_its_histories(interactions, tmp_path):
+    model = fism(interactions, half_life=3)
+    model.save_pretrained(tmp_path)
+    loaded = FISMModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded.user_embeddings(), model.user_embeddings())
+    assert torch.equal(loaded.item_embeddings(), model.item_embeddings())
+
+
+@pytest.mark.parametrize(
+    "settings", [{"half_life": 0}, {"dropout_rate": 1.0}, {"temperature": 0}, {"embedding_dim": 0}]
+)
+def test_impossible_fism_settings_are_named(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        FISMConfig(**settings)

@@ -33,9 +33,9 @@ def test_a_recipe_that_ships_has_every_setting(name):
     assert isinstance(recipe["seed"], int)
     own = {key for key in keys(recipe) if not key.startswith(("retrieval.config.", "retrieval.training."))}
     others = {key for key in keys(reference) if not key.startswith(("retrieval.config.", "retrieval.training."))}
-    trained = {key for key in others if ".training." in key}
-    # Arguments of Trainer have defaults of their own.
-    assert own - trained == others - trained
+    # Arguments of Trainer have defaults of their own, and a collaborative model has settings of its own.
+    free = {key for key in own | others if ".training." in key or key.startswith("collaborative.config.")}
+    assert own - free == others - free
     config = set(recipe["retrieval"]["config"])
     assert config >= {"dropout_rate", "pooling", "loss_type", "temperature", "margin"}
     assert (config >= FROM_SCRATCH) == (recipe["retrieval"]["backbone"] is None)
@@ -43,14 +43,16 @@ def test_a_recipe_that_ships_has_every_setting(name):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_that_ships_is_one_that_the_models_and_the_trainer_accept(name):
-    from tokenrec_hf.configuration_collaborative import LightGCNConfig
     from tokenrec_hf.configuration_mq_tokenizer import MQTokenizerConfig
     from tokenrec_hf.configuration_t5_retrieval import T5GenerativeRetrievalConfig
+    from tokenrec_hf.modeling_collaborative import COLLABORATIVE_MODELS
     from tokenrec_hf.stages import _check_training_arguments
+    from tokenrec_hf.training import check_settings
 
     recipe = load_recipe(name)
-    assert recipe["collaborative"]["model"] == "lightgcn"
-    LightGCNConfig(**recipe["collaborative"]["config"])
+    check_settings(recipe)
+    own = COLLABORATIVE_MODELS[recipe["collaborative"]["model"]].config_class()
+    assert all(hasattr(own, setting) for setting in recipe["collaborative"]["config"])
     mq = recipe["mq_tokenizer"]["config"]
     MQTokenizerConfig(**{**mq, "codebook_size": 256 if mq["codebook_size"] == "auto" else mq["codebook_size"]})
     T5GenerativeRetrievalConfig(**recipe["retrieval"]["config"])

@@ -16,6 +16,8 @@ from tokenrec_hf.interactions import leave_one_out
 from tokenrec_hf.modeling_t5_retrieval import T5ForGenerativeRetrieval
 from tokenrec_hf.recipes import load_recipe
 from tokenrec_hf.stages import (
+    NEXT_ITEMS,
+    HistoryDataset,
     Holdout,
     InteractionDataset,
     by_history_length,
@@ -127,6 +129,7 @@ def run_stage(data, vectors, tokenizer):
     runs = {
         "lightgcn": collaborative,
         "matrix factorization": lambda folder, **options: collaborative(folder, "matrix_factorization", **options),
+        "fism": lambda folder, **options: collaborative(folder, "fism", **options),
         "mq": lambda folder: train_mq_tokenizer(vectors, MQ_TOKENIZER, folder, seed=1),
         "retrieval": retrieval,
     }
@@ -215,7 +218,9 @@ def test_an_interrupted_stage_ends_as_if_it_had_not_been(run_stage, interrupt_at
     assert resumed.metrics == straight.metrics
 
 
-@pytest.mark.parametrize(("stage", "options"), [("mq", {}), ("lightgcn", {"epochs": 1.5}), ("lightgcn", {})])
+@pytest.mark.parametrize(
+    ("stage", "options"), [("mq", {}), ("lightgcn", {"epochs": 1.5}), ("lightgcn", {}), ("fism", {})]
+)
 def test_a_stage_that_was_cut_off_after_its_last_step_does_not_train_on(run_stage, tmp_path, stage, options):
     first = run_stage(stage, tmp_path, **options)
     again = run_stage(stage, tmp_path, **options)
@@ -374,7 +379,7 @@ def test_what_is_no_argument_of_trainer_is_named(data, tmp_path):
 
 def test_an_unknown_collaborative_model_is_named(data, tmp_path):
     with pytest.raises(
-        ValueError, match="collaborative.model is 'svd' but must be 'lightgcn' or 'matrix_factorization'"
+        ValueError, match="collaborative.model is 'svd' but must be one of lightgcn, matrix_factorization, fism"
     ):
         train_collaborative(data.interactions, {**COLLABORATIVE, "model": "svd"}, tmp_path)
 
@@ -394,3 +399,28 @@ def test_one_seed_gives_one_collaborative_model_with_several_threads(tmp_path, n
     finally:
         torch.set_num_threads(before)
     assert torch.equal(once, again)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_histories_are_split_anew_in_every_epoch_and_nothing_known_is_asked_for(ordered):
+    random = np.random.default_rng(0)
+    histories = [random.permutation(20)[: 1 + user].tolist() for user in range(12)]
+    pairs = [(user, item) for user, history in enumerate(histories) for item in history]
+    dataset = HistoryDataset(InteractionMatrix(*np.array(pairs).T, 12, 20), ordered, seed=3)
+    assert dataset.users.tolist() == list(range(1, 12))
+    sizes = set()
+    for epoch in range(30):
+        dataset.set_epoch(epoch)
+        batch = dataset.__getitems__(list(range(len(dataset))))
+        for row, user in enumerate(batch["user_ids"].tolist()):
+            mine = batch["history_rows"] == row
+            known, ages = batch["history_items"][mine].tolist(), batch["history_ages"][mine].tolist()
+            wanted = [item for item in batch["labels"][row].tolist() if item != -100]
+            sizes.add((user, len(known)))
+            if ordered:
+                assert known + wanted == histories[user][: len(known) + min(NEXT_ITEMS, user + 1 - len(known))]
+                assert ages == list(reversed(range(len(known))))
+            else:
+                assert sorted(known + wanted) == sorted(histories[user])
+                assert ages == [len(histories[user]) - 1 - histories[user].index(item) for item in known]
+    assert {size for user, size in sizes if user == 3} == {1, 2, 3}

@@ -8,6 +8,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import T5Config, T5ForConditionalGeneration
 
 from tokenrec_hf import stages, training
+from tokenrec_hf.audit import audit
 from tokenrec_hf.configuration_mq_tokenizer import MQTokenizerConfig
 from tokenrec_hf.data_sources import demo_interactions
 from tokenrec_hf.embedding_store import EmbeddingStore
@@ -491,3 +492,24 @@ def test_the_collaborative_model_tells_whose_its_rows_are(trained_repository):
     ids = load_indexes(trained_repository / "collaborative" / "ids.safetensors")
     store = EmbeddingStore.open(trained_repository)
     assert {kind: index.ids() for kind, index in ids.items()} == {kind: store.ids(kind) for kind in ("user", "item")}
+
+
+def test_whether_order_counts_is_chosen_on_validation_and_written_to_the_recipe(tmp_path):
+    """Everybody goes round the same circle of items, so that the last one tells the next, and the set of them nothing."""
+    users, items = np.meshgrid(np.arange(60), np.arange(12), indexing="ij")
+    ids = [f"i{(7 * user + step) % 40}" for user, step in zip(users.ravel(), items.ravel())]
+    rows = {"user_id": [f"u{user}" for user in users.ravel()], "item_id": ids}
+    best = load_recipe("best")
+    recipe = load_recipe("cpu", overrides=TINY)
+    recipe["collaborative"] = best["collaborative"]
+    recipe["collaborative"]["config"]["embedding_dim"] = 16
+    recipe["collaborative"]["training"]["num_train_epochs"] = 30
+    recipe["prompts"] |= {"shuffle_history": "auto", "max_history": "auto"}
+    recipe["retrieval"]["training"]["num_train_epochs"] = 1
+    metrics = train(leave_one_out(Dataset.from_dict(rows)), recipe, tmp_path)
+    chosen = load_recipe(config=tmp_path / "recipe.yaml")
+    assert chosen["collaborative"]["config"]["half_life"] == 5
+    assert chosen["prompts"]["shuffle_history"] is False
+    assert chosen["prompts"]["max_history"] == 20
+    assert metrics["test"]["collaborative"]["hr@10"] > 0.9
+    assert all(check.passed is not False for check in audit(tmp_path))

@@ -17,8 +17,8 @@ __version__ = "0.1.0"
 _MODULES = {
     "interactions": ("load_interactions", "leave_one_out"),
     "interaction_matrix": ("InteractionMatrix",),
-    "configuration_collaborative": ("LightGCNConfig", "MatrixFactorizationConfig"),
-    "modeling_collaborative": ("LightGCNModel", "MatrixFactorizationModel"),
+    "configuration_collaborative": ("FISMConfig", "LightGCNConfig", "MatrixFactorizationConfig"),
+    "modeling_collaborative": ("FISMModel", "LightGCNModel", "MatrixFactorizationModel"),
     "embedding_store": ("EmbeddingStore",),
     "configuration_mq_tokenizer": ("MQTokenizerConfig",),
     "modeling_mq_tokenizer": ("MQTokenizerModel",),
@@ -44,6 +44,7 @@ _AUTO = {
     "t5_generative_retrieval": ("T5GenerativeRetrievalConfig", "T5ForGenerativeRetrieval", "TokenRecTokenizer"),
     "tokenrec_mq_tokenizer": ("MQTokenizerConfig", "MQTokenizerModel", None),
     "tokenrec_lightgcn": ("LightGCNConfig", "LightGCNModel", None),
+    "tokenrec_fism": ("FISMConfig", "FISMModel", None),
     "tokenrec_matrix_factorization": ("MatrixFactorizationConfig", "MatrixFactorizationModel", None),
 }
 

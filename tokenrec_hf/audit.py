@@ -22,9 +22,10 @@ from .data_collator import DataCollatorForGenerativeRetrieval, PromptDataset
 from .embedding_store import EmbeddingStore
 from .evaluation import TEMPLATES
 from .id_index import IdIndex, load_indexes
-from .modeling_collaborative import LightGCNModel, augment_norm
+from .modeling_collaborative import augment_norm
 from .modeling_mq_tokenizer import MQTokenizerModel
 from .newcomers import ADDITIONS
+from .recipes import load_recipe
 from .repository import check_repository
 from .repository_info import read_json
 from .tokenization_tokenrec import TokenRecTokenizer
@@ -71,6 +72,8 @@ def audit(folder: str | os.PathLike) -> list[Check]:
     splits = load_splits(folder)
     run = read_json(folder / "training" / "run.json")
     data = _Data(splits)
+    # Not that of run.json, which may leave settings to be chosen on validation.
+    recipe = load_recipe(config=folder / "recipe.yaml")
     users_removed = len(data.index["user"]) < read_json(folder / "metrics.json")["users"]
     checks = [_splits(data), _order(data), _fingerprint(data, run["data"], users_removed)]
     parts = [("selection", folder, ["validation", "test"])]
@@ -78,7 +81,7 @@ def audit(folder: str | os.PathLike) -> list[Check]:
         parts = [("selection", folder / "training" / "selection", ["validation"]), ("refit", folder, ["test"])]
     for name, place, evaluated in parts:
         record = read_json(folder / "training" / f"{name}.json")["collaborative"]
-        checks += _Run(name, place, run["recipe"], data, record, users_removed).checks(evaluated)
+        checks += _Run(name, place, recipe, data, record, users_removed).checks(evaluated)
     return checks
 
 
@@ -223,10 +226,10 @@ class _Run:
 
     def _collaborative(self) -> Check:
         """Whether the collaborative model was trained on exactly the interactions it may know."""
-        if isinstance(self.model, LightGCNModel):
+        if hasattr(self.model, "edge_users"):
             rows = {kind: self.data.index[kind].rows(self.ids[kind].ids()) for kind in KINDS}
             edges = rows["user"][self.model.edge_users.numpy()], rows["item"][self.model.edge_items.numpy()]
-            return self._same_pairs("collaborative", "the edges of LightGCN", self.data.keys(*edges))
+            return self._same_pairs("collaborative", "the edges of the model", self.data.keys(*edges))
         # Sorted by user as the training has them, each user's in time order.
         users, items = (np.concatenate([self.data.rows[split][kind] for split in self.trained]) for kind in KINDS)
         order = np.argsort(users, kind="stable")

@@ -58,3 +58,42 @@ class LightGCNConfig(MatrixFactorizationConfig):
         super().__post_init__(**kwargs)
         if self.num_layers < 0:
             raise ValueError(f"num_layers is {self.num_layers} but must be at least 0.")
+
+
+@strict
+class FISMConfig(PreTrainedConfig):
+    """Configuration of [`FISMModel`].
+
+    Args:
+        num_users: number of users.
+        num_items: number of items.
+        num_interactions: number of interactions, which are stored with the model, since users are made of them.
+        embedding_dim: d, the size of a user or item vector.
+        temperature: tau of the softmax loss.
+        half_life: after how many further items of its user an item of the history counts half. None: all count alike, and the
+            order of a history does not matter.
+        dropout_rate: of the elements of the items of a history, while training.
+        initializer_range: standard deviation of the initial embeddings.
+    """
+
+    model_type = "tokenrec_fism"
+
+    num_users: int = 0
+    num_items: int = 0
+    num_interactions: int = 0
+    embedding_dim: int = 128
+    temperature: float | int = 0.1
+    half_life: float | int | None = None
+    dropout_rate: float | int = 0.3
+    initializer_range: float | int = 0.1
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.embedding_dim < 1:
+            raise ValueError(f"embedding_dim is {self.embedding_dim} but must be at least 1.")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature is {self.temperature} but must be above 0.")
+        if self.half_life is not None and self.half_life <= 0:
+            raise ValueError(f"half_life is {self.half_life} but must be above 0, or null.")
+        if not 0 <= self.dropout_rate < 1:
+            raise ValueError(f"dropout_rate is {self.dropout_rate} but must be at least 0 and below 1.")

@@ -7,7 +7,7 @@ arithmetic on whole arrays, without strings and without a loop over users, items
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -57,8 +57,9 @@ class DataCollatorForGenerativeRetrieval:
     """Makes the inputs of [`T5ForGenerativeRetrieval`] from examples of a [`PromptDataset`].
 
     While training, a user's interactions are shuffled and split: a random number of them, from 1 to `train_history`, is the
-    history of the prompt, and up to `targets_per_prompt` others are the items to retrieve. An example with a `target` keeps
-    the whole history. A history is at most `max_history` items (the latest), and as many fewer, whole, as `max_length` takes.
+    history of the prompt, and up to `targets_per_prompt` others are the items to retrieve. Without `shuffle_history` they are
+    cut at a random moment: the latest before it are the history, the next ones are to be retrieved. An example with a
+    `target` keeps the whole history. A history is at most `max_history` items (the latest), and as many fewer, whole, as `max_length` takes.
     A user without history gets a template without history.
 
     Args:
@@ -74,6 +75,8 @@ class DataCollatorForGenerativeRetrieval:
         num_negatives: un-interacted items drawn per example: P for the `cosine_ranking` loss, any number for a sampled softmax.
         with_seen_items: add the rows of the history as `seen_items`, which the full softmax takes out of the competition.
         user_vectors: collaborative vectors `[num_users, d]`, given to the model as `user_embeds` for its alignment loss.
+        pool_history: makes the collaborative vector of a user of a history that ends earlier, see [`FISMModel.pool`]; replaces
+            `user_vectors` where a history was cut in time.
         shuffle_history: random order of the history, else time order.
         seed: of all random choices.
 
@@ -101,6 +104,7 @@ class DataCollatorForGenerativeRetrieval:
         num_negatives: int = 0,
         with_seen_items: bool = False,
         user_vectors: torch.Tensor | None = None,
+        pool_history: Callable[..., torch.Tensor] | None = None,
         shuffle_history: bool = True,
         seed: int = 0,
     ):
@@ -116,7 +120,7 @@ class DataCollatorForGenerativeRetrieval:
         plain = np.flatnonzero(~self.uses_history)
         self.plain_pool = plain if len(plain) else np.arange(len(every))
         self.shuffle_history, self.with_seen_items = shuffle_history, with_seen_items
-        self.user_vectors = user_vectors
+        self.user_vectors, self.pool_history = user_vectors, pool_history
         self.targets_per_prompt, self.num_negatives = targets_per_prompt, num_negatives
         widths = np.array([sum(map(len, parts)) for parts in self.parts]) + self.user_tokens.shape[1]
         self.capacity = np.minimum((max_length - widths) // self.item_tokens.shape[1], max_history)
@@ -130,7 +134,12 @@ class DataCollatorForGenerativeRetrieval:
         epoch = features[0]["epoch"]
         targets = np.array([feature["target"] for feature in features]) if "target" in features[0] else None
         template = self._templates(users, epoch, training=targets is None)
-        if targets is None:
+        embeds = None if self.user_vectors is None else self.user_vectors[torch.from_numpy(users)]
+        if targets is None and not self.shuffle_history:
+            indptr, history, labels, size = self._cut(users, epoch, template)
+            if embeds is not None and self.pool_history is not None:
+                embeds = self._pooled(self.pool_history, users, size, embeds)
+        elif targets is None:
             indptr, history, labels = self._split(users, epoch, template)
         else:
             indptr, history = self._whole_history(users, epoch, template)
@@ -143,8 +152,8 @@ class DataCollatorForGenerativeRetrieval:
                 users, self.num_negatives, seed=self.seed, epoch=epoch, examples=users, first_draw=_NEGATIVES
             )
             batch["negative_ids"] = torch.from_numpy(negatives)
-        if self.user_vectors is not None:
-            batch["user_embeds"] = self.user_vectors[torch.from_numpy(users)]
+        if embeds is not None:
+            batch["user_embeds"] = embeds
         if self.with_seen_items:
             batch["seen_items"] = torch.from_numpy(_padded(indptr, history))
         return batch
@@ -174,11 +183,36 @@ class DataCollatorForGenerativeRetrieval:
         target = (rank >= size[row]) & (rank < size[row] + self.targets_per_prompt)
         labels[row[target], (rank - size[row])[target]] = items[target]
         chosen = rank < size[row]
-        row, items, position = row[chosen], items[chosen], position[chosen]
-        if not self.shuffle_history:
-            in_time = np.lexsort((position, row))
-            items = items[in_time]
-        return _indptr(size), items, labels
+        return _indptr(size), items[chosen], labels
+
+    def _cut(self, users, epoch, template):
+        """A past and what followed it: `(indptr [B + 1], history, labels [B, P], length of the past [B])`."""
+        indptr, items = self.interactions.of_users(users)
+        lengths = np.diff(indptr)
+        row = np.repeat(np.arange(len(users)), lengths)
+        position = np.arange(len(items)) - indptr[row]
+        uses_history = self.uses_history[template] & (lengths > 1)
+        random = stateless_random(self.seed, epoch, users, 1, _HISTORY_SIZE)[:, 0]
+        past = np.where(uses_history, 1 + bounded(random, np.maximum(lengths - 1, 1)), 0)
+        size = np.minimum(np.minimum(past, self.train_history), self.capacity[template])
+        # Without a history there is no moment, and the latest items count.
+        first = np.where(uses_history, past, np.maximum(lengths - self.targets_per_prompt, 0))
+        labels = np.full((len(users), self.targets_per_prompt), IGNORED)
+        target = (position >= first[row]) & (position < first[row] + self.targets_per_prompt)
+        labels[row[target], (position - first[row])[target]] = items[target]
+        shown = (position < past[row]) & (position >= (past - size)[row])
+        return _indptr(size), items[shown], labels, past
+
+    def _pooled(self, pool_history, users, past, whole):
+        """Collaborative vectors of the pasts `[B, d]`; of users without one, those of their `whole` histories."""
+        indptr, items = self.interactions.of_users(users)
+        row = np.repeat(np.arange(len(users)), np.diff(indptr))
+        position = np.arange(len(items)) - indptr[row]
+        known = position < past[row]
+        parts = (row[known], items[known], (past[row] - 1 - position)[known])
+        with torch.no_grad():
+            pooled = pool_history(*map(torch.from_numpy, parts), len(users))
+        return torch.where(torch.from_numpy(past > 0)[:, None], pooled, whole)
 
     def _whole_history(self, users, epoch, template):
         """The latest items that fit: `(indptr [B + 1], history)`."""

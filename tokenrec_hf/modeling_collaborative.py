@@ -1,8 +1,8 @@
-"""Collaborative filtering: matrix factorisation and LightGCN (section II-C1 of TokenRec, arXiv 2406.10450).
+"""Collaborative filtering: matrix factorisation, LightGCN and FISM (section II-C1 of TokenRec, arXiv 2406.10450).
 
-Both give a vector p_i per user and q_j per item. LightGCN's are its *final* representations: the mean over layers 0..n of
-the embeddings propagated over the user-item graph (He et al., 2020), not the layer-0 tables. The models know rows, not ids,
-and nothing about tokens or prompts.
+All give a vector p_i per user and q_j per item. LightGCN's are its *final* representations: the mean over layers 0..n of
+the embeddings propagated over the user-item graph (He et al., 2020), not the layer-0 tables. FISM's users are made of the
+items of their histories. The models know rows, not ids, and nothing about tokens or prompts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from .configuration_collaborative import LightGCNConfig, MatrixFactorizationConfig
+from .configuration_collaborative import FISMConfig, LightGCNConfig, MatrixFactorizationConfig
 from .interaction_matrix import InteractionMatrix
 
 
@@ -51,6 +51,16 @@ class MatrixFactorizationModel(PreTrainedModel):
         self.user_table = nn.Embedding(config.num_users, config.embedding_dim)
         self.item_table = nn.Embedding(config.num_items, config.embedding_dim)
         self.post_init()
+
+    @classmethod
+    def from_interactions(cls, config, interactions: InteractionMatrix):
+        """A fresh model of the users and items of `interactions` (the training interactions only)."""
+        config.num_users, config.num_items = interactions.num_users, interactions.num_items
+        return cls(config)
+
+    def tables(self) -> list[tuple[str, nn.Embedding]]:
+        """What is learned, a row a user or an item: `("user" or "item", table)`."""
+        return [("user", self.user_table), ("item", self.item_table)]
 
     def user_embeddings(self) -> torch.Tensor:
         """Final user representations p, detached, `[num_users, d]`."""
@@ -193,6 +203,118 @@ class LightGCNModel(MatrixFactorizationModel):
         return mean[: self.config.num_users], mean[self.config.num_users :]
 
 
+class FISMModel(PreTrainedModel):
+    """Factored item similarity (Kabbur et al., 2013): a user is the sum of what the items of the history stand for.
+
+    With a_i what item i says of its user and q_j what it is as a recommendation,
+    p_u = sum_{i in H_u} 2^(-age_i / half_life) a_i and the score is cos(p_u, q_j), trained by a softmax over all items. While
+    training, a history is split anew in every epoch into what p_u is made of and what is to be found, so nothing is asked
+    for that it is told: at random, or, with a `half_life`, into the past and the items that follow it. `age_i` is the number
+    of items that the user has had since. The interactions are buffers of the model.
+
+    Args:
+        config: a [`FISMConfig`]; use [`FISMModel.from_interactions`] to fill its sizes.
+    """
+
+    config_class = FISMConfig
+    base_model_prefix = "collaborative"
+    main_input_name = "user_ids"
+    accepts_loss_kwargs = False
+    edge_users: torch.Tensor
+    edge_items: torch.Tensor
+
+    def __init__(self, config: FISMConfig):
+        super().__init__(config)
+        self.history_table = nn.Embedding(config.num_items, config.embedding_dim)
+        self.item_table = nn.Embedding(config.num_items, config.embedding_dim)
+        # Sorted by user, each user's in time order.
+        self.register_buffer("edge_users", torch.zeros(config.num_interactions, dtype=torch.int32))
+        self.register_buffer("edge_items", torch.zeros(config.num_interactions, dtype=torch.int32))
+        self.post_init()
+
+    @classmethod
+    def from_interactions(cls, config: FISMConfig, interactions: InteractionMatrix) -> FISMModel:
+        """A fresh model of the histories in `interactions` (the training interactions only)."""
+        config.num_users, config.num_items = interactions.num_users, interactions.num_items
+        config.num_interactions = len(interactions)
+        model = cls(config)
+        model.edge_users.copy_(torch.from_numpy(interactions.users))
+        model.edge_items.copy_(torch.from_numpy(interactions.items))
+        return model
+
+    def tables(self) -> list[tuple[str, nn.Embedding]]:
+        """What is learned, a row an item: `("item", table)`."""
+        return [("item", self.history_table), ("item", self.item_table)]
+
+    def user_embeddings(self) -> torch.Tensor:
+        """User representations p of the whole histories, of length 1, detached, `[num_users, d]`."""
+        users = self.edge_users.long()
+        lengths = torch.bincount(users, minlength=self.config.num_users)
+        ages = lengths.cumsum(0)[users] - 1 - torch.arange(len(users), device=users.device)
+        with torch.no_grad():
+            return self.pool(users, self.edge_items.long(), ages, self.config.num_users)
+
+    def item_embeddings(self) -> torch.Tensor:
+        """Item representations q, of length 1, detached, `[num_items, d]`."""
+        with torch.no_grad():
+            return F.normalize(self.item_table.weight, dim=-1)
+
+    def pool(
+        self, rows: torch.Tensor, items: torch.Tensor, ages: torch.Tensor, count: int, dropout_rate: float = 0.0
+    ) -> torch.Tensor:
+        """p of length 1 of `count` histories, `[count, d]`: item `items[n]` of age `ages[n]` belongs to history `rows[n]`."""
+        said = F.dropout(self.history_table(items), dropout_rate)  # [n, d]
+        if self.config.half_life is not None:
+            said = said * torch.exp2(-ages[:, None] / self.config.half_life)
+        return F.normalize(said.new_zeros(count, said.shape[1]).index_add(0, rows, said), dim=-1)
+
+    def forward(
+        self,
+        user_ids: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        history_rows: torch.Tensor | None = None,
+        history_items: torch.Tensor | None = None,
+        history_ages: torch.Tensor | None = None,
+    ) -> CollaborativeOutput:
+        """Represents a batch of users and, given `labels`, computes the loss.
+
+        Args:
+            user_ids: user rows, `[B]`.
+            labels: rows of the items to find, `[B]` or `[B, P]`; -100 is padding. A user with n of them counts as sqrt(n).
+            history_rows, history_items, history_ages: the history of each user, see [`~FISMModel.pool`], in place of the
+                whole one; its items do not compete.
+        """
+        if history_rows is None or history_items is None or history_ages is None:
+            users = self.user_embeddings()[user_ids]
+        else:
+            dropout_rate = self.config.dropout_rate if self.training else 0.0
+            users = self.pool(history_rows, history_items, history_ages, len(user_ids), dropout_rate)  # [B, d]
+        if labels is None:
+            return CollaborativeOutput(user_embeds=users)
+        scores = users @ F.normalize(self.item_table.weight, dim=-1).T / self.config.temperature  # [B, num_items]
+        if history_rows is not None:
+            scores = scores.index_put((history_rows, history_items), scores.new_tensor(-torch.inf))
+        labels = labels.view(len(labels), -1)  # [B, P]
+        valid = labels >= 0
+        terms = scores.logsumexp(dim=-1, keepdim=True) - scores.gather(1, labels.clamp(min=0))
+        terms = terms.masked_fill(~valid, 0)  # [B, P]
+        counts = valid.sum(dim=1).clamp(min=1)
+        loss = (terms.sum(dim=1) / counts.sqrt()).sum() / counts.sqrt().sum()
+        return CollaborativeOutput(loss=loss, user_embeds=users)
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=self.config.initializer_range)
+
+
+COLLABORATIVE_MODELS: dict[str, type[MatrixFactorizationModel] | type[FISMModel]] = {
+    "lightgcn": LightGCNModel,
+    "matrix_factorization": MatrixFactorizationModel,
+    "fism": FISMModel,
+}
+
+
 def augment_norm(
     users: torch.Tensor, items: torch.Tensor, norm: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -219,5 +341,7 @@ def augment_norm(
 
 MatrixFactorizationConfig.register_for_auto_class()
 LightGCNConfig.register_for_auto_class()
+FISMConfig.register_for_auto_class()
 MatrixFactorizationModel.register_for_auto_class("AutoModel")
 LightGCNModel.register_for_auto_class("AutoModel")
+FISMModel.register_for_auto_class("AutoModel")

@@ -28,7 +28,7 @@ from .embedding_store import EmbeddingStore
 from .fold_in import align, fold_in
 from .id_index import IdIndex, load_indexes, save_indexes
 from .interaction_matrix import InteractionMatrix
-from .modeling_collaborative import LightGCNModel, MatrixFactorizationModel, augment_norm
+from .modeling_collaborative import COLLABORATIVE_MODELS, augment_norm
 from .modeling_mq_tokenizer import MQTokenizerModel
 from .recipes import load_recipe
 from .repository import check_repository
@@ -313,15 +313,11 @@ def _retrain(space: _Space, staged: Path) -> None:
     old = _load_collaborative(source)
     former = load_indexes(source / "ids.safetensors")
     model = _resized(old, matrix)
-    common = {}
     with torch.no_grad():
-        for kind, table, previous in (
-            ("user", model.user_table, old.user_table),
-            ("item", model.item_table, old.item_table),
-        ):
-            rows = former[kind].rows(ids[kind])
-            common[kind] = torch.from_numpy(rows >= 0)
-            table.weight[common[kind]] = previous.weight[torch.from_numpy(rows[rows >= 0])]
+        rows = {kind: former[kind].rows(ids[kind]) for kind in ids}
+        common = {kind: torch.from_numpy(found >= 0) for kind, found in rows.items()}
+        for (kind, table), (_, previous) in zip(model.tables(), old.tables()):
+            table.weight[common[kind]] = previous.weight[torch.from_numpy(rows[kind][rows[kind] >= 0])]
     metrics = json.loads((space.folder / "metrics.json").read_text(encoding="utf-8"))
     epochs = max(1, round(RETRAIN_SHARE * metrics["epochs"]["collaborative"]))
     settings = space.recipe["collaborative"]
@@ -337,25 +333,17 @@ def _retrain(space: _Space, staged: Path) -> None:
     _save_collaborative(model, ids, staged / "collaborative")
 
 
-def _load_collaborative(folder: Path) -> MatrixFactorizationModel:
-    model_class = (
-        LightGCNModel
-        if AutoConfig.from_pretrained(folder).model_type == "tokenrec_lightgcn"
-        else MatrixFactorizationModel
-    )
-    return model_class.from_pretrained(folder)
+def _load_collaborative(folder: Path) -> Any:
+    kind = AutoConfig.from_pretrained(folder).model_type.removeprefix("tokenrec_")
+    return COLLABORATIVE_MODELS[kind].from_pretrained(folder)
 
 
-def _resized(model: Any, matrix: InteractionMatrix) -> MatrixFactorizationModel:
+def _resized(model: Any, matrix: InteractionMatrix) -> Any:
     """A fresh model of the same kind for other users, items and interactions."""
-    config = type(model.config).from_dict(model.config.to_dict())
-    if isinstance(model, LightGCNModel):
-        return LightGCNModel.from_interactions(config, matrix)
-    config.num_users, config.num_items = matrix.num_users, matrix.num_items
-    return type(model)(config)
+    return type(model).from_interactions(type(model.config).from_dict(model.config.to_dict()), matrix)
 
 
-def _save_collaborative(model: MatrixFactorizationModel, ids: dict[str, list[str]], folder: Path) -> None:
+def _save_collaborative(model: Any, ids: dict[str, list[str]], folder: Path) -> None:
     model.save_pretrained(folder)
     save_indexes({kind: IdIndex(names, kind) for kind, names in ids.items()}, folder / "ids.safetensors")
 
@@ -418,13 +406,13 @@ def _forget_collaborative(folder: Path, staged: Path, users: Sequence[str]) -> N
     keep[rows[rows >= 0]] = False
     old = _load_collaborative(source)
     edges: tuple[np.ndarray, np.ndarray] = (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
-    if isinstance(old, LightGCNModel):
+    if hasattr(old, "edge_users"):
         of_users, of_items = old.edge_users.numpy(), old.edge_items.numpy()
         edges = (np.cumsum(keep) - 1)[of_users[keep[of_users]]], of_items[keep[of_users]]
     model = _resized(old, InteractionMatrix(*edges, int(keep.sum()), len(former["item"])))
     with torch.no_grad():
-        model.user_table.weight.copy_(old.user_table.weight[torch.from_numpy(keep)])
-        model.item_table.weight.copy_(old.item_table.weight)
+        for (kind, table), (_, previous) in zip(model.tables(), old.tables()):
+            table.weight.copy_(previous.weight[torch.from_numpy(keep)] if kind == "user" else previous.weight)
     names = {"user": former["user"].kept(keep).ids(), "item": former["item"].ids()}
     _save_collaborative(model, names, staged / "collaborative")
 

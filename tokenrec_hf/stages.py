@@ -30,16 +30,17 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from .configuration_collaborative import LightGCNConfig, MatrixFactorizationConfig
 from .configuration_mq_tokenizer import MQTokenizerConfig
 from .data_collator import DataCollatorForGenerativeRetrieval, PromptDataset
-from .interaction_matrix import InteractionMatrix
+from .interaction_matrix import InteractionMatrix, bounded, stateless_random
 from .metrics import evaluate_embeddings
-from .modeling_collaborative import LightGCNModel, MatrixFactorizationModel
+from .modeling_collaborative import COLLABORATIVE_MODELS, FISMModel, MatrixFactorizationModel
 from .modeling_mq_tokenizer import MQTokenizerModel
 from .modeling_t5_retrieval import T5ForGenerativeRetrieval
 
 SELECT_BY = "ndcg@20"
+# Targets of an ordered history: few enough that they still are what comes next.
+NEXT_ITEMS = 5
 _TRAINING_ARGUMENTS = {field.name for field in fields(TrainingArguments)}
 
 
@@ -106,6 +107,55 @@ class InteractionDataset(Dataset):
             )
             batch["negative_ids"] = torch.from_numpy(negatives)
         return batch
+
+
+class HistoryDataset(Dataset):
+    """Batches of users with their histories split into what is known and what is to be found, fetched whole.
+
+    Args:
+        interactions: in time order for each user; users with fewer than two are left out.
+        ordered: split into a past of random length and the `NEXT_ITEMS` items that follow it; else at random.
+        seed: of the splits.
+    """
+
+    def __init__(self, interactions: InteractionMatrix, ordered: bool, seed: int):
+        self.interactions, self.ordered, self.seed = interactions, ordered, seed
+        self.users = np.flatnonzero(interactions.lengths > 1)
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Makes the next pass split as in this epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def __getitems__(self, rows: list[int]) -> dict[str, torch.Tensor]:
+        """The batch of the users numbered `rows`: the inputs of [`FISMModel`], `labels` `[B, P]`."""
+        users = self.users[np.asarray(rows)]
+        indptr, items = self.interactions.of_users(users)
+        lengths = np.diff(indptr)
+        row = np.repeat(np.arange(len(users)), lengths)
+        rank = np.arange(len(items)) - indptr[row]
+        ages = lengths[row] - 1 - rank
+        size = 1 + bounded(stateless_random(self.seed, self.epoch, users, 1)[:, 0], lengths - 1)
+        if self.ordered:
+            ages, last = size[row] - 1 - rank, np.minimum(size + NEXT_ITEMS, lengths)
+        else:
+            element = users[row].astype(np.uint64) << np.uint64(32) | rank.astype(np.uint64)
+            shuffled = np.lexsort((stateless_random(self.seed, self.epoch, element, 1, 1)[:, 0], row))
+            items, ages, last = items[shuffled], ages[shuffled], lengths
+        known, wanted = rank < size[row], (rank >= size[row]) & (rank < last[row])
+        labels = np.full((len(users), (last - size).max()), -100)
+        labels[row[wanted], (rank - size[row])[wanted]] = items[wanted]
+        batch = {
+            "user_ids": users,
+            "labels": labels,
+            "history_rows": row[known],
+            "history_items": items[known],
+            "history_ages": ages[known],
+        }
+        return {name: torch.from_numpy(value) for name, value in batch.items()}
 
 
 class VectorDataset(Dataset):
@@ -179,9 +229,9 @@ def train_collaborative(
     holdout: Holdout | None = None,
     epochs: float | None = None,
     seed: int = 0,
-    start: MatrixFactorizationModel | None = None,
+    start: MatrixFactorizationModel | FISMModel | None = None,
 ) -> StageResult:
-    """Step 0: LightGCN or matrix factorisation on the training interactions.
+    """Step 0: LightGCN, matrix factorisation or FISM on the training interactions.
 
     Args:
         interactions: the training interactions.
@@ -193,19 +243,19 @@ def train_collaborative(
         start: a model of these users and items to go on training, instead of a fresh one.
     """
     set_seed(seed)
-    if start is not None:
-        model: Any = start
-    elif settings["model"] == "lightgcn":
-        model = LightGCNModel.from_interactions(LightGCNConfig(**settings["config"]), interactions)
-    elif settings["model"] == "matrix_factorization":
-        sizes: dict[str, Any] = {"num_users": interactions.num_users, "num_items": interactions.num_items}
-        config = {name: value for name, value in settings["config"].items() if name != "num_layers"}
-        model = MatrixFactorizationModel(MatrixFactorizationConfig(**config, **sizes))
-    else:
+    if start is None and settings["model"] not in COLLABORATIVE_MODELS:
         raise ValueError(
-            f"collaborative.model is {settings['model']!r} but must be 'lightgcn' or 'matrix_factorization'."
+            f"collaborative.model is {settings['model']!r} but must be one of {', '.join(COLLABORATIVE_MODELS)}."
         )
+    model: Any = start
+    if model is None:
+        kind: Any = COLLABORATIVE_MODELS[settings["model"]]
+        fields = kind.config_class().to_dict()
+        # Recipes describe LightGCN; other models take what they have of it.
+        config = {name: value for name, value in settings["config"].items() if name in fields}
+        model = kind.from_interactions(kind.config_class(**config), interactions)
     negatives = settings["num_negatives"]
+    evaluation_negatives = 0 if isinstance(model, FISMModel) else negatives
 
     def metrics(prediction):
         assert holdout is not None
@@ -216,10 +266,14 @@ def train_collaborative(
         model,
         settings,
         folder,
-        InteractionDataset(interactions, negatives, seed),
+        HistoryDataset(interactions, model.config.half_life is not None, seed)
+        if isinstance(model, FISMModel)
+        else InteractionDataset(interactions, negatives, seed),
         _as_is,
         name="collaborative model",
-        evaluation=InteractionDataset(interactions, negatives, seed, holdout) if holdout is not None else None,
+        evaluation=InteractionDataset(interactions, evaluation_negatives, seed, holdout)
+        if holdout is not None
+        else None,
         compute_metrics=metrics,
         # All users in one batch, so that the graph is propagated once.
         eval_batch_size=len(holdout.users) if holdout is not None else 1,

@@ -7,6 +7,7 @@ itself), and the test items are looked at once. A stage that is finished is not 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -25,7 +26,6 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import TrainingArguments, set_seed
 from transformers.dynamic_module_utils import custom_object_save
 
-from .configuration_collaborative import LightGCNConfig
 from .configuration_mq_tokenizer import MQTokenizerConfig
 from .configuration_t5_retrieval import T5GenerativeRetrievalConfig
 from .data_collator import DataCollatorForGenerativeRetrieval
@@ -34,21 +34,18 @@ from .evaluation import evaluate_baselines, evaluate_retrieval
 from .id_index import IdIndex, save_indexes
 from .interaction_matrix import InteractionMatrix
 from .model_card import write_model_card
-from .modeling_collaborative import LightGCNModel, MatrixFactorizationModel, augment_norm
+from .modeling_collaborative import COLLABORATIVE_MODELS, FISMModel, augment_norm
 from .modeling_mq_tokenizer import MQTokenizerModel
 from .modeling_t5_retrieval import T5ForGenerativeRetrieval
 from .pipeline_generative_retrieval import GenerativeRetrievalPipeline
 from .recipes import save_recipe
-from .stages import Holdout, train_collaborative, train_mq_tokenizer, train_retrieval
+from .stages import SELECT_BY, Holdout, train_collaborative, train_mq_tokenizer, train_retrieval
 from .tokenization_tokenrec import TokenRecTokenizer
 
 SPLITS = ("train", "validation", "test")
-# The collaborative section may have any setting of matrix factorisation too: LightGCN's are those and more.
-_CONFIGS: dict[str, Callable] = {
-    "collaborative": LightGCNConfig,
-    "mq_tokenizer": MQTokenizerConfig,
-    "retrieval": T5GenerativeRetrievalConfig,
-}
+_CONFIGS: dict[str, Callable] = {"mq_tokenizer": MQTokenizerConfig, "retrieval": T5GenerativeRetrievalConfig}
+# What `half_life: auto` chooses from on validation: whether the order of a history matters.
+HALF_LIVES = (None, 5)
 VARIANTS = ("tokenrec", "tokenrec_user_id_only", "tokenrec_unseen_prompt")
 
 
@@ -133,11 +130,11 @@ def train(
     metrics["validation"] = chosen.complete(data)
     metrics["epochs"], metrics["codes"], metrics["seconds"] = chosen.epochs, chosen.codes, {"selection": chosen.seconds}
     if refit:
-        final = _Run("refit", output, training, recipe, log, epochs=chosen.epochs)
+        final = _Run("refit", output, training, chosen.resolved, log, epochs=chosen.epochs)
         metrics["test"] = final.complete(index_splits(splits, "test"))
         metrics["codes"] = final.codes
         metrics["seconds"]["refit"] = final.seconds
-    save_recipe(recipe, output / "recipe.yaml")
+    save_recipe(chosen.resolved, output / "recipe.yaml")
     _write_json(output / "metrics.json", metrics)
     write_model_card(output)
     return metrics
@@ -165,8 +162,19 @@ def check_settings(recipe: Mapping[str, Any]) -> None:
     Raises:
         ValueError: a setting that there is not ([`UnknownSettingError`]), or a value that is impossible.
     """
-    for section, config_class in _CONFIGS.items():
+    kind = COLLABORATIVE_MODELS.get(recipe["collaborative"]["model"])
+    if kind is None:
+        raise ValueError(
+            f"collaborative.model is {recipe['collaborative']['model']!r} but must be one of {', '.join(COLLABORATIVE_MODELS)}."
+        )
+    # A setting of another kind of model may stay in the recipe when the model is changed.
+    others = {name for other in COLLABORATIVE_MODELS.values() for name in other.config_class().to_dict()}  # type: ignore[misc]
+    mine = kind.config_class().to_dict()  # type: ignore[misc]
+    configs = {"collaborative": kind.config_class, **_CONFIGS}
+    for section, config_class in configs.items():
         config = {name: value for name, value in recipe[section]["config"].items() if value != "auto"}
+        if section == "collaborative":
+            config = {name: value for name, value in config.items() if name in mine or name not in others}
         for place, values, make in (
             ("config", config, config_class),
             ("training", recipe[section]["training"], partial(TrainingArguments, output_dir="unused")),
@@ -281,6 +289,8 @@ class _Run:
     def __init__(self, name, folder: Path, training: Path, recipe, log, epochs: Mapping[str, float] | None = None):
         self.name, self.folder, self.recipe, self.log = name, folder, recipe, log
         self.fixed_epochs = epochs
+        is_auto = recipe["collaborative"]["config"].get("half_life") == "auto"
+        self.half_lives = HALF_LIVES if is_auto else ()
         self.checkpoints = training / "checkpoints" / name
         self.record_path = training / f"{name}.json"
         self.record = json.loads(self.record_path.read_text()) if self.record_path.is_file() else {}
@@ -289,6 +299,20 @@ class _Run:
     def epochs(self) -> dict[str, float]:
         """Epochs that gave the best validation result, of the stages that are selected."""
         return {name: entry["epochs"] for name, entry in self.record.items() if "epochs" in entry}
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """The recipe with what was chosen on validation in the place of `auto`."""
+        recipe = copy.deepcopy(dict(self.recipe))
+        config, prompts = recipe["collaborative"]["config"], recipe["prompts"]
+        if config.get("half_life") == "auto":
+            config["half_life"] = self.record["collaborative"]["half_life"]
+        if prompts["shuffle_history"] == "auto":
+            prompts["shuffle_history"] = config.get("half_life") is None
+        if prompts["max_history"] == "auto":
+            # What is older than a few half-lives says nothing, but has to be read.
+            prompts["max_history"] = 100 if config.get("half_life") is None else round(4 * config["half_life"])
+        return recipe
 
     @property
     def codes(self) -> dict[str, dict[str, float]]:
@@ -304,7 +328,7 @@ class _Run:
         """Runs what is not finished and returns the results on the held-out items."""
         self.folder.mkdir(parents=True, exist_ok=True)
         holdout = None if self.fixed_epochs else data.holdout
-        self._stage("collaborative", lambda at: self._collaborative(data, holdout, at))
+        self._collaborative_stages(data, holdout)
         store = self._store(data)
         for kind in ("user", "item"):
             self._stage(f"mq_{kind}", partial(self._mq_tokenizer, store, kind))
@@ -325,32 +349,57 @@ class _Run:
         shutil.rmtree(checkpoints, ignore_errors=True)
         self.log(f"{self.name}: {name} took {outcome['seconds']:.0f} s")
 
-    def _collaborative(self, data, holdout, checkpoints):
+    def _collaborative_stages(self, data: IndexedSplits, holdout: Holdout | None) -> None:
+        """Trains the collaborative model, or one for each half-life to choose from."""
+        if not self.half_lives:
+            self._stage("collaborative", partial(self._collaborative, data, holdout, {}))
+            return
+        for half_life in self.half_lives:
+            self._stage(f"half_life_{half_life}", partial(self._collaborative, data, holdout, {"half_life": half_life}))
+        # The first of equally good ones, whose model is the one that was kept.
+        best = max((self.record[f"half_life_{one}"] for one in self.half_lives), key=_quality)
+        self.record.setdefault("collaborative", {**best, "seconds": 0.0})
+
+    def _collaborative(self, data, holdout, config, checkpoints):
+        settings = self.recipe["collaborative"]
+        settings = {**settings, "config": {**settings["config"], **config}}
         result = train_collaborative(
             data.interactions,
-            self.recipe["collaborative"],
+            settings,
             checkpoints,
             holdout=holdout,
             epochs=(self.fixed_epochs or {}).get("collaborative"),
             seed=self.recipe["seed"],
         )
-        result.model.save_pretrained(self.folder / "collaborative")
-        # The model knows rows; whoever goes on training it must know whose they are.
-        indexes = {"user": IdIndex(data.user_ids), "item": IdIndex(data.item_ids)}
-        save_indexes(indexes, self.folder / "collaborative" / "ids.safetensors")
-        # Remote code is looked for in the root, even when a model in a subfolder is loaded.
-        custom_object_save(result.model, self.folder)
-        # What was really trained on, for the audit: matrix factorisation itself does not tell.
         users, items = (
             [ids[row] for row in rows]
             for ids, rows in ((data.user_ids, data.interactions.users), (data.item_ids, data.interactions.items))
         )
-        return {"epochs": result.epochs, "metrics": result.metrics, "trained_on": fingerprint(users, items)}
+        # What was really trained on, for the audit: matrix factorisation itself does not tell.
+        outcome = {
+            "epochs": result.epochs,
+            "metrics": result.metrics,
+            **config,
+            "trained_on": fingerprint(users, items),
+        }
+        tried = [entry for name, entry in self.record.items() if name.startswith("half_life_")]
+        if all(_quality(outcome) > _quality(entry) for entry in tried):
+            self._save_collaborative(result.model, data)
+        return outcome
+
+    def _save_collaborative(self, model, data: IndexedSplits) -> None:
+        model.save_pretrained(self.folder / "collaborative")
+        # The model knows rows; whoever goes on training it must know whose they are.
+        indexes = {"user": IdIndex(data.user_ids), "item": IdIndex(data.item_ids)}
+        save_indexes(indexes, self.folder / "collaborative" / "ids.safetensors")
+        # Remote code is looked for in the root, even when a model in a subfolder is loaded.
+        custom_object_save(model, self.folder)
 
     def _store(self, data: IndexedSplits) -> EmbeddingStore:
         """The store of the collaborative vectors and the items that users have seen, made anew from the model."""
-        kinds = {"lightgcn": LightGCNModel, "matrix_factorization": MatrixFactorizationModel}
-        model = kinds[self.recipe["collaborative"]["model"]].from_pretrained(self.folder / "collaborative")
+        model = COLLABORATIVE_MODELS[self.recipe["collaborative"]["model"]].from_pretrained(
+            self.folder / "collaborative"
+        )
         users, items = model.user_embeddings(), model.item_embeddings()
         if self.recipe["collaborative"]["augment_norm"]:
             users, items = augment_norm(users, items)
@@ -379,10 +428,12 @@ class _Run:
         tokenizer = TokenRecTokenizer.from_components(vocabulary, user_mq=mqs["user"], item_mq=mqs["item"], store=store)
         model = build_retrieval_model(section, tokenizer, mqs["user"], mqs["item"], seed=self.recipe["seed"])
         model.bind_items(store.vectors("item"))
-        aligned = store.vectors("user") if model.config.alignment_weight else None
+        aligned, pool = store.vectors("user") if model.config.alignment_weight else None, None
+        if self.recipe["collaborative"]["model"] == "fism":
+            pool = FISMModel.from_pretrained(self.folder / "collaborative").pool
         result = train_retrieval(
             model,
-            build_collator(tokenizer, data, self.recipe, user_vectors=aligned),
+            build_collator(tokenizer, data, self.resolved, user_vectors=aligned, pool_history=pool),
             section,
             checkpoints,
             holdout=holdout,
@@ -394,8 +445,13 @@ class _Run:
 
     def _evaluate(self, data: IndexedSplits) -> dict[str, Any]:
         results = evaluate_baselines(data, EmbeddingStore.open(self.folder / "store"))
-        results |= {variant: evaluate_retrieval(self.folder, data, self.recipe, variant) for variant in VARIANTS}
+        results |= {variant: evaluate_retrieval(self.folder, data, self.resolved, variant) for variant in VARIANTS}
         return {"metrics": results}
+
+
+def _quality(outcome: Mapping[str, Any]) -> float:
+    """What a collaborative model is chosen by."""
+    return outcome["metrics"][SELECT_BY]
 
 
 def _claim(training: Path, splits: DatasetDict, recipe: Mapping[str, Any], refit: bool) -> None:

@@ -8,6 +8,8 @@ gamma = 1 and beta = 1/2) are the layers of the network.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from tokenrec_hf import LightGCNConfig, LightGCNModel
@@ -35,10 +37,10 @@ class GTNModel(LightGCNModel):
             edges = len(self.edge_users)
             scale[edges:] *= -1
             rows = torch.arange(edges).repeat(2)
-            delta = torch.sparse_coo_tensor(
-                torch.stack([rows, ends]), scale, (edges, size), check_invariants=False
-            ).coalesce()
-            self._incidence = delta.to_sparse_csr(), delta.t().coalesce().to_sparse_csr()
+            delta = torch.sparse_coo_tensor(torch.stack([rows, ends]), scale, (edges, size), check_invariants=False)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+                self._incidence = delta.coalesce().to_sparse_csr(), delta.t().coalesce().to_sparse_csr()
         return self._incidence
 
     def representations(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,24 +1,9 @@
-import importlib.util
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
+import slips
 import torch
 
 from tokenrec_hf.interaction_matrix import InteractionMatrix
-
-PATH = Path(__file__).parents[1] / "examples" / "paper" / "slips.py"
-
-
-@pytest.fixture(scope="module")
-def slips():
-    spec = importlib.util.spec_from_file_location("slips", PATH)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["slips"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["slips"]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +14,7 @@ def sequences():
 
 
 @pytest.fixture(scope="module")
-def true(slips, sequences):
+def true(sequences):
     users = np.array(list(sequences))
     pairs = [(user, item) for user, items in sequences.items() for item in items[:-1]]
     trained_on = InteractionMatrix(*np.array(pairs).T, 4, 80)
@@ -37,7 +22,7 @@ def true(slips, sequences):
     return slips.Ranking(users, targets, *trained_on.of_users(users)), trained_on
 
 
-def test_only_sequences_of_more_than_51_items_are_cut_and_to_their_first_51(slips, sequences, true):
+def test_only_sequences_of_more_than_51_items_are_cut_and_to_their_first_51(sequences, true):
     cut = slips.cut_first(*true)
     for number, items in enumerate(sequences.values()):
         assert cut.targets[number] == items[:51][-1]
@@ -48,7 +33,7 @@ def test_only_sequences_of_more_than_51_items_are_cut_and_to_their_first_51(slip
 
 
 @pytest.mark.parametrize(("cosine", "seen_score"), [(False, -np.inf), (True, -np.inf), (True, 0.0)])
-def test_ranks_are_those_of_a_naive_count(slips, sequences, true, cosine, seen_score):
+def test_ranks_are_those_of_a_naive_count(sequences, true, cosine, seen_score):
     torch.manual_seed(0)
     vectors = torch.randn(4, 5), torch.randn(80, 5)
     ranks = []
