@@ -53,6 +53,7 @@ BACKBONES = {
     },
 }
 RECIPES = {"cpu": "cpu", "t5-small": "paper"}
+USER_ONLY = ", user id only"
 Recommend = Callable[[Sequence[int]], list[list[str]]]
 
 
@@ -85,10 +86,12 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     data = index_splits(leave_one_out(load_interactions(arguments.dataset)), "test")
+    lengths = data.interactions.lengths
     users = np.random.default_rng(0).permutation(data.holdout.users)[: arguments.users].tolist()
+    users.sort(key=lambda user: lengths[user])  # like histories together: little padding, for all methods
     rows = []
     for backbone in arguments.backbones:
-        methods = {"TokenRec": tokenrec(data, backbone), **p5_methods(data, backbone)}
+        methods = {**tokenrec_methods(data, backbone), **p5_methods(data, backbone)}
         for batch_size in arguments.batch_sizes:
             rows.append({"backbone": backbone, "batch_size": batch_size})
             rows[-1]["milliseconds"] = measure(methods, users, batch_size, arguments.turns)
@@ -96,7 +99,7 @@ def main() -> None:
     report = {
         "dataset": arguments.dataset,
         "users": len(users),
-        "mean_history": float(np.minimum(data.interactions.lengths[users], HISTORY).mean()),
+        "mean_history": float(np.minimum(lengths[users], HISTORY).mean()),
         "turns": arguments.turns,
         "machine": f"{platform.machine()}, one thread, torch {torch.__version__}",
         "rows": rows,
@@ -108,7 +111,7 @@ def main() -> None:
     print(markdown(report))
 
 
-def tokenrec(data: IndexedSplits, backbone: str) -> Recommend:
+def tokenrec_methods(data: IndexedSplits, backbone: str) -> dict[str, Recommend]:
     """TokenRec on random vectors: the words that `Recommender` writes, tokenizer, T5, projection, and the store's exact search."""
     recipe = load_recipe(RECIPES[backbone])
     torch.manual_seed(0)
@@ -132,34 +135,37 @@ def tokenrec(data: IndexedSplits, backbone: str) -> Recommend:
     store.set_seen(data.user_ids, seen)
     recommender = Recommender(model, tokenizer, store)
 
-    def recommend(users):
-        found = recommender.recommend(
-            [data.user_ids[user] for user in users], [seen[user][-HISTORY:] for user in users], top_k=TOP_K
-        )
+    def recommend(users, histories):
+        found = recommender.recommend([data.user_ids[user] for user in users], histories, top_k=TOP_K)
         return [[row["item"] for row in own] for own in found]
 
-    return recommend
+    return {
+        "TokenRec": lambda users: recommend(users, [seen[user][-HISTORY:] for user in users]),
+        "TokenRec" + USER_ONLY: lambda users: recommend(users, [[] for _ in users]),
+    }
 
 
 def p5_methods(data: IndexedSplits, backbone: str) -> dict[str, Recommend]:
     """P5 with `generate` of transformers and with this repository's beam search."""
-    names = np.array([*data.item_ids, ""], dtype=object)
+    names = np.array([*data.item_ids, ""], dtype=object)  # -1 is no item
     written, short = (random_p5(kind, data, backbone) for kind in (WrittenOutP5, P5SID))
+    user_only = random_p5(WrittenOutP5, data, backbone, max_history=0)
 
-    def ours(users):
-        return names[short.recommend(np.array(users))[0].numpy()].tolist()
+    def by_generate(p5):
+        return lambda users: names[generate(p5, np.array(users))].tolist()
 
     return {
-        "P5, written-out ids, generate": lambda users: names[generate(written, np.array(users))].tolist(),
-        "P5-SID, generate": lambda users: names[generate(short, np.array(users))].tolist(),
-        "P5-SID, vectorised beam search": ours,
+        "P5, written-out ids, generate": by_generate(written),
+        "P5, written-out ids, generate" + USER_ONLY: by_generate(user_only),
+        "P5-SID, generate": by_generate(short),
+        "P5-SID, vectorised beam search": lambda users: names[short.recommend(np.array(users))[0].numpy()].tolist(),
     }
 
 
-def random_p5(kind: type[P5SID], data: IndexedSplits, backbone: str) -> P5SID:
+def random_p5(kind: type[P5SID], data: IndexedSplits, backbone: str, max_history: int = HISTORY) -> P5SID:
     """A P5 that was not trained."""
     torch.manual_seed(0)
-    p5 = kind(max_history=HISTORY, beams=BEAMS, t5=BACKBONES[backbone])
+    p5 = kind(max_history=max_history, beams=BEAMS, t5=BACKBONES[backbone])
     p5.train = data.interactions
     p5.build(data.interactions)
     p5.network.eval()
@@ -232,25 +238,23 @@ def measure(methods: dict[str, Recommend], users: list[int], batch_size: int, tu
 
 
 def markdown(report: dict) -> str:
-    """The table."""
-    methods = list(report["rows"][0]["milliseconds"])
-    lines = [
-        f"## Table V: milliseconds per user, {report['dataset']}",
-        "",
-        f"| T5 | users at once | {' | '.join(methods)} |",
-        f"|---|---:|{'---:|' * len(methods)}",
-    ]
-    for row in report["rows"]:
-        own = row["milliseconds"]["TokenRec"]
-        cells = [f"{own:.2f}"]
-        cells += [f"{row['milliseconds'][name]:.2f} ({row['milliseconds'][name] / own:.1f}x)" for name in methods[1:]]
-        lines.append(f"| {row['backbone']} | {row['batch_size']} | {' | '.join(cells)} |")
+    """The table; in brackets, how many times as long as TokenRec with the same kind of prompt."""
+    rows = report["rows"]
+    heads = [f"{row['backbone']}, {row['batch_size']} at once" for row in rows]
+    lines = [f"## Table V: milliseconds per user, {report['dataset']}", "", f"| | {' | '.join(heads)} |"]
+    lines.append(f"|---|{'---:|' * len(rows)}")
+    for name in rows[0]["milliseconds"]:
+        own = "TokenRec" + USER_ONLY * name.endswith(USER_ONLY)
+        times = [(row["milliseconds"][name], row["milliseconds"][own]) for row in rows]
+        cells = [f"{time:.2f}" + f" ({time / base:.1f}x)" * (name != own) for time, base in times]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += [
         "",
         f"{report['users']} random users, {report['mean_history']:.1f} items of history on average (at most {HISTORY}); "
         f"{TOP_K} unseen items each, {BEAMS} beams. Median of {report['turns']} turns. {report['machine']}. Random weights, "
         "on both sizes: `cpu` is the T5 of that recipe, `t5-small` has the sizes of T5-small. TokenRec pools as its recipe "
-        "does (`cpu`: the encoder's mean; `paper`, with T5-small: one step of the decoder).",
+        "does (`cpu`: the encoder's mean; `paper`, with T5-small: one step of the decoder). An item is five tokens in its prompts, "
+        "`item`, `_` and three codes; with P5, written out, `item`, `_` and two digits a token, and with P5-SID the digits alone.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -44,6 +44,10 @@ class BERT4Rec(SequenceBaseline):
     grid = (
         {"mask_probability": 0.3, "last_only": 0.3},
         {"mask_probability": 0.6, "last_only": 0.1},
+        {"mask_probability": 0.3, "last_only": 0.3, "batch_size": 64, "dropout": 0.2},
+        {"mask_probability": 0.3, "last_only": 0.3, "learning_rate": 3e-3},
+        {"mask_probability": 0.3, "last_only": 0.3, "dim": 128},
+        {"mask_probability": 0.2, "last_only": 0.1},
     )
 
     def loss(self, starts: np.ndarray, ends: np.ndarray, epoch: int) -> torch.Tensor:

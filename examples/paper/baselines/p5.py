@@ -125,11 +125,11 @@ class P5(Baseline):
     }
     grid = (
         {"targets": 8, "dropout": 0.1, "lr": 1e-3},
-        {"targets": 8, "dropout": 0.2, "lr": 1e-3},
+        {"targets": 8, "dropout": 0.3, "lr": 1e-3},
         {"targets": 8, "dropout": 0.1, "lr": 2e-3},
         {"targets": 1, "dropout": 0.1, "lr": 1e-3},
-        {"targets": 1, "dropout": 0.2, "lr": 1e-3},
-        {"targets": 1, "dropout": 0.1, "lr": 2e-3},
+        {"targets": 1, "dropout": 0.3, "lr": 1e-3},
+        {"targets": 16, "dropout": 0.2, "lr": 1e-3},
     )
 
     def __init__(self, *, seed: int = 0, **settings: Any):

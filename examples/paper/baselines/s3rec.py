@@ -25,6 +25,10 @@ class S3Rec(SASRec):
     num_special = 2
     grid = (
         {"loss": "softmax", "pretrain_epochs": 20, "mask_probability": 0.2, "segment_weight": 0.5},
+        {"loss": "softmax", "pretrain_epochs": 20, "mask_probability": 0.2, "segment_weight": 0.5, "num_layers": 1},
+        {"loss": "softmax", "pretrain_epochs": 20, "mask_probability": 0.4, "segment_weight": 0.5},
+        {"loss": "softmax", "pretrain_epochs": 10, "mask_probability": 0.2, "segment_weight": 0.1},
+        {"loss": "softmax", "pretrain_epochs": 20, "mask_probability": 0.2, "segment_weight": 0.5, "dropout": 0.2},
         {"loss": "bce", "pretrain_epochs": 20, "mask_probability": 0.2, "segment_weight": 0.5},
     )
 

@@ -25,7 +25,10 @@ class SASRec(SequenceBaseline):
     overlap = 1
     grid = (
         {"loss": "softmax"},
+        {"loss": "softmax", "batch_size": 64, "dropout": 0.2, "num_layers": 1},
         {"loss": "softmax", "dim": 128},
+        {"loss": "softmax", "learning_rate": 3e-3},
+        {"loss": "softmax", "dropout": 0.2},
         {"loss": "bce"},
     )
 
