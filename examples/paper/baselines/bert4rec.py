@@ -42,12 +42,12 @@ class BERT4Rec(SequenceBaseline):
     causal = False
     num_special = 2
     grid = (
-        {"mask_probability": 0.3, "last_only": 0.3},
-        {"mask_probability": 0.6, "last_only": 0.1},
-        {"mask_probability": 0.3, "last_only": 0.3, "batch_size": 64, "dropout": 0.2},
-        {"mask_probability": 0.3, "last_only": 0.3, "learning_rate": 3e-3},
-        {"mask_probability": 0.3, "last_only": 0.3, "dim": 128},
-        {"mask_probability": 0.2, "last_only": 0.1},
+        {"mask_probability": 0.3, "last_only": 0.3, "dropout": 0.2, "batch_size": 64},
+        {"mask_probability": 0.3, "last_only": 0.3, "dropout": 0.5},
+        {"mask_probability": 0.6, "last_only": 0.1, "dropout": 0.2, "batch_size": 64},
+        {"mask_probability": 0.3, "last_only": 0.5, "dropout": 0.2, "num_layers": 1, "batch_size": 64},
+        {"mask_probability": 0.3, "last_only": 0.3, "dropout": 0.3, "dim": 128},
+        {"mask_probability": 0.3, "last_only": 0.3, "dropout": 0.3, "learning_rate": 3e-3},
     )
 
     def loss(self, starts: np.ndarray, ends: np.ndarray, epoch: int) -> torch.Tensor:

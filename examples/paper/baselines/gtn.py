@@ -60,12 +60,12 @@ class GTN(LightGCN):
 
     name, title = "gtn", "GTN"
     grid = (
-        {"num_layers": 3, "smoothness": 2.0, "loss_type": "bpr", "l2_weight": 1e-3, "lr": 5e-3},
-        {"num_layers": 3, "smoothness": 2.0, "loss_type": "softmax", "temperature": 0.15, "lr": 5e-3},
         {"num_layers": 3, "smoothness": 2.0, "loss_type": "bpr", "l2_weight": 1e-3, "lr": 1e-2},
-        {"num_layers": 3, "smoothness": 1.0, "loss_type": "bpr", "l2_weight": 1e-3, "lr": 5e-3},
-        {"num_layers": 3, "smoothness": 4.0, "loss_type": "bpr", "l2_weight": 1e-3, "lr": 5e-3},
-        {"num_layers": 2, "smoothness": 2.0, "loss_type": "softmax", "temperature": 0.1, "lr": 5e-3},
+        {"num_layers": 3, "smoothness": 2.0, "loss_type": "softmax", "temperature": 0.15, "lr": 1e-2},
+        {"num_layers": 3, "smoothness": 2.0, "loss_type": "softmax", "temperature": 0.1, "lr": 1e-2},
+        {"num_layers": 3, "smoothness": 0.02, "loss_type": "bpr", "l2_weight": 1e-3, "lr": 1e-2},
+        {"num_layers": 3, "smoothness": 0.02, "loss_type": "softmax", "temperature": 0.15, "lr": 1e-2},
+        {"num_layers": 2, "smoothness": 2.0, "loss_type": "bpr", "l2_weight": 1e-3, "lr": 1e-2},
     )
 
     # A step costs as much as the whole graph, which is some times that of LightGCN.

@@ -75,11 +75,11 @@ class LTGNN(LightGCN):
     name, title = "ltgnn", "LTGNN"
     grid = (
         {"restart": 0.45, "loss_type": "bpr", "l2_weight": 1e-3, "lr": 5e-3},
+        {"restart": 0.45, "loss_type": "softmax", "temperature": 0.15, "lr": 5e-3},
         {"restart": 0.2, "loss_type": "bpr", "l2_weight": 1e-3, "lr": 5e-3},
-        {"restart": 0.3, "loss_type": "softmax", "temperature": 0.15, "lr": 5e-3},
-        {"restart": 0.45, "loss_type": "bpr", "l2_weight": 1e-2, "lr": 5e-3},
-        {"restart": 0.45, "loss_type": "softmax", "temperature": 0.1, "lr": 5e-3},
-        {"restart": 0.45, "loss_type": "bpr", "embedding_dim": 128, "l2_weight": 1e-3, "lr": 5e-3},
+        {"restart": 0.2, "loss_type": "softmax", "temperature": 0.15, "lr": 5e-3},
+        {"restart": 0.45, "loss_type": "bpr", "embedding_dim": 256, "l2_weight": 1e-3, "lr": 3e-3},
+        {"restart": 0.3, "loss_type": "softmax", "temperature": 0.1, "lr": 5e-3},
     )
 
     def build(self, train, restart, **config):  # noqa: D102

@@ -17,19 +17,23 @@ from .bert4rec import cloze_mask
 from .sasrec import SASRec
 from .sequence import linear_cross_entropy, padded
 
+# Of an item, in pre-training: the paper's.
+MASK_PROBABILITY = 0.2
+
 
 class S3Rec(SASRec):
-    """S3-Rec; settings beside those of [`SASRec`]: `pretrain_epochs`, `mask_probability`, `segment_weight`."""
+    """S3-Rec; settings beside those of [`SASRec`]: `pretrain_epochs` and `segment_weight`."""
 
     name, title = "s3rec", "S3-Rec"
     num_special = 2
+    defaults = {**SASRec.defaults, "loss": "softmax", "pretrain_epochs": 10, "segment_weight": 0.5}
     grid = (
-        {"loss": "softmax", "pretrain_epochs": 20, "mask_probability": 0.2, "segment_weight": 0.5},
-        {"loss": "softmax", "pretrain_epochs": 20, "mask_probability": 0.2, "segment_weight": 0.5, "num_layers": 1},
-        {"loss": "softmax", "pretrain_epochs": 20, "mask_probability": 0.4, "segment_weight": 0.5},
-        {"loss": "softmax", "pretrain_epochs": 10, "mask_probability": 0.2, "segment_weight": 0.1},
-        {"loss": "softmax", "pretrain_epochs": 20, "mask_probability": 0.2, "segment_weight": 0.5, "dropout": 0.2},
-        {"loss": "bce", "pretrain_epochs": 20, "mask_probability": 0.2, "segment_weight": 0.5},
+        {"dropout": 0.5},
+        {"dropout": 0.2, "num_layers": 1, "batch_size": 64},
+        {"dropout": 0.5, "pretrain_epochs": 30},
+        {"dropout": 0.5, "segment_weight": 0.1, "dim": 128},
+        {"dropout": 0.3, "learning_rate": 3e-3},
+        {"dropout": 0.2, "loss": "bce", "batch_size": 64},
     )
 
     def pretrain(self) -> None:
@@ -48,7 +52,7 @@ class S3Rec(SASRec):
         """Masked-item prediction and segment prediction on the windows."""
         items = padded(self.train.items, starts, ends, self.padding)
         lengths = torch.from_numpy(ends - starts)
-        masked = cloze_mask(lengths, items.shape[1], self.settings["mask_probability"], last_only=0.0)
+        masked = cloze_mask(lengths, items.shape[1], MASK_PROBABILITY, last_only=0.0)
         hidden = self.encoder(items.masked_fill(masked, self.padding + 1))[masked]
         loss = linear_cross_entropy(hidden, self.encoder.items.weight[: self.padding], items[masked])
 

@@ -24,12 +24,12 @@ class SASRec(SequenceBaseline):
     causal = True
     overlap = 1
     grid = (
-        {"loss": "softmax"},
-        {"loss": "softmax", "batch_size": 64, "dropout": 0.2, "num_layers": 1},
-        {"loss": "softmax", "dim": 128},
-        {"loss": "softmax", "learning_rate": 3e-3},
-        {"loss": "softmax", "dropout": 0.2},
-        {"loss": "bce"},
+        {"loss": "softmax", "dropout": 0.5},
+        {"loss": "softmax", "dropout": 0.2, "num_layers": 1, "batch_size": 64},
+        {"loss": "softmax", "dropout": 0.5, "dim": 128},
+        {"loss": "softmax", "dropout": 0.3, "dim": 128, "num_layers": 1, "batch_size": 64},
+        {"loss": "softmax", "dropout": 0.3, "learning_rate": 3e-3},
+        {"loss": "bce", "dropout": 0.2, "batch_size": 64},
     )
 
     def loss(self, starts: np.ndarray, ends: np.ndarray, epoch: int) -> torch.Tensor:
