@@ -1,6 +1,6 @@
 """One suite for all stores: embedded, Milvus Lite by file, Milvus Lite by a server on loopback, and a server of one's own.
 
-Set TOKENREC_MILVUS_URI to run it against that server too, and TOKENREC_SEQUENCES / TOKENREC_KILLS for longer runs.
+Set TOKENREC_MILVUS_URI to run it against that server too, and TOKENREC_SEQUENCES=1000 / TOKENREC_KILLS=100 for long runs.
 """
 
 import json

@@ -98,6 +98,15 @@ def test_only_the_last_items_of_a_long_history_count(kind):
     assert scores[0].allclose(scores[1], atol=1e-6)
 
 
+@each_kind
+def test_histories_longer_than_the_maximum_are_trained_on(kind):
+    items = np.tile(np.arange(30), 10)
+    train = InteractionMatrix(np.repeat(np.arange(10), 30), items, 10, 30)
+    baseline = kind(seed=0, **{**kind.grid[0], **SMALL, "max_length": 7, "pretrain_epochs": 1})
+    baseline.fit(train, None, epochs=1)
+    assert baseline.scores(np.arange(10)).isfinite().all()
+
+
 def test_a_later_item_changes_nothing_before_it_in_sasrec(chains):
     encoder = fresh(SASRec, chains[0]).encoder
     items = torch.arange(8)[None]

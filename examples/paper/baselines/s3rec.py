@@ -50,6 +50,8 @@ class S3Rec(SASRec):
 
     def pretraining_loss(self, starts: np.ndarray, ends: np.ndarray, epoch: int) -> torch.Tensor:
         """Masked-item prediction and segment prediction on the windows."""
+        # The windows are SASRec's, of one item more than there are positions.
+        starts = np.maximum(starts, ends - self.settings["max_length"])
         items = padded(self.train.items, starts, ends, self.padding)
         lengths = torch.from_numpy(ends - starts)
         masked = cloze_mask(lengths, items.shape[1], MASK_PROBABILITY, last_only=0.0)
