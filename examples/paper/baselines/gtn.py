@@ -2,7 +2,7 @@
 
 Where LightGCN smooths its embeddings alike over all interactions, GTN asks for few differences, by an l1 norm:
 E = argmin 1/2 ||E - E_in||^2 + lambda ||Delta E||_1, with Delta the incidence matrix of the user-item graph, its columns divided
-by the root of the degrees. Some steps of a primal-dual method (the proximal alternating predictor-corrector, Eq. 10-12 with
+by the root of the degrees. Some steps of a primal-dual method (the proximal alternating predictor-corrector, with
 gamma = 1 and beta = 1/2) are the layers of the network.
 """
 

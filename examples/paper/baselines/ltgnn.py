@@ -2,7 +2,7 @@
 
 The representations are the fixed point Z = (1 - alpha) A Z + alpha E of personalised PageRank, with A the normalised adjacency,
 so they see the whole graph. Rather than iterate to it, each training step makes one iteration from where the last one stopped;
-the gradient, a fixed point of the same form, is treated alike (Eq. 9-12). To recommend, the fixed point is iterated to the end.
+the gradient, a fixed point of the same form, is treated alike. To recommend, the fixed point is iterated to the end.
 The paper also samples neighbours, with a correction of the variance: for graphs larger than these, so here all are summed,
 which is what the sampling estimates.
 """
