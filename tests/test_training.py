@@ -14,9 +14,10 @@ from tokenrec_hf.data_sources import demo_interactions
 from tokenrec_hf.embedding_store import EmbeddingStore
 from tokenrec_hf.id_index import load_indexes
 from tokenrec_hf.interactions import leave_one_out
-from tokenrec_hf.modeling_collaborative import LightGCNModel, augment_norm
+from tokenrec_hf.modeling_collaborative import FISMModel, LightGCNModel, augment_norm
 from tokenrec_hf.modeling_mq_tokenizer import MQTokenizerModel
 from tokenrec_hf.modeling_t5_retrieval import T5ForGenerativeRetrieval
+from tokenrec_hf.newcomers import add_to_repository, remove_from_repository
 from tokenrec_hf.recipes import load_recipe
 from tokenrec_hf.tokenization_tokenrec import TokenRecTokenizer
 from tokenrec_hf.training import build_collator, build_retrieval_model, index_splits, load_splits, train
@@ -494,7 +495,7 @@ def test_the_collaborative_model_tells_whose_its_rows_are(trained_repository):
     assert {kind: index.ids() for kind, index in ids.items()} == {kind: store.ids(kind) for kind in ("user", "item")}
 
 
-def test_whether_order_counts_is_chosen_on_validation_and_written_to_the_recipe(tmp_path):
+def test_whether_order_counts_is_chosen_on_validation_and_newcomers_get_histories_too(tmp_path):
     """Everybody goes round the same circle of items, so that the last one tells the next, and the set of them nothing."""
     users, items = np.meshgrid(np.arange(60), np.arange(12), indexing="ij")
     ids = [f"i{(7 * user + step) % 40}" for user, step in zip(users.ravel(), items.ravel())]
@@ -513,3 +514,20 @@ def test_whether_order_counts_is_chosen_on_validation_and_written_to_the_recipe(
     assert chosen["prompts"]["max_history"] == 20
     assert metrics["test"]["collaborative"]["hr@10"] > 0.9
     assert all(check.passed is not False for check in audit(tmp_path))
+
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    fresh = {"user_id": ["new"] * 3 + ["u1", "u2"], "item_id": ["i3", "i4", "i5", "i-new", "i-new"]}
+    report = add_to_repository(tmp_path, interactions=Dataset.from_dict(fresh), retrain=True)
+    assert (report["users"], report["items"]) == (1, 1)
+    assert (tmp_path / "model.safetensors").read_bytes() == weights
+    model = FISMModel.from_pretrained(tmp_path / "collaborative")
+    rows = load_indexes(tmp_path / "collaborative" / "ids.safetensors")
+    of_new = model.edge_items[model.edge_users == int(rows["user"].rows(["new"])[0])].tolist()
+    assert [rows["item"][row] for row in of_new] == fresh["item_id"][:3]
+    remove_from_repository(tmp_path, users=["new", "u2"])
+    left = FISMModel.from_pretrained(tmp_path / "collaborative")
+    assert left.config.num_users == model.config.num_users - 2
+    assert len(left.edge_users) == len(model.edge_users) - 3 - 12
+    kept = load_indexes(tmp_path / "collaborative" / "ids.safetensors")["user"].ids()
+    former = model.user_embeddings()[torch.from_numpy(rows["user"].rows(kept))]
+    assert torch.allclose(left.user_embeddings(), former, atol=1e-6)

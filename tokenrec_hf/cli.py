@@ -46,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after `tokenrec`; by default those of the process.
 
     Returns:
-        The exit status: 0, 1 where the command failed or an audit did not pass, 130 where it was interrupted. A wrong usage ends in argparse's
-        `SystemExit(2)`. With the environment variable `TOKENREC_DEBUG`, errors keep their traceback.
+        The exit status: 0, 1 where the command failed or an audit did not pass, 130 where it was interrupted. A wrong usage ends
+        in argparse's `SystemExit(2)`. With the environment variable `TOKENREC_DEBUG`, errors keep their traceback.
     """
     parser, commands = _parsers()
     arguments, settings = parser.parse_known_args(_respelled(sys.argv[1:] if argv is None else argv, commands))

@@ -127,6 +127,16 @@ class MatrixFactorizationModel(PreTrainedModel):
             init.normal_(module.weight, std=self.config.initializer_range)
 
 
+def _with_edges(model_class, config, interactions: InteractionMatrix):
+    """A fresh model that holds the interactions as buffers, sorted by user and each user's in time order."""
+    config.num_users, config.num_items = interactions.num_users, interactions.num_items
+    config.num_interactions = len(interactions)
+    model = model_class(config)
+    model.edge_users.copy_(torch.from_numpy(interactions.users))
+    model.edge_items.copy_(torch.from_numpy(interactions.items))
+    return model
+
+
 class _Propagation(torch.autograd.Function):
     """A sparse matrix times a dense one, with the transposed product as its backward pass."""
 
@@ -165,12 +175,7 @@ class LightGCNModel(MatrixFactorizationModel):
     @classmethod
     def from_interactions(cls, config: LightGCNConfig, interactions: InteractionMatrix) -> LightGCNModel:
         """A fresh model over the graph of `interactions` (the training interactions only)."""
-        config.num_users, config.num_items = interactions.num_users, interactions.num_items
-        config.num_interactions = len(interactions)
-        model = cls(config)
-        model.edge_users.copy_(torch.from_numpy(interactions.users))
-        model.edge_items.copy_(torch.from_numpy(interactions.items))
-        return model
+        return _with_edges(cls, config, interactions)
 
     def adjacency(self) -> torch.Tensor:
         """The symmetrically normalised adjacency matrix, sparse CSR `[num_users + num_items] * 2`, built once."""
@@ -235,12 +240,7 @@ class FISMModel(PreTrainedModel):
     @classmethod
     def from_interactions(cls, config: FISMConfig, interactions: InteractionMatrix) -> FISMModel:
         """A fresh model of the histories in `interactions` (the training interactions only)."""
-        config.num_users, config.num_items = interactions.num_users, interactions.num_items
-        config.num_interactions = len(interactions)
-        model = cls(config)
-        model.edge_users.copy_(torch.from_numpy(interactions.users))
-        model.edge_items.copy_(torch.from_numpy(interactions.items))
-        return model
+        return _with_edges(cls, config, interactions)
 
     def tables(self) -> list[tuple[str, nn.Embedding]]:
         """What is learned, a row an item: `("item", table)`."""
