@@ -197,7 +197,7 @@ def test_history_and_targets_are_disjoint_parts_of_what_the_user_did(
         history, wanted = items_in(batch["seen_items"][row]), items_in(batch["labels"][row])
         assert len(history + wanted) == len(set(history + wanted))
         assert set(history + wanted) <= set(histories[user])
-        assert len(history) <= min(max_history, train_history or max_history)
+        assert len(history) <= min(max_history, train_history or max_history) or not shuffle
         # As many targets as there are (after the moment, where there is one), first, and padding after them.
         assert 1 <= len(wanted) <= min(targets, len(histories[user]) - len(history))
         assert len(wanted) == min(targets, len(histories[user]) - len(history)) or not shuffle
@@ -390,34 +390,57 @@ def test_user_vectors_come_along_as_rows_of_the_users(tokenizer):
 
 
 def test_in_time_order_the_latest_items_before_a_moment_are_shown_and_the_next_ones_wanted(tokenizer):
-    histories = [list(range(10)), list(range(9, -1, -1)), *[[3, 1]] * (NUM_USERS - 2)]
+    histories = [list(range(user % 7, user % 7 + 10)) for user in range(NUM_USERS)]
+    (template,) = templates = HISTORY_TEMPLATES[:1]
     collator = make_collator(
-        tokenizer, histories, templates=HISTORY_TEMPLATES, train_history=4, targets_per_prompt=3, shuffle_history=False
+        tokenizer, histories, templates=templates, train_history=4, targets_per_prompt=3, shuffle_history=False
     )
     moments = set()
     for epoch in range(40):
         batch = training_batch(collator, range(NUM_USERS), epoch)
         for user in range(NUM_USERS):
-            shown, wanted = items_in(batch["seen_items"][user]), items_in(batch["labels"][user])
+            known, wanted = items_in(batch["seen_items"][user]), items_in(batch["labels"][user])
             moment = histories[user].index(wanted[0])
             moments.add((user, moment))
-            assert shown == histories[user][max(moment - 4, 0) : moment]
+            shown = histories[user][max(moment - 4, 0) : moment]
+            assert prompt_tokens(batch, user) == tokens_of(tokenizer, template, user, shown)
+            # Also what is too old to be shown does not compete.
+            assert known == histories[user][:moment]
             assert wanted == histories[user][moment : moment + 3]
     assert {moment for user, moment in moments if user == 0} == set(range(1, 10))
 
 
-def test_the_query_of_a_cut_history_is_drawn_to_the_vector_of_that_history(tokenizer):
+class OneCode:
+    """An MQ-Tokenizer whose codes are the vector's one number."""
+
+    def encode(self, vectors):
+        return vectors.long().expand(-1, 3)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("template", [USER_ONLY_TEMPLATES[0], HISTORY_TEMPLATES[0]])
+def test_while_training_a_user_is_what_is_known_before_the_items_to_retrieve(tokenizer, template, shuffle):
     def pool(rows, items, ages, count):
         assert (ages >= 0).all()
-        return torch.zeros(count, 1).index_add(0, rows, (items * 100 + ages)[:, None].float())
+        return torch.zeros(count, 1).index_add(0, rows, (items + ages)[:, None].float())
 
     whole = torch.full((NUM_USERS, 1), -1.0)
-    options = {"user_vectors": whole, "pool_history": pool, "shuffle_history": False, "train_history": 2}
-    collator = make_collator(tokenizer, [[4, 2, 6]] * NUM_USERS, templates=HISTORY_TEMPLATES, **options)
-    batch = training_batch(collator, range(NUM_USERS))
-    expected = {2: 400.0, 6: 400 + 1 + 200}
-    for user in range(NUM_USERS):
-        assert batch["user_embeds"][user].item() == expected[items_in(batch["labels"][user])[0]]
-    alone = make_collator(tokenizer, [[4, 2, 6]] * NUM_USERS, templates=USER_ONLY_TEMPLATES, **options)
-    assert torch.equal(training_batch(alone, range(NUM_USERS))["user_embeds"], whole)
-    assert torch.equal(evaluation_batch(collator, range(NUM_USERS))["user_embeds"], whole)
+    options = {"pool_history": pool, "user_mq": OneCode(), "shuffle_history": shuffle, "targets_per_prompt": 3}
+    collator = make_collator(tokenizer, [[4, 2, 6]] * NUM_USERS, templates=[template], user_vectors=whole, **options)
+    words = tokenizer.code_token_ids("user")
+    for epoch in range(10):
+        batch = training_batch(collator, range(NUM_USERS), epoch)
+        for user in range(NUM_USERS):
+            known, wanted = items_in(batch["seen_items"][user]), items_in(batch["labels"][user])
+            assert sorted(known + wanted) == [2, 4, 6] and known and wanted
+            assert shuffle or (known + wanted) == [4, 2, 6]
+            expected = sum(known) + sum(range(len(known)))
+            assert batch["user_embeds"][user].item() == expected
+            mine = [token for token in prompt_tokens(batch, user) if token in words]
+            assert mine == words[:, expected].tolist()
+    # Whoever has one interaction only has no past, and evaluation shows the users as they are.
+    single = make_collator(tokenizer, [[4]] * NUM_USERS, templates=[template], user_vectors=whole, **options)
+    for batch in (training_batch(single, range(NUM_USERS)), evaluation_batch(collator, range(NUM_USERS))):
+        assert torch.equal(batch["user_embeds"], whole)
+        found = [token for token in prompt_tokens(batch, 0) if token in words]
+        assert found == tokenizer.entity_token_ids("user", USER_IDS[:1])[0, -3:].tolist()

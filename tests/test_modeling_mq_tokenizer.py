@@ -602,3 +602,60 @@ def test_a_bad_setting_is_named_with_what_is_allowed(settings, message):
 
 def test_trainer_is_told_that_the_loss_is_already_a_mean():
     assert MQTokenizerModel.accepts_loss_kwargs is False
+
+
+# ---- residual quantisation
+
+
+def naive_residual(model, x):
+    """Codes and reconstructions of standardised `x` `[n, d]`: each book takes the nearest to what is left, and they add up."""
+    codes, reconstructions = [], []
+    for row in x:
+        rest, mine = row.copy(), []
+        for book in array(model.codebooks):
+            mine.append(min(range(len(book)), key=lambda codeword: np.sum((rest - book[codeword]) ** 2)))
+            rest = rest - book[mine[-1]]
+        codes.append(mine)
+        reconstructions.append(row - rest)
+    return np.array(codes), np.array(reconstructions)
+
+
+def test_residual_books_quantise_what_those_before_them_left():
+    model, x = prepared(residual=True).eval(), vectors()
+    codes, reconstructions = naive_residual(model, standardised(model, x))
+    assert model.encode(x).tolist() == codes.tolist()
+    expected = array(model.mean) + array(model.scale) * reconstructions
+    np.testing.assert_allclose(array(model.decode(model.encode(x))), expected, rtol=1e-5, atol=1e-5)
+    output = model(x)
+    assert output.codes.tolist() == codes.tolist()
+    np.testing.assert_allclose(array(output.reconstruction), expected, rtol=1e-5, atol=1e-5)
+    rest = standardised(model, x) - reconstructions
+    assert output.reconstruction_loss.item() == pytest.approx((rest**2).sum(-1).mean(), rel=1e-4)
+
+
+def test_each_residual_book_is_kmeans_of_what_is_left():
+    model, x = prepared(residual=True), vectors()
+    rest = torch.tensor(standardised(model, x)).float()
+    for k, book in enumerate(model.codebooks.detach()):
+        torch.testing.assert_close(book, kmeans(rest, 8, seed=k))
+        rest = rest - book[model.encode(x)[:, k]]
+
+
+def test_residual_books_lose_less_with_every_book_and_less_than_encoders_side_by_side():
+    x = vectors(600, 16)
+    settings = {"embedding_dim": 16, "codebook_size": 16}
+    errors = []
+    for count in (1, 2, 4, 8):
+        model = tiny(**settings, residual=True, num_codebooks=count)
+        model.prepare(x)
+        errors.append(model.statistics(x)["reconstruction_error"])
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.5 * errors[0]
+
+
+def test_a_residual_model_has_codebooks_only_and_is_saved_as_such(tmp_path):
+    model, x = prepared(residual=True), vectors()
+    assert [name for name, _ in model.named_parameters()] == ["codebooks"]
+    assert model.config.codebook_dim == model.config.embedding_dim
+    model.save_pretrained(tmp_path)
+    loaded = MQTokenizerModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded.encode(x), model.encode(x)) and loaded.space_id == model.space_id

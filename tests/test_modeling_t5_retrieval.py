@@ -441,6 +441,22 @@ def test_code_tokens_resemble_each_other_as_their_codewords_do():
     assert np.mean(across) < 0.2
 
 
+def test_the_tokens_of_residual_codewords_add_up_as_their_codewords_do():
+    model, token_ids, codebooks = code_tokens()
+    codebooks[1] *= 0.3
+    model.initialize_code_tokens(token_ids, codebooks, num_words=200, residual=True)
+    table, words = array(model.get_input_embeddings().weight), array(codebooks)
+    # One linear map for all the books: from the differences of the first book follow those of a sum over all.
+    random = np.random.default_rng(0)
+    one, other = random.integers(0, 20, (2, 200, len(words)))
+    books = np.arange(len(words))
+    before = (words[books, one] - words[books, other]).sum(1)
+    after = (table[token_ids.numpy()[books, one]] - table[token_ids.numpy()[books, other]]).sum(1)
+    mapping = np.linalg.lstsq(before, after, rcond=None)[0]
+    np.testing.assert_allclose(before @ mapping, after, atol=1e-4)
+    assert table[token_ids.flatten()].std() == pytest.approx(table[:200].std(), rel=0.05)
+
+
 def test_alike_codewords_still_get_tokens_that_differ():
     model, token_ids, _ = code_tokens()
     model.initialize_code_tokens(token_ids, torch.ones(3, 20, 32), num_words=200)

@@ -424,3 +424,53 @@ def test_histories_are_split_anew_in_every_epoch_and_nothing_known_is_asked_for(
                 assert sorted(known + wanted) == sorted(histories[user])
                 assert ages == [len(histories[user]) - 1 - histories[user].index(item) for item in known]
     assert {size for user, size in sizes if user == 3} == {1, 2, 3}
+
+
+def test_examples_of_like_length_share_a_batch_in_an_order_of_seed_and_epoch():
+    lengths = np.random.default_rng(0).integers(1, 100, 1030)
+    sampler = stages.LengthGroupedSampler(lengths, 10, seed=0)
+    orders = []
+    for epoch in (0, 1, 1):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+        assert sorted(orders[-1]) == list(range(1030))
+    other = list(stages.LengthGroupedSampler(lengths, 10, seed=1))
+    assert orders[1] == orders[2] and orders[0] != orders[1] and other != orders[0]
+    batches = lengths[np.array(orders[0]).reshape(-1, 10)]
+    spread = (batches.max(1) - batches.min(1)).mean()
+    assert spread < 10  # 82 in batches drawn at random
+    assert not (np.diff(batches.mean(1)) >= 0).all()
+
+
+@pytest.mark.parametrize("most_steps, epochs", [(None, 3), (100, 3), (4, 2), (1, 1)])
+def test_large_data_get_fewer_epochs(data, tmp_path, most_steps, epochs):
+    settings = load_recipe("quickstart")["collaborative"]
+    settings["training"] |= {"num_train_epochs": 3, "per_device_train_batch_size": -(-len(data.interactions) // 2)}
+    settings |= {"most_steps": most_steps}
+    assert stages.train_collaborative(data.interactions, settings, tmp_path).epochs == epochs
+
+
+@pytest.mark.parametrize("half_life", [None, 2])
+def test_vectors_of_pasts_are_those_of_parts_of_the_histories(half_life):
+    users, items = np.array([0, 0, 0, 1, 2, 2]), np.array([3, 1, 2, 0, 1, 3])
+    interactions = InteractionMatrix(users, items, 3, 4)
+    config = stages.FISMModel.config_class(embedding_dim=5, half_life=half_life)
+    model = stages.FISMModel.from_interactions(config, interactions)
+    table = model.history_table.weight.detach()
+    weight = 1.0 if half_life is None else 2 ** (-1 / half_life)
+    parts = {0: [[3], [1], [2], [3, 1], [3, 2], [1, 2]], 2: [[1], [3]]}
+    if half_life:
+        parts = {0: [[3], [3, 1]], 2: [[1]]}
+    possible = {
+        user: [
+            torch.nn.functional.normalize(sum(table[i] * weight**age for age, i in enumerate(part[::-1])), dim=0)
+            for part in mine
+        ]
+        for user, mine in parts.items()
+    }
+    found = stages.past_user_embeddings(model, interactions, 20)
+    assert found.shape == (40, 5)  # a user with one item has no past
+    for vector, user in zip(found, [0, 2] * 20):
+        assert any(torch.allclose(vector, one, atol=1e-5) for one in possible[user])
+    assert len(found.unique(dim=0)) > 2
+    assert len(stages.past_user_embeddings(model, interactions, 0)) == 0

@@ -21,6 +21,10 @@ class MQTokenizerConfig(PreTrainedConfig):
         mask_ratio: rho, the probability that an input element is zeroed while training (Eq. 2). The paper's best: 0.2.
         commitment_weight: beta, the weight of the commitment loss (Eq. 13-14).
         kmeans_init: start the codebooks from a k-means of the encoder outputs (else from random numbers).
+        residual: not the paper's: no encoders and no decoder; each codebook quantises what the ones before it have left of the
+            vector, and their sum is its reconstruction (residual quantisation). k-means finds such codebooks, without any
+            training, and they lose less of vectors of many dimensions. `codebook_dim` is then `embedding_dim`, and `hidden_dim`
+            means nothing.
         revive_dead: while training, replace codewords that are no longer used by encoder outputs of the batch.
     """
 
@@ -34,10 +38,13 @@ class MQTokenizerConfig(PreTrainedConfig):
     mask_ratio: float | int = 0.2
     commitment_weight: float | int = 0.25
     kmeans_init: bool = True
+    residual: bool = False
     revive_dead: bool = True
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        if self.residual:
+            self.codebook_dim = self.embedding_dim
         for name in ("embedding_dim", "num_codebooks", "codebook_size", "codebook_dim", "hidden_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)} but must be at least 1.")

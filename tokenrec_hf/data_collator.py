@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from .interaction_matrix import InteractionMatrix, bounded, stateless_random
+from .modeling_mq_tokenizer import MQTokenizerModel
 from .prompts import HISTORY_TEMPLATES, SEEN_TEMPLATES, PromptTemplate
 
 # Numbers of the random streams of one example; each stream is disjoint from the others.
@@ -28,16 +29,19 @@ class PromptDataset(Dataset):
         users: user rows, int `[n]`.
         targets: item row to retrieve for each user, int `[n]` (evaluation); without it (training), the collator splits each
             user's interactions into history and targets anew in every epoch.
+        lengths: of the users' histories, int `[n]`, to group examples by while training.
     """
 
-    def __init__(self, users: np.ndarray, targets: np.ndarray | None = None):
+    def __init__(self, users: np.ndarray, targets: np.ndarray | None = None, lengths: np.ndarray | None = None):
         self.users, self.targets = np.asarray(users), targets
+        self.lengths = lengths
         self.epoch = 0
 
     @classmethod
     def for_training(cls, interactions: InteractionMatrix) -> PromptDataset:
         """All users with at least one interaction."""
-        return cls(np.flatnonzero(interactions.lengths > 0))
+        users = np.flatnonzero(interactions.lengths > 0)
+        return cls(users, lengths=interactions.lengths[users])
 
     def set_epoch(self, epoch: int) -> None:
         """Makes the next pass draw prompts, histories, targets and negatives of this epoch."""
@@ -58,9 +62,10 @@ class DataCollatorForGenerativeRetrieval:
 
     While training, a user's interactions are shuffled and split: a random number of them, from 1 to `train_history`, is the
     history of the prompt, and up to `targets_per_prompt` others are the items to retrieve. Without `shuffle_history` they are
-    cut at a random moment: the latest before it are the history, the next ones are to be retrieved. An example with a
-    `target` keeps the whole history. A history is at most `max_history` items (the latest), and as many fewer, whole, as `max_length` takes.
-    A user without history gets a template without history.
+    cut at a random moment: the latest before it are the history, the next ones are to be retrieved. With `pool_history` and
+    `user_mq` the user's own tokens are those of that past too: the user's vector of all interactions would tell what is to be
+    found. An example with a `target` keeps the whole history and the user's tokens. A history is at most `max_history` items
+    (the latest), and as many fewer, whole, as `max_length` takes. A user without history gets a template without history.
 
     Args:
         tokenizer: a [`TokenRecTokenizer`] that knows all the users and items.
@@ -75,8 +80,9 @@ class DataCollatorForGenerativeRetrieval:
         num_negatives: un-interacted items drawn per example: P for the `cosine_ranking` loss, any number for a sampled softmax.
         with_seen_items: add the rows of the history as `seen_items`, which the full softmax takes out of the competition.
         user_vectors: collaborative vectors `[num_users, d]`, given to the model as `user_embeds` for its alignment loss.
-        pool_history: makes the collaborative vector of a user of a history that ends earlier, see [`FISMModel.pool`]; replaces
-            `user_vectors` where a history was cut in time.
+        pool_history: makes the collaborative vectors of users whose histories end earlier, see [`FISMModel.pool`]; they
+            take the place of `user_vectors` while training. Together with `user_mq`.
+        user_mq: the users' [`MQTokenizerModel`], which makes tokens of these vectors.
         shuffle_history: random order of the history, else time order.
         seed: of all random choices.
 
@@ -105,6 +111,7 @@ class DataCollatorForGenerativeRetrieval:
         with_seen_items: bool = False,
         user_vectors: torch.Tensor | None = None,
         pool_history: Callable[..., torch.Tensor] | None = None,
+        user_mq: MQTokenizerModel | None = None,
         shuffle_history: bool = True,
         seed: int = 0,
     ):
@@ -120,7 +127,8 @@ class DataCollatorForGenerativeRetrieval:
         plain = np.flatnonzero(~self.uses_history)
         self.plain_pool = plain if len(plain) else np.arange(len(every))
         self.shuffle_history, self.with_seen_items = shuffle_history, with_seen_items
-        self.user_vectors, self.pool_history = user_vectors, pool_history
+        self.user_vectors, self.pool_history, self.user_mq = user_vectors, pool_history, user_mq
+        self.user_code_tokens = tokenizer.code_token_ids("user")  # [K, L]
         self.targets_per_prompt, self.num_negatives = targets_per_prompt, num_negatives
         widths = np.array([sum(map(len, parts)) for parts in self.parts]) + self.user_tokens.shape[1]
         self.capacity = np.minimum((max_length - widths) // self.item_tokens.shape[1], max_history)
@@ -135,17 +143,19 @@ class DataCollatorForGenerativeRetrieval:
         targets = np.array([feature["target"] for feature in features]) if "target" in features[0] else None
         template = self._templates(users, epoch, training=targets is None)
         embeds = None if self.user_vectors is None else self.user_vectors[torch.from_numpy(users)]
-        if targets is None and not self.shuffle_history:
-            indptr, history, labels, size = self._cut(users, epoch, template)
-            if embeds is not None and self.pool_history is not None:
-                embeds = self._pooled(self.pool_history, users, size, embeds)
-        elif targets is None:
-            indptr, history, labels = self._split(users, epoch, template)
+        user_tokens = self.user_tokens[users]  # [B, E_u]
+        if targets is None:
+            past, shown, labels = self._divide(users, epoch, template)
+            if self.pool_history is not None and self.user_mq is not None:
+                vectors = self._pooled(self.pool_history, len(users), past)
+                user_tokens = self._with_codes(user_tokens, self.user_mq, vectors, past.sizes)
+                if embeds is not None:
+                    embeds = torch.where(torch.from_numpy(past.sizes > 0)[:, None], vectors, embeds)
         else:
-            indptr, history = self._whole_history(users, epoch, template)
+            past = shown = self._whole_history(users, epoch, template)
             labels = np.full((len(users), self.targets_per_prompt), IGNORED)
             labels[:, 0] = targets
-        batch = self._assemble(users, template, indptr, history)
+        batch = self._assemble(user_tokens, template, shown)
         batch["labels"] = torch.from_numpy(labels)
         if self.num_negatives:
             negatives = self.interactions.sample_negatives(
@@ -155,7 +165,7 @@ class DataCollatorForGenerativeRetrieval:
         if embeds is not None:
             batch["user_embeds"] = embeds
         if self.with_seen_items:
-            batch["seen_items"] = torch.from_numpy(_padded(indptr, history))
+            batch["seen_items"] = torch.from_numpy(past.padded())
         return batch
 
     def _templates(self, users: np.ndarray, epoch: int, training: bool) -> np.ndarray:
@@ -167,55 +177,50 @@ class DataCollatorForGenerativeRetrieval:
         plain = self.plain_pool[bounded(random, len(self.plain_pool))]
         return np.where(short & self.uses_history[template], plain, template)
 
-    def _split(self, users, epoch, template):
-        """Random history and targets: `(indptr [B + 1], history, labels [B, P])`."""
+    def _divide(self, users, epoch, template):
+        """What is known of each user, what of it is shown, and what is to be retrieved: two [`_Ragged`] and labels `[B, P]`."""
         indptr, items = self.interactions.of_users(users)
         lengths = np.diff(indptr)
         row = np.repeat(np.arange(len(users)), lengths)
-        position = np.arange(len(items)) - indptr[row]
-        shuffled = self._shuffled(users, epoch, row, position)
-        row, items, position = row[shuffled], items[shuffled], position[shuffled]
         rank = np.arange(len(items)) - indptr[row]
-        longest = np.minimum(np.minimum(lengths - 1, self.train_history), self.capacity[template])
-        size = 1 + bounded(stateless_random(self.seed, epoch, users, 1, _HISTORY_SIZE)[:, 0], np.maximum(longest, 1))
-        size = np.where(self.uses_history[template] & (longest > 0), size, 0)
-        labels = np.full((len(users), self.targets_per_prompt), IGNORED)
-        target = (rank >= size[row]) & (rank < size[row] + self.targets_per_prompt)
-        labels[row[target], (rank - size[row])[target]] = items[target]
-        chosen = rank < size[row]
-        return _indptr(size), items[chosen], labels
-
-    def _cut(self, users, epoch, template):
-        """A past and what followed it: `(indptr [B + 1], history, labels [B, P], length of the past [B])`."""
-        indptr, items = self.interactions.of_users(users)
-        lengths = np.diff(indptr)
-        row = np.repeat(np.arange(len(users)), lengths)
-        position = np.arange(len(items)) - indptr[row]
-        uses_history = self.uses_history[template] & (lengths > 1)
+        longest, fitting = lengths - 1, np.minimum(self.train_history, self.capacity[template])
+        if self.shuffle_history:
+            items = items[self._shuffled(users, epoch, row, rank)]
+            longest = np.minimum(longest, fitting)
         random = stateless_random(self.seed, epoch, users, 1, _HISTORY_SIZE)[:, 0]
-        past = np.where(uses_history, 1 + bounded(random, np.maximum(lengths - 1, 1)), 0)
-        size = np.minimum(np.minimum(past, self.train_history), self.capacity[template])
-        # Without a history there is no moment, and the latest items count.
-        first = np.where(uses_history, past, np.maximum(lengths - self.targets_per_prompt, 0))
+        # Without pooling, a template without history knows nothing but the user.
+        knows = (lengths > 1) & (self.uses_history[template] | (self.user_mq is not None))
+        past = np.where(knows, 1 + bounded(random, np.maximum(longest, 1)), 0)
+        size = np.where(self.uses_history[template], np.minimum(past, fitting), 0)
+        # Where nothing is known there is no moment, and the latest items count.
+        first = (
+            past if self.shuffle_history else np.where(knows, past, np.maximum(lengths - self.targets_per_prompt, 0))
+        )
         labels = np.full((len(users), self.targets_per_prompt), IGNORED)
-        target = (position >= first[row]) & (position < first[row] + self.targets_per_prompt)
-        labels[row[target], (position - first[row])[target]] = items[target]
-        shown = (position < past[row]) & (position >= (past - size)[row])
-        return _indptr(size), items[shown], labels, past
+        target = (rank >= first[row]) & (rank < first[row] + self.targets_per_prompt)
+        labels[row[target], (rank - first[row])[target]] = items[target]
+        known = rank < past[row]
+        return _Ragged(past, items[known]), _Ragged(size, items[known & (rank >= (past - size)[row])]), labels
 
-    def _pooled(self, pool_history, users, past, whole):
-        """Collaborative vectors of the pasts `[B, d]`; of users without one, those of their `whole` histories."""
-        indptr, items = self.interactions.of_users(users)
-        row = np.repeat(np.arange(len(users)), np.diff(indptr))
-        position = np.arange(len(items)) - indptr[row]
-        known = position < past[row]
-        parts = (row[known], items[known], (past[row] - 1 - position)[known])
-        with torch.no_grad():
-            pooled = pool_history(*map(torch.from_numpy, parts), len(users))
-        return torch.where(torch.from_numpy(past > 0)[:, None], pooled, whole)
+    @staticmethod
+    @torch.no_grad()
+    def _pooled(pool_history, count, past):
+        """Collaborative vectors of the pasts, `[B, d]`."""
+        ages = past.sizes[past.rows] - 1 - past.ranks
+        return pool_history(*map(torch.from_numpy, (past.rows, past.values, ages)), count)
+
+    def _with_codes(self, user_tokens, user_mq, vectors, sizes):
+        """`user_tokens` `[B, E_u]` with the codes of `vectors` `[B, d]` where the past has any `sizes`."""
+        codes = user_mq.encode(vectors).numpy()  # [B, K]
+        count = codes.shape[1]
+        tokens = user_tokens.copy()
+        tokens[:, -count:] = np.where(
+            sizes[:, None] > 0, self.user_code_tokens[np.arange(count), codes], tokens[:, -count:]
+        )
+        return tokens
 
     def _whole_history(self, users, epoch, template):
-        """The latest items that fit: `(indptr [B + 1], history)`."""
+        """The latest items that fit, a [`_Ragged`]."""
         indptr, items = self.interactions.of_users(users)
         lengths = np.diff(indptr)
         size = np.where(self.uses_history[template], np.minimum(lengths, self.capacity[template]), 0)
@@ -225,45 +230,47 @@ class DataCollatorForGenerativeRetrieval:
         row, items, position = row[kept], items[kept], position[kept]
         if self.shuffle_history:
             items = items[self._shuffled(users, epoch, row, position)]
-        return _indptr(size), items
+        return _Ragged(size, items)
 
     def _shuffled(self, users, epoch, row, position):
         """An order that keeps the rows together and is random within each."""
         element = users[row].astype(np.uint64) << np.uint64(32) | position.astype(np.uint64)
         return np.lexsort((stateless_random(self.seed, epoch, element, 1)[:, 0], row))
 
-    def _assemble(self, users, template, indptr, history) -> dict[str, torch.Tensor]:
-        size, width = np.diff(indptr), self.item_tokens.shape[1]
-        static = np.array([sum(map(len, parts)) for parts in self.parts]) + self.user_tokens.shape[1]
-        length = static[template] + size * width
-        ids = np.full((len(users), length.max()), self.pad_token_id, dtype=np.int64)
-        row = np.repeat(np.arange(len(users)), size)
-        rank = np.arange(len(history)) - indptr[row]
-        start = np.zeros(len(users), dtype=np.int64)
+    def _assemble(self, user_tokens, template, history) -> dict[str, torch.Tensor]:
+        width, entity = self.item_tokens.shape[1], user_tokens.shape[1]
+        static = np.array([sum(map(len, parts)) for parts in self.parts]) + entity
+        length = static[template] + history.sizes * width
+        ids = np.full((len(template), length.max()), self.pad_token_id, dtype=np.int64)
+        start = np.zeros(len(template), dtype=np.int64)
         for number in np.unique(template):
             before, *between, after = self.parts[number]
             rows = np.flatnonzero(template == number)[:, None]
             at = len(before)
             ids[rows, np.arange(at)] = before
-            ids[rows, at + np.arange(self.user_tokens.shape[1])] = self.user_tokens[users[rows[:, 0]]]
-            at += self.user_tokens.shape[1]
+            ids[rows, at + np.arange(entity)] = user_tokens[rows[:, 0]]
+            at += entity
             for words in between:
                 ids[rows, at + np.arange(len(words))] = words
                 at += len(words)
             start[rows] = at
             ids[rows, length[rows] - len(after) + np.arange(len(after))] = after
-        ids[row[:, None], start[row, None] + rank[:, None] * width + np.arange(width)] = self.item_tokens[history]
+        row, rank = history.rows[:, None], history.ranks[:, None]
+        ids[row, start[row] + rank * width + np.arange(width)] = self.item_tokens[history.values]
         mask = np.arange(ids.shape[1]) < length[:, None]
         return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
 
 
-def _indptr(sizes: np.ndarray) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+class _Ragged:
+    """Rows of different lengths, one after the other: `sizes` `[B]`, and of each of the `values` its row and its rank there."""
 
+    def __init__(self, sizes: np.ndarray, values: np.ndarray):
+        self.sizes, self.values = sizes, values
+        self.rows = np.repeat(np.arange(len(sizes)), sizes)
+        self.ranks = np.arange(len(values)) - (np.cumsum(sizes) - sizes)[self.rows]
 
-def _padded(indptr: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Ragged rows as a rectangle `[B, longest]` (at least one column) filled up with -100."""
-    sizes = np.diff(indptr)
-    table = np.full((len(sizes), max(1, int(sizes.max(initial=0)))), IGNORED, dtype=np.int64)
-    table[np.arange(table.shape[1]) < sizes[:, None]] = values
-    return table
+    def padded(self) -> np.ndarray:
+        """A rectangle `[B, longest]` (at least one column) filled up with -100."""
+        table = np.full((len(self.sizes), max(1, int(self.sizes.max(initial=0)))), IGNORED, dtype=np.int64)
+        table[self.rows, self.ranks] = self.values
+        return table

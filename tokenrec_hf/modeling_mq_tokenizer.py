@@ -75,9 +75,10 @@ class MQTokenizerModel(PreTrainedModel):
     def __init__(self, config: MQTokenizerConfig):
         super().__init__(config)
         d, hidden, d_c = config.embedding_dim, config.hidden_dim, config.codebook_dim
-        self.encoders = nn.ModuleList(MLP(d, hidden, hidden, hidden, d_c) for _ in range(config.num_codebooks))
+        encoders = 0 if config.residual else config.num_codebooks
+        self.encoders = nn.ModuleList(MLP(d, hidden, hidden, hidden, d_c) for _ in range(encoders))
         self.codebooks = nn.Parameter(torch.empty(config.num_codebooks, config.codebook_size, d_c))
-        self.decoder = MLP(d_c, hidden, hidden, d)
+        self.decoder: nn.Module = nn.Identity() if config.residual else MLP(d_c, hidden, hidden, d)
         self.register_buffer("mean", torch.zeros(d))
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("usage", torch.ones(config.num_codebooks, config.codebook_size))
@@ -97,7 +98,7 @@ class MQTokenizerModel(PreTrainedModel):
             ValueError: wrong shape, or a value that is not finite.
         """
         vectors = self._checked(vectors)
-        chunks = [self.assign(self.encoder_outputs(self._standardise(part))) for part in vectors.split(ENCODE_CHUNK)]
+        chunks = [self.quantise(self._standardise(part))[1] for part in vectors.split(ENCODE_CHUNK)]
         return torch.cat(chunks) if chunks else torch.empty(0, self.config.num_codebooks, dtype=torch.long)
 
     @torch.no_grad()
@@ -112,7 +113,7 @@ class MQTokenizerModel(PreTrainedModel):
             raise ValueError(f"codes have shape {tuple(codes.shape)} but the MQ-Tokenizer expects [n, {count}].")
         if len(codes) and (codes.min() < 0 or codes.max() >= size):
             raise ValueError(f"codes must be in [0, {size}) but range from {int(codes.min())} to {int(codes.max())}.")
-        return self._reconstruct(self.codewords(codes).mean(dim=1))
+        return self.mean + self.scale * self.decoder(self._combined(self.codewords(codes)))
 
     @property
     def space_id(self) -> str:
@@ -134,8 +135,10 @@ class MQTokenizerModel(PreTrainedModel):
         spread = (vectors - self.mean).square().mean().sqrt()
         self.scale.copy_(spread if spread > 0 else torch.ones(()))
         if self.config.kmeans_init:
-            outputs = self.encoder_outputs(self._standardise(vectors))  # [n, K, d_c]
+            x = self._standardise(vectors)
             for k in range(self.config.num_codebooks):
+                # With `residual`, what the books before k leave depends on their centres.
+                outputs, _ = self.quantise(x)  # [n, K, d_c]
                 self.codebooks[k] = kmeans(outputs[:, k], self.config.codebook_size, seed=seed + k)
 
     @torch.no_grad()
@@ -185,14 +188,13 @@ class MQTokenizerModel(PreTrainedModel):
         `labels` is ignored: the target is the input itself. It exists for `Trainer`, which evaluates a loss only with labels.
         """
         x = self._standardise(vectors)
-        outputs = self.encoder_outputs(self.mask(x) if self.training else x)  # a: [B, K, d_c]
-        codes = self.assign(outputs)  # w: [B, K]
+        outputs, codes = self.quantise(self.mask(x) if self.training else x)  # a: [B, K, d_c], w: [B, K]
         if self.training and self.config.revive_dead:
             self._revive_dead(outputs.detach(), codes)
         words = self.codewords(codes)  # c: [B, K, d_c]
         # Straight-through estimator: the decoder reads the codewords, its gradient goes to the encoder outputs.
-        quantised = outputs + (words - outputs).detach()
-        reconstruction = self.decoder(quantised.mean(dim=1))  # r: [B, d]
+        continuous = outputs[:, 0] if self.config.residual else outputs.mean(dim=1)
+        reconstruction = self.decoder(continuous + (self._combined(words) - continuous).detach())  # r: [B, d]
         reconstruction_loss = (x - reconstruction).square().sum(dim=-1).mean()  # Eq. 10
         codebook_loss = (outputs.detach() - words).square().sum(dim=(1, 2)).mean()  # Eq. 11
         commitment_loss = (outputs - words.detach()).square().sum(dim=(1, 2)).mean()  # Eq. 12
@@ -209,21 +211,30 @@ class MQTokenizerModel(PreTrainedModel):
         """A copy of `x` `[B, d]` with each element zeroed with probability rho, drawn anew at every call (Eq. 2-3)."""
         return x * (torch.rand_like(x) >= self.config.mask_ratio)
 
+    def quantise(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Standardised `[B, d]` to what each codebook quantises, a `[B, K, d_c]`, and the codes w, LongTensor `[B, K]`.
+
+        a^k = MLP^k(x) (Eq. 4), or, with `residual`, what the codewords before k have left of x.
+        """
+        if not self.config.residual:
+            outputs = self.encoder_outputs(x)
+            return outputs, self.assign(outputs)
+        rest = x
+        lefts: list[torch.Tensor] = []
+        codes: list[torch.Tensor] = []
+        for codebook in self.codebooks.detach():
+            lefts.append(rest)
+            codes.append(_nearest(rest.detach()[None], codebook[None])[0])
+            rest = rest - codebook[codes[-1]]
+        return torch.stack(lefts, dim=1), torch.stack(codes, dim=1)
+
     def encoder_outputs(self, x: torch.Tensor) -> torch.Tensor:
         """a^k = MLP^k(x) (Eq. 4): standardised `[B, d]` to `[B, K, d_c]`."""
         return torch.stack([encoder(x) for encoder in self.encoders], dim=1)
 
     def assign(self, outputs: torch.Tensor) -> torch.Tensor:
         """w^k = argmin_l ||a^k - c^k_l||^2 (Eq. 5-6): `[B, K, d_c]` to LongTensor `[B, K]`."""
-        codebooks = self.codebooks.detach()
-        # ||a||^2 does not change the argmin, so the distance is one matrix product.
-        distance = torch.baddbmm(
-            codebooks.square().sum(-1)[:, None, :],
-            outputs.detach().transpose(0, 1),
-            codebooks.transpose(1, 2),
-            alpha=-2,
-        )  # [K, B, L]
-        return distance.argmin(dim=-1).T
+        return _nearest(outputs.detach().transpose(0, 1), self.codebooks.detach()).T
 
     def codewords(self, codes: torch.Tensor) -> torch.Tensor:
         """c^k_{w^k}: LongTensor `[B, K]` to `[B, K, d_c]`."""
@@ -231,8 +242,9 @@ class MQTokenizerModel(PreTrainedModel):
         offsets = torch.arange(self.config.num_codebooks, device=codes.device) * self.config.codebook_size
         return nn.functional.embedding(codes + offsets, self.codebooks.flatten(0, 1))
 
-    def _reconstruct(self, mean_codeword: torch.Tensor) -> torch.Tensor:
-        return self.mean + self.scale * self.decoder(mean_codeword)
+    def _combined(self, words: torch.Tensor) -> torch.Tensor:
+        """What the decoder reads of codewords `[B, K, d_c]`: their mean (Eq. 9), with `residual` their sum; `[B, d_c]`."""
+        return words.sum(dim=1) if self.config.residual else words.mean(dim=1)
 
     def _standardise(self, vectors: torch.Tensor) -> torch.Tensor:
         return (vectors - self.mean) / self.scale
@@ -280,6 +292,13 @@ class MQTokenizerModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, MQTokenizerModel):
             init.normal_(module.codebooks)
+
+
+def _nearest(points: torch.Tensor, codebooks: torch.Tensor) -> torch.Tensor:
+    """Numbers of the nearest codewords: points `[K, B, d_c]`, codebooks `[K, L, d_c]`, LongTensor `[K, B]`."""
+    # ||a||^2 does not change the argmin, so the distance is one matrix product.
+    squares = codebooks.square().sum(-1)[:, None, :]
+    return torch.baddbmm(squares, points, codebooks.transpose(1, 2), alpha=-2).argmin(dim=-1)
 
 
 def kmeans(points: torch.Tensor, num_clusters: int, num_iterations: int = 20, seed: int = 0) -> torch.Tensor:

@@ -127,7 +127,7 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
 
     @torch.no_grad()
     def initialize_code_tokens(
-        self, token_ids: torch.Tensor, codebooks: torch.Tensor, num_words: int, seed: int = 0
+        self, token_ids: torch.Tensor, codebooks: torch.Tensor, num_words: int, seed: int = 0, residual: bool = False
     ) -> None:
         """Gives code tokens embeddings that resemble each other as their codewords do.
 
@@ -139,17 +139,20 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
             codebooks: c, `[K, L, d_c]`.
             num_words: rows of the vocabulary before the first code token, whose standard deviation is taken.
             seed: of the projection matrices, one per codebook.
+            residual: the codebooks add up to a vector: one matrix and one scale for all, so that the embeddings add up too.
         """
         table = cast(torch.Tensor, self.get_input_embeddings().weight)
-        target = table[:num_words].float().std()
+        target = table[:num_words].float().std().cpu()
         generator = torch.Generator().manual_seed(seed)
+        if residual:  # one book of all codewords
+            token_ids, codebooks = token_ids.reshape(1, -1), codebooks.flatten(0, 1)[None]
         for ids, words in zip(token_ids, codebooks.detach().float().cpu()):
             projection = torch.randn(words.shape[1], table.shape[1], generator=generator)
             rows = (words - words.mean(dim=0)) @ projection  # [L, d_model]
             spread = rows.std()
             if not spread > 0:  # one codeword, or all alike: nothing to preserve
                 rows, spread = torch.randn(rows.shape, generator=generator), torch.tensor(1.0)
-            table[ids.to(table.device)] = (rows * (target.cpu() / spread)).to(table)
+            table[ids.to(table.device)] = (rows * (target / spread)).to(table)
 
     def encode_queries(self, input_ids=None, attention_mask=None, inputs_embeds=None) -> torch.Tensor:
         """z = Proj(LLM4Rec(prompt)) (Eq. 17-18): token ids `[B, T]` to `[B, d]`.

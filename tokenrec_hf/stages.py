@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 from transformers import (
     EarlyStoppingCallback,
@@ -172,6 +172,52 @@ class VectorDataset(Dataset):
         return {"vectors": self.vectors[rows], "labels": self.vectors[rows]}
 
 
+class LengthGroupedSampler(Sampler[int]):
+    """A random order in which examples of like length are together, so that batches carry little padding.
+
+    Of `GROUP` batches drawn at random the examples are sorted, and the batches are shuffled. The order depends on seed and epoch
+    alone, so that a resumed epoch goes on where it was.
+
+    Args:
+        lengths: of the examples, `[n]`.
+        batch_size: examples of a batch.
+        seed: of the order.
+    """
+
+    GROUP = 50
+
+    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Makes the next pass that of this epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self):
+        random = np.random.default_rng((self.seed, self.epoch))
+        order = random.permutation(len(self.lengths))
+        group = np.arange(len(order)) // (self.batch_size * self.GROUP)
+        order = order[np.lexsort((self.lengths[order], group))]
+        whole = len(order) - len(order) % self.batch_size
+        batches = order[:whole].reshape(-1, self.batch_size)
+        # The batch that is not full has to be the last one.
+        return iter(np.concatenate([batches[random.permutation(len(batches))].ravel(), order[whole:]]).tolist())
+
+
+class _Trainer(Trainer):
+    """A `Trainer` that groups examples whose `lengths` the data set knows."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        if getattr(dataset, "lengths", None) is None:
+            return super()._get_train_sampler(train_dataset)
+        return LengthGroupedSampler(dataset.lengths, self.args.train_batch_size, self.args.seed)
+
+
 class SetEpoch(TrainerCallback):
     """Tells the training set which epoch begins, for its stateless random draws."""
 
@@ -282,6 +328,19 @@ def train_collaborative(
     )
 
 
+@torch.no_grad()
+def past_user_embeddings(model: FISMModel, interactions: InteractionMatrix, copies: int, seed: int = 0) -> torch.Tensor:
+    """User vectors p `[<= copies * num_users, d]` of `copies` random parts of each history, divided as in training."""
+    dataset = HistoryDataset(interactions, model.config.half_life is not None, seed)
+    found = [torch.empty(0, model.config.embedding_dim)]
+    for epoch in range(copies if len(dataset) else 0):
+        dataset.set_epoch(epoch)
+        batch = dataset.__getitems__(list(range(len(dataset))))
+        rows, items, ages = (batch[f"history_{name}"] for name in ("rows", "items", "ages"))
+        found.append(model.pool(rows, items, ages, len(dataset)))
+    return torch.cat(found)
+
+
 def train_mq_tokenizer(
     vectors: torch.Tensor, settings: Mapping[str, Any], folder: Path, *, name: str = "MQ-Tokenizer", seed: int = 0
 ) -> StageResult:
@@ -301,6 +360,8 @@ def train_mq_tokenizer(
         config["codebook_size"] = 256 if len(vectors) <= 10_000 else 512
     model = MQTokenizerModel(MQTokenizerConfig(**config))
     model.prepare(vectors, seed)
+    if model.config.residual:  # the k-means was the training
+        return StageResult(model.eval(), 0, model.statistics(vectors))
     dataset = VectorDataset(vectors)
     return _fit(
         model,
@@ -398,6 +459,9 @@ def _fit(
     if eval_batch_size is not None:
         arguments["per_device_eval_batch_size"] = eval_batch_size
     steps_per_epoch = math.ceil(len(dataset) / _examples_per_step(arguments))
+    if settings.get("most_steps") and "num_train_epochs" in arguments:
+        most = max(1, round(settings["most_steps"] / steps_per_epoch))
+        arguments["num_train_epochs"] = min(arguments["num_train_epochs"], most)
     every = max(1, round(settings["evaluate_every"] * steps_per_epoch)) if "max_steps" not in arguments else None
     every = every or settings["evaluate_every"]
     select = select and evaluation is not None
@@ -429,7 +493,7 @@ def _fit(
     if select:
         callbacks.append(EarlyStoppingCallback(settings["patience"]))
     callbacks.append(StopAt(max(1, round(epochs * steps_per_epoch)) if epochs is not None else math.inf))
-    trainer = Trainer(
+    trainer = _Trainer(
         model=model,
         args=TrainingArguments(**full),
         data_collator=collator,

@@ -39,13 +39,22 @@ from .modeling_mq_tokenizer import MQTokenizerModel
 from .modeling_t5_retrieval import T5ForGenerativeRetrieval
 from .pipeline_generative_retrieval import GenerativeRetrievalPipeline
 from .recipes import save_recipe
-from .stages import SELECT_BY, Holdout, train_collaborative, train_mq_tokenizer, train_retrieval
+from .stages import (
+    SELECT_BY,
+    Holdout,
+    past_user_embeddings,
+    train_collaborative,
+    train_mq_tokenizer,
+    train_retrieval,
+)
 from .tokenization_tokenrec import TokenRecTokenizer
 
 SPLITS = ("train", "validation", "test")
 _CONFIGS: dict[str, Callable] = {"mq_tokenizer": MQTokenizerConfig, "retrieval": T5GenerativeRetrievalConfig}
 # What `half_life: auto` chooses from on validation: whether the order of a history matters.
 HALF_LIVES = (None, 5)
+# Vectors that codebooks for users are fit to where there are fewer users: parts of their histories are added.
+USER_VECTORS = 10_000
 VARIANTS = ("tokenrec", "tokenrec_user_id_only", "tokenrec_unseen_prompt")
 
 
@@ -193,6 +202,9 @@ def check_settings(recipe: Mapping[str, Any]) -> None:
                 raise ValueError(f"{section}.{place}: {error}") from None
         if recipe[section]["training"]["per_device_train_batch_size"] < 1:
             raise ValueError(f"{section}.training.per_device_train_batch_size must be at least 1.")
+    count = recipe["mq_tokenizer"]["user_codebooks"]
+    if count is not None and (not isinstance(count, int) or count < 1):
+        raise ValueError(f"mq_tokenizer.user_codebooks is {count!r} but must be null or a number from 1 on.")
 
 
 def load_splits(output_dir: str | os.PathLike) -> DatasetDict:
@@ -257,7 +269,7 @@ def build_retrieval_model(
     first = min(int(tokenizer.code_token_ids(kind).min()) for kind in ("user", "item"))
     for kind, mq in (("user", user_mq), ("item", item_mq)):
         ids = torch.from_numpy(tokenizer.code_token_ids(kind))
-        model.initialize_code_tokens(ids, mq.codebooks.detach(), first, seed=seed + (kind == "item"))
+        model.initialize_code_tokens(ids, mq.codebooks, first, seed + (kind == "item"), residual=mq.config.residual)
     return model
 
 
@@ -331,7 +343,7 @@ class _Run:
         self._collaborative_stages(data, holdout)
         store = self._store(data)
         for kind in ("user", "item"):
-            self._stage(f"mq_{kind}", partial(self._mq_tokenizer, store, kind))
+            self._stage(f"mq_{kind}", partial(self._mq_tokenizer, data, store, kind))
         self._stage("retrieval", lambda at: self._retrieval(data, holdout, store, at))
         self._stage("evaluation", lambda at: self._evaluate(data))
         return self.record["evaluation"]["metrics"]
@@ -411,12 +423,19 @@ class _Run:
         store.set_seen(data.user_ids, [names[a:b] for a, b in zip(indptr, indptr[1:])])
         return store
 
-    def _mq_tokenizer(self, store, kind, checkpoints):
+    def _mq_tokenizer(self, data, store, kind, checkpoints):
         seed = self.recipe["seed"] + (kind == "item")
-        vectors = store.vectors(kind)
-        result = train_mq_tokenizer(
-            vectors, self.recipe["mq_tokenizer"], checkpoints, name=f"{kind} MQ-Tokenizer", seed=seed
-        )
+        vectors, settings = store.vectors(kind), self.recipe["mq_tokenizer"]
+        trained_on = vectors
+        if kind == "user":
+            if settings["user_codebooks"] is not None:
+                settings = {**settings, "config": {**settings["config"], "num_codebooks": settings["user_codebooks"]}}
+            copies = USER_VECTORS // max(len(vectors), 1) - 1
+            if self.recipe["collaborative"]["model"] == "fism" and copies > 0:
+                model = FISMModel.from_pretrained(self.folder / "collaborative")
+                parts = past_user_embeddings(model, data.interactions, copies, self.recipe["seed"])
+                trained_on = torch.cat([vectors, parts])
+        result = train_mq_tokenizer(trained_on, settings, checkpoints, name=f"{kind} MQ-Tokenizer", seed=seed)
         result.model.save_pretrained(self.folder / f"mq_{kind}")
         return {"metrics": result.model.statistics(vectors)}
 
@@ -428,12 +447,15 @@ class _Run:
         tokenizer = TokenRecTokenizer.from_components(vocabulary, user_mq=mqs["user"], item_mq=mqs["item"], store=store)
         model = build_retrieval_model(section, tokenizer, mqs["user"], mqs["item"], seed=self.recipe["seed"])
         model.bind_items(store.vectors("item"))
-        aligned, pool = store.vectors("user") if model.config.alignment_weight else None, None
+        pasts: dict[str, Any] = {}
         if self.recipe["collaborative"]["model"] == "fism":
-            pool = FISMModel.from_pretrained(self.folder / "collaborative").pool
+            collaborative = FISMModel.from_pretrained(self.folder / "collaborative")
+            pasts = {"pool_history": collaborative.pool, "user_mq": mqs["user"]}
+        if model.config.alignment_weight:
+            pasts["user_vectors"] = store.vectors("user")
         result = train_retrieval(
             model,
-            build_collator(tokenizer, data, self.resolved, user_vectors=aligned, pool_history=pool),
+            build_collator(tokenizer, data, self.resolved, **pasts),
             section,
             checkpoints,
             holdout=holdout,
