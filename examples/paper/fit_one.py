@@ -21,6 +21,7 @@ import torch
 from baselines.base import evaluate
 from baselines.registry import load_baseline
 from datasets import DatasetDict
+from harness import TOKENREC
 
 from tokenrec_hf import leave_one_out, load_interactions, train
 from tokenrec_hf.training import SPLITS, VARIANTS, index_splits
@@ -51,7 +52,7 @@ def fit_one(job: dict[str, Any], work: Path) -> dict[str, Any]:
         work: where TokenRec's checkpoints and repositories go.
     """
     splits = leave_one_out(load_interactions(job["dataset"]))
-    result = fit_tokenrec(job, splits, work) if job["phase"] == "both" else fit_baseline(job, splits)
+    result = fit_tokenrec(job, splits, work) if job["model"] in TOKENREC else fit_baseline(job, splits)
     return {
         "job": job,
         **result,
@@ -83,17 +84,20 @@ def fit_baseline(job: dict[str, Any], splits: DatasetDict) -> dict[str, Any]:
 
 
 def fit_tokenrec(job: dict[str, Any], splits: DatasetDict, work: Path) -> dict[str, Any]:
-    """TokenRec from all stages, selection and refit; goes on where it was interrupted.
+    """TokenRec from all stages, selection and (phase `both`) refit; goes on where it was interrupted.
 
     The time is what it says of its own stages, so that it is whole after an interruption too; with nothing for the CPU alone.
     """
     recipe = {**job["settings"], "seed": job["seed"]}
     name = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:8]
-    folder = work / job["dataset"] / f"{job['model']}-seed{job['seed']}-{name}"
-    found = train(splits, recipe, folder, dataset_name=job["dataset"], log=print)
-    stages = found["seconds"]["refit"]
+    refit = job["phase"] == "both"
+    folder = work / job["dataset"] / f"{job['model']}-{job['phase']}-seed{job['seed']}-{name}"
+    found = train(splits, recipe, folder, dataset_name=job["dataset"], refit=refit, log=print)
+    stages = found["seconds"]["refit" if refit else "selection"]
+    phases = ("validation", "test") if refit else ("validation",)
     return {
-        "metrics": {phase: {one: found[phase][one] for one in VARIANTS} for phase in ("validation", "test")},
+        "metrics": {phase: {one: found[phase][one] for one in VARIANTS} for phase in phases},
+        "codes": found["codes"],
         "epochs": found["epochs"],
         "fit": {"seconds": sum(spent for stage, spent in stages.items() if stage != "evaluation")},
         "evaluation": {"seconds": stages["evaluation"]},
