@@ -1,0 +1,54 @@
+"""Table VI and figures 4 and 5: each variant is a run of TokenRec that differs in what it says, on validation only."""
+
+import ablations
+import pytest
+from harness import Job
+
+from tokenrec_hf import load_recipe
+from tokenrec_hf.training import check_settings
+
+
+def recorded(job):
+    """A record whose numbers tell the seed and the mask."""
+    value = job.seed / 10 + job.settings["mq_tokenizer"]["config"]["mask_ratio"]
+    codes = {kind: {"reconstruction_error": value, "unique": 1.0} for kind in ("user", "item")}
+    return {"metrics": {"validation": {"tokenrec": {"hr@20": value, "ndcg@20": value / 2}}}, "codes": codes}
+
+
+@pytest.mark.parametrize("name", ablations.STUDIES)
+def test_every_variant_is_a_recipe_that_can_be_trained(name):
+    for changes in ablations.STUDIES[name].values():
+        check_settings(load_recipe("cpu", overrides={**ablations.SHORT, **changes}))
+
+
+@pytest.mark.parametrize("name", ablations.STUDIES)
+def test_variants_differ_in_what_they_say_only_and_never_see_the_test_items(name):
+    jobs: list[Job] = []
+    ablations.study("demo", ablations.STUDIES[name], 2, lambda job: jobs.append(job) or recorded(job))
+    assert {job.phase for job in jobs} == {"validation"}
+    assert [job.seed for job in jobs] == [0, 1] * len(ablations.STUDIES[name])
+    whole = load_recipe("cpu", overrides=ablations.SHORT)
+    for job, changes in zip(jobs[::2], ablations.STUDIES[name].values()):
+        for section in ("prompts", "retrieval"):
+            assert job.settings[section] == whole[section]
+        for dotted, value in changes.items():
+            section, *path = dotted.split(".")
+            found = job.settings[section]
+            for part in path:
+                found = found[part]
+            assert found == value
+
+
+def test_one_codebook_has_as_many_codewords_as_all_together():
+    usual = load_recipe("cpu")["mq_tokenizer"]["config"]["num_codebooks"] * 256
+    changes = ablations.STUDIES["table6"]["without K ways"]
+    assert changes["mq_tokenizer.config.num_codebooks"] * changes["mq_tokenizer.config.codebook_size"] == usual
+
+
+def test_the_table_has_means_and_deviations_and_the_plot_a_panel_for_each_parameter(tmp_path):
+    rows = ablations.study("demo", ablations.STUDIES["figure4"], 2, recorded)
+    table = ablations.markdown(rows, "title")
+    # rho = 0.5: 0.5 and 0.6.
+    assert "| rho = 0.5 | 0.5500 ± 0.0707 | 0.2750 ± 0.0354 |" in table
+    ablations.plot(rows, "title", tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
