@@ -24,6 +24,7 @@ from datasets import DatasetDict
 from harness import TOKENREC
 
 from tokenrec_hf import leave_one_out, load_interactions, train
+from tokenrec_hf.audit import audit
 from tokenrec_hf.training import SPLITS, VARIANTS, index_splits
 
 # ru_maxrss is in bytes on macOS and in KiB everywhere else.
@@ -93,11 +94,18 @@ def fit_tokenrec(job: dict[str, Any], splits: DatasetDict, work: Path) -> dict[s
     refit = job["phase"] == "both"
     folder = work / job["dataset"] / f"{job['model']}-{job['phase']}-seed{job['seed']}-{name}"
     found = train(splits, recipe, folder, dataset_name=job["dataset"], refit=refit, log=print)
+    checks = audit(folder)
+    if leaks := [check.finding for check in checks if check.passed is False]:
+        raise RuntimeError(f"the audit of {folder} found that {leaks[0]}")
     stages = found["seconds"]["refit" if refit else "selection"]
     phases = ("validation", "test") if refit else ("validation",)
     return {
         "metrics": {phase: {one: found[phase][one] for one in VARIANTS} for phase in phases},
         "codes": found["codes"],
+        "audit": {
+            "passed": sum(check.passed is True for check in checks),
+            "unknown": sum(check.passed is None for check in checks),
+        },
         "epochs": found["epochs"],
         "fit": {"seconds": sum(spent for stage, spent in stages.items() if stage != "evaluation")},
         "evaluation": {"seconds": stages["evaluation"]},

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import fit_one
 import harness
@@ -160,6 +161,16 @@ def test_tokenrec_has_three_rows_from_one_training(tmp_path, tiny_recipe, monkey
     assert rows[0]["validation"] == [metrics["validation"]["tokenrec"]]
     assert rows[0]["fit_seconds"][0] > 0
     assert "recipe `cpu`" in markdown(rows, "demo")
+    (record,) = (tmp_path / "results" / "demo" / "tokenrec-cpu").iterdir()
+    assert json.loads(record.read_text())["audit"]["passed"] >= 10
+
+    # A repository that has seen a held-out item gets no record.
+    record.unlink()
+    leak = SimpleNamespace(passed=False, finding="the test items were seen.")
+    monkeypatch.setattr(fit_one, "audit", lambda folder: [leak])
+    with pytest.raises(RuntimeError, match="the test items were seen"):
+        study("demo", "tokenrec-cpu", seeds=1, fits=fits)
+    assert not record.exists()
 
 
 def row(*hit_rates, **changes):

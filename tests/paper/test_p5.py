@@ -7,6 +7,7 @@ from baselines.collm import CoLLM
 from baselines.item_ids import collaborative_ids, numbers_as_symbols, random_ids, sequential_ids
 from baselines.p5 import P5CID, P5RID, P5SID
 from baselines.pod import POD
+from baselines.popularity import Popularity
 
 from tokenrec_hf.interaction_matrix import InteractionMatrix
 from tokenrec_hf.stages import Holdout
@@ -55,6 +56,20 @@ def test_the_next_item_of_a_circle_is_learnt(kind, circle):
     by_popularity = evaluate(lambda users: popularity.repeat(len(users), 1), train, holdout)["ndcg@20"]
     assert evaluate(baseline.scores, train, holdout)["ndcg@20"] > 1.5 * by_popularity
     assert baseline.epochs > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FAMILY)
+def test_it_beats_popularity_on_the_demo_set(kind, demo):
+    t5 = {**TINY_T5, "num_decoder_layers": 1}
+    baseline = kind(seed=0, t5=t5, lr=0.01, dropout=0.0, targets=4, beams=20, max_steps=600, evaluate_every=300)
+    baseline.fit(demo.interactions, demo.holdout)
+    popularity = Popularity()
+    popularity.fit(demo.interactions, None)
+    known, learned = (
+        evaluate(one.scores, demo.interactions, demo.holdout)["ndcg@20"] for one in (popularity, baseline)
+    )
+    assert learned > 1.5 * known
 
 
 @pytest.mark.parametrize("kind", [P5SID, P5CID, POD, CoLLM])
