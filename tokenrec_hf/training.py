@@ -41,13 +41,12 @@ from .pipeline_generative_retrieval import GenerativeRetrievalPipeline
 from .recipes import save_recipe
 from .stages import (
     SELECT_BY,
-    Holdout,
-    past_user_embeddings,
     train_collaborative,
     train_mq_tokenizer,
     train_retrieval,
 )
 from .tokenization_tokenrec import TokenRecTokenizer
+from .training_data import Holdout, past_user_embeddings
 
 SPLITS = ("train", "validation", "test")
 _CONFIGS: dict[str, Callable] = {"mq_tokenizer": MQTokenizerConfig, "retrieval": T5GenerativeRetrievalConfig}

@@ -12,8 +12,8 @@ from baselines.sasrec import SASRec
 from baselines.sequence import FastDropout, linear_cross_entropy, padded, windows
 
 from tokenrec_hf.interaction_matrix import InteractionMatrix
-from tokenrec_hf.stages import Holdout
 from tokenrec_hf.training import index_splits
+from tokenrec_hf.training_data import Holdout
 
 KINDS = (SASRec, BERT4Rec, S3Rec)
 SMALL = {"dim": 32, "dropout": 0.0, "learning_rate": 3e-3, "batch_size": 32}

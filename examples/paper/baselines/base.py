@@ -15,7 +15,7 @@ from torch import nn
 
 from tokenrec_hf.interaction_matrix import InteractionMatrix
 from tokenrec_hf.metrics import RankingMetrics
-from tokenrec_hf.stages import Holdout
+from tokenrec_hf.training_data import Holdout
 
 SELECT_BY = "ndcg@20"
 # Settings tried of each method that has anything to choose: the same budget for all.

@@ -24,8 +24,8 @@ from transformers.masking_utils import create_bidirectional_mask, create_causal_
 from tokenrec_hf import load_recipe
 from tokenrec_hf.interaction_matrix import InteractionMatrix, bounded, stateless_random
 from tokenrec_hf.prompts import HISTORY_TEMPLATES
-from tokenrec_hf.stages import Holdout
 from tokenrec_hf.t5_vocabulary import load_t5_tokenizer
+from tokenrec_hf.training_data import Holdout
 
 from .base import Baseline, train_epochs
 from .beam_search import IdTrie, beam_search

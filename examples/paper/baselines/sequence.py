@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tokenrec_hf.interaction_matrix import InteractionMatrix
-from tokenrec_hf.stages import Holdout
+from tokenrec_hf.training_data import Holdout
 
 from .base import Baseline, train_epochs
 
