@@ -593,6 +593,30 @@ def test_new_items_of_the_store_can_be_recommended_without_touching_the_model(st
     assert best["item"] == "brand-new" and best["score"] == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_a_short_prompt_is_not_padded_to_the_longest(pooling, left, with_mask, monkeypatch):
+    model = tiny(pooling=pooling)
+    lengths = np.random.default_rng(0).permutation(np.r_[3:33, 40, 61, 90, 200, 1])
+    ids = torch.zeros(len(lengths), 200, dtype=torch.long)
+    for row, length in zip(ids, lengths):
+        row[200 - length if left else 0 :][:length] = torch.randint(2, 40, (int(length),))
+    alone = [model.encode_queries(row[row > 0][None])[0].tolist() for row in ids]
+    read = []
+    encode = model.encode_queries
+    monkeypatch.setattr(model, "encode_queries", lambda ids, mask: read.append(ids.numel()) or encode(ids, mask))
+    store = EmbeddingStore(DIM)
+    store.upsert("item", ["a"], torch.ones(1, DIM))
+    asked = []
+    monkeypatch.setattr(store, "search", lambda queries, *rest: asked.append(queries) or ([], []))
+    model.recommend(
+        {"input_ids": ids, **({"attention_mask": (ids > 0).long()} if with_mask else {})}, store, exclude_seen=False
+    )
+    np.testing.assert_allclose(array(asked[0]), alone, atol=1e-4)
+    assert left or sum(read) < 2 * 32 * len(lengths) < ids.numel()
+
+
 def test_recommending_turns_dropout_off(store, prompts):
     model = tiny(dropout_rate=0.5).train()
     first = model.recommend(prompts, store, exclude_seen=False)

@@ -170,7 +170,10 @@ def test_a_history_too_few_is_refused_instead_of_a_user_lost(recommender):
 def test_a_saved_repository_opens_and_recommends_the_same(recommender, repository):
     opened = Recommender.from_pretrained(repository)
     before, after = (one.recommend(list(SEEN), top_k=7) for one in (recommender, opened))
-    assert after == before
+    assert [[row["item"] for row in own] for own in after] == [[row["item"] for row in own] for own in before]
+    # Weights that were read from a file lie elsewhere in memory, which can change the last bit of a product.
+    scores = [[row["score"] for own in found for row in own] for found in (after, before)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
 
 
 def test_a_tokenizer_of_other_mq_tokenizers_is_refused(parts):

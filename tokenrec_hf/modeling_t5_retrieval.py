@@ -21,6 +21,9 @@ from transformers.utils import ModelOutput
 
 from .configuration_t5_retrieval import T5GenerativeRetrievalConfig
 
+# Tokens of prompts that are encoded together, whatever their lengths.
+SHORT_PROMPT = 32
+
 
 @dataclass
 class GenerativeRetrievalOutput(ModelOutput):
@@ -291,12 +294,25 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
             ValueError: `exclude_seen` without the ids, or a store of another embedding space.
         """
         self._check_store(store)
-        queries = self.eval().encode_queries(
-            *(inputs[name].to(self.device) if name in inputs else None for name in ("input_ids", "attention_mask"))
-        )
+        queries = self._encode_by_length(inputs["input_ids"], inputs.get("attention_mask"))
         exclude = self._seen(inputs, store) if exclude_seen else None
         ids, scores = store.search(queries.float().cpu(), top_k, exclude, where)
         return [[{"item": i, "score": s} for i, s in zip(*row)] for row in zip(ids, scores)]
+
+    def _encode_by_length(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """z of prompts of all lengths, `[B, d]`: those of like length together, so that short ones are not padded to the longest."""
+        if attention_mask is None:
+            attention_mask = input_ids.ne(cast(int, self.config.pad_token_id)).long()
+        last = attention_mask.shape[1] - attention_mask.flip(1).argmax(dim=1)  # without the padding at the end, [B]
+        # Each group's longest prompt is at most twice as long as its shortest.
+        groups = last.clamp(min=SHORT_PROMPT).float().log2().ceil()
+        queries = torch.empty(len(input_ids), self.config.embedding_dim, dtype=self.dtype, device=self.device)
+        for group in groups.unique():
+            rows = (groups == group).nonzero().flatten()
+            width = int(last[rows].max())
+            ids, mask = (part[rows, :width].to(self.device) for part in (input_ids, attention_mask))
+            queries[rows.to(self.device)] = self.eval().encode_queries(ids, mask).to(queries)
+        return queries
 
     def _check_store(self, store) -> None:
         for kind, space_id in (self.config.space_ids or {}).items():
