@@ -281,7 +281,8 @@ def test_evaluation_without_refit_takes_the_only_model(capsys, trained_repositor
     shutil.copytree(trained_repository / "training" / "interactions", folder / "training" / "interactions")
     settings = json.loads((trained_repository / "training" / "run.json").read_text())
     (folder / "training" / "run.json").write_text(json.dumps({**settings, "refit": False}))
-    shutil.copy(trained_repository / "metrics.json", folder)
+    for name in ("metrics.json", "recipe.yaml"):
+        shutil.copy(trained_repository / name, folder)
     recorded = json.loads((folder / "metrics.json").read_text())["validation"]["tokenrec"]
     found = document(capsys, "evaluate", folder, "--split", "validation")
     assert found["metrics"]["tokenrec"] == pytest.approx(recorded, abs=1e-6)

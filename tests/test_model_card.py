@@ -41,9 +41,18 @@ def test_training_leaves_a_card(trained_repository):
     assert (trained_repository / "README.md").read_text() == model_card(trained_repository)
 
 
+def test_users_and_items_may_have_different_numbers_of_codes(repository):
+    path = repository / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config["codebooks"]["user"] = [8, 512]
+    path.write_text(json.dumps(config))
+    number, size = config["codebooks"]["item"]
+    assert f"A user has codes of K=8, L=512, an item of K={number}, L={size} (" in model_card(repository)
+
+
 def test_metadata_say_what_was_measured(repository, metrics):
     data = ModelCard(model_card(repository, "tester/demo")).data
-    assert data.library_name == "transformers"
+    assert data.to_dict()["library_name"] == "transformers"
     assert data.pipeline_tag == "generative-retrieval"
     assert data.datasets == ["demo"]
     results = {result.metric_name: result for result in data.eval_results}

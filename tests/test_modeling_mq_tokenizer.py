@@ -641,7 +641,7 @@ def test_each_residual_book_is_kmeans_of_what_is_left():
         rest = rest - book[model.encode(x)[:, k]]
 
 
-def test_residual_books_lose_less_with_every_book_and_less_than_encoders_side_by_side():
+def test_residual_books_lose_less_with_every_book():
     x = vectors(600, 16)
     settings = {"embedding_dim": 16, "codebook_size": 16}
     errors = []

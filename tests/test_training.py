@@ -9,6 +9,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from tokenrec_hf import stages, training
 from tokenrec_hf.audit import audit
+from tokenrec_hf.cli import main
 from tokenrec_hf.configuration_mq_tokenizer import MQTokenizerConfig
 from tokenrec_hf.data_sources import demo_interactions
 from tokenrec_hf.embedding_store import EmbeddingStore
@@ -262,6 +263,12 @@ def test_the_alternatives_of_a_recipe_train(splits, tmp_path, overrides):
     assert 0 <= metrics["validation"]["tokenrec"]["ndcg@20"] <= 1
 
 
+@pytest.mark.parametrize("count", [0, -1, "many", 2.5])
+def test_a_number_of_codebooks_that_cannot_be_is_refused(count):
+    with pytest.raises(ValueError, match="user_codebooks is .* but must be null or a number from 1 on"):
+        training.check_settings(load_recipe("cpu", overrides={"mq_tokenizer.user_codebooks": count}))
+
+
 # Going on --------------------------------------------------------------------------------------------------------------
 
 
@@ -495,7 +502,7 @@ def test_the_collaborative_model_tells_whose_its_rows_are(trained_repository):
     assert {kind: index.ids() for kind, index in ids.items()} == {kind: store.ids(kind) for kind in ("user", "item")}
 
 
-def test_whether_order_counts_is_chosen_on_validation_and_newcomers_get_histories_too(tmp_path):
+def test_whether_order_counts_is_chosen_on_validation_and_newcomers_get_histories_too(tmp_path, monkeypatch, capsys):
     """Everybody goes round the same circle of items, so that the last one tells the next, and the set of them nothing."""
     users, items = np.meshgrid(np.arange(60), np.arange(12), indexing="ij")
     ids = [f"i{(7 * user + step) % 40}" for user, step in zip(users.ravel(), items.ravel())]
@@ -505,8 +512,16 @@ def test_whether_order_counts_is_chosen_on_validation_and_newcomers_get_historie
     recipe["collaborative"] = best["collaborative"]
     recipe["collaborative"]["config"]["embedding_dim"] = 16
     recipe["collaborative"]["training"]["num_train_epochs"] = 30
+    recipe["mq_tokenizer"] = best["mq_tokenizer"] | {"user_codebooks": 4}
+    recipe["mq_tokenizer"]["config"] |= {"num_codebooks": 2, "codebook_size": 16}
     recipe["prompts"] |= {"shuffle_history": "auto", "max_history": "auto"}
     recipe["retrieval"]["training"]["num_train_epochs"] = 1
+    quantised, collated = [], []
+    quantise, collate = training.train_mq_tokenizer, training.build_collator
+    monkeypatch.setattr(
+        training, "train_mq_tokenizer", lambda *a, **k: quantised.append(len(a[0])) or quantise(*a, **k)
+    )
+    monkeypatch.setattr(training, "build_collator", lambda *a, **k: collated.append(k) or collate(*a, **k))
     metrics = train(leave_one_out(Dataset.from_dict(rows)), recipe, tmp_path)
     chosen = load_recipe(config=tmp_path / "recipe.yaml")
     assert chosen["collaborative"]["config"]["half_life"] == 5
@@ -514,6 +529,17 @@ def test_whether_order_counts_is_chosen_on_validation_and_newcomers_get_historie
     assert chosen["prompts"]["max_history"] == 20
     assert metrics["test"]["collaborative"]["hr@10"] > 0.9
     assert all(check.passed is not False for check in audit(tmp_path))
+    for split in ("validation", "test"):
+        capsys.readouterr()
+        assert main(["evaluate", str(tmp_path), "--split", split, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)["metrics"]["tokenrec"]
+        assert found["ndcg@20"] == pytest.approx(metrics[split]["tokenrec"]["ndcg@20"], abs=1e-6)
+    # 60 users are few: the codebooks of users are fit to 165 parts of each history too. No training prompt has final tokens.
+    assert quantised == [166 * 60, 40] * 2
+    configs = {kind: MQTokenizerModel.from_pretrained(tmp_path / f"mq_{kind}").config for kind in ("user", "item")}
+    assert {kind: config.num_codebooks for kind, config in configs.items()} == {"user": 4, "item": 2}
+    assert all(config.residual for config in configs.values())
+    assert all(given["pool_history"] and given["user_mq"].config.num_codebooks == 4 for given in collated)
 
     weights = (tmp_path / "model.safetensors").read_bytes()
     fresh = {"user_id": ["new"] * 3 + ["u1", "u2"], "item_id": ["i3", "i4", "i5", "i-new", "i-new"]}

@@ -144,6 +144,7 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.audit:
         return _audit(arguments)
     from .evaluation import evaluate_baselines, evaluate_retrieval
+    from .recipes import load_recipe
     from .recommender import Recommender
     from .repository import fetch_repository
     from .training import index_splits, load_splits
@@ -154,6 +155,8 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     recommender = Recommender.from_pretrained(folder, store=store)
     splits = load_splits(folder)
     run = read_json(folder / "training" / "run.json")
+    # With what was chosen on validation in the place of `auto`, which the recipe of the run still has.
+    recipe = load_recipe(config=folder / "recipe.yaml")
     # After a refit, the model of the repository knows the validation items; the one of the selection does not.
     if split == "validation" and run["refit"]:
         if store is not None:
@@ -162,7 +165,7 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         recommender = Recommender.from_pretrained(folder)
     data = index_splits(splits, split)
     metrics = evaluate_baselines(data, recommender.store)
-    metrics[arguments.variant] = evaluate_retrieval(folder, data, run["recipe"], arguments.variant, store)
+    metrics[arguments.variant] = evaluate_retrieval(folder, data, recipe, arguments.variant, store)
     return {
         "repository": arguments.repository,
         "split": split,

@@ -48,7 +48,7 @@ def model_card(folder: str | os.PathLike, repo_id: str | None = None) -> str:
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
     tested = metrics.get("test") or metrics["validation"]
     name = repo_id or folder.resolve().name
-    number, size = tokenizer["codebooks"]["item"]
+    codebooks = tokenizer["codebooks"]
     text = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=name.rstrip("/").split("/")[-1],
         name=name,
@@ -56,8 +56,8 @@ def model_card(folder: str | os.PathLike, repo_id: str | None = None) -> str:
         num_users=metrics["users"],
         num_items=metrics["items"],
         num_interactions=metrics["interactions"],
-        num_codebooks=number,
-        codebook_size=size,
+        user_codes="K={}, L={}".format(*codebooks["user"]),
+        item_codes="K={}, L={}".format(*codebooks["item"]),
         history=json.dumps(EmbeddingStore.open(folder).ids("item")[:2], ensure_ascii=False),
         refit=_refit(metrics),
         results=_results(metrics),

@@ -21,7 +21,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_t5_retrieval import T5GenerativeRetrievalConfig
 
-# Tokens of prompts that are encoded together, whatever their lengths.
+# Prompts of up to so many tokens are encoded together, whatever their lengths.
 SHORT_PROMPT = 32
 
 
@@ -294,7 +294,7 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
             ValueError: `exclude_seen` without the ids, or a store of another embedding space.
         """
         self._check_store(store)
-        queries = self._encode_by_length(inputs["input_ids"], inputs.get("attention_mask"))
+        queries = self.eval()._encode_by_length(inputs["input_ids"], inputs.get("attention_mask"))
         exclude = self._seen(inputs, store) if exclude_seen else None
         ids, scores = store.search(queries.float().cpu(), top_k, exclude, where)
         return [[{"item": i, "score": s} for i, s in zip(*row)] for row in zip(ids, scores)]
@@ -311,7 +311,7 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
             rows = (groups == group).nonzero().flatten()
             width = int(last[rows].max())
             ids, mask = (part[rows, :width].to(self.device) for part in (input_ids, attention_mask))
-            queries[rows.to(self.device)] = self.eval().encode_queries(ids, mask).to(queries)
+            queries[rows.to(self.device)] = self.encode_queries(ids, mask).to(queries)
         return queries
 
     def _check_store(self, store) -> None:

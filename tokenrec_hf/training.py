@@ -39,12 +39,7 @@ from .modeling_mq_tokenizer import MQTokenizerModel
 from .modeling_t5_retrieval import T5ForGenerativeRetrieval
 from .pipeline_generative_retrieval import GenerativeRetrievalPipeline
 from .recipes import save_recipe
-from .stages import (
-    SELECT_BY,
-    train_collaborative,
-    train_mq_tokenizer,
-    train_retrieval,
-)
+from .stages import SELECT_BY, train_collaborative, train_mq_tokenizer, train_retrieval
 from .tokenization_tokenrec import TokenRecTokenizer
 from .training_data import Holdout, past_user_embeddings
 

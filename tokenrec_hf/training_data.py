@@ -31,7 +31,17 @@ class Holdout:
     targets: np.ndarray
 
 
-class InteractionDataset(Dataset):
+class _Drawn:
+    """Something that is drawn anew in every epoch."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Makes the next pass that of this epoch."""
+        self.epoch = epoch
+
+
+class InteractionDataset(_Drawn, Dataset):
     """Batches of interactions with negatives, fetched whole.
 
     Args:
@@ -46,11 +56,6 @@ class InteractionDataset(Dataset):
         self.users, self.items = (
             (interactions.users, interactions.items) if holdout is None else (holdout.users, holdout.targets)
         )
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Makes the next pass draw the negatives of this epoch."""
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.users)
@@ -68,7 +73,7 @@ class InteractionDataset(Dataset):
         return batch
 
 
-class HistoryDataset(Dataset):
+class HistoryDataset(_Drawn, Dataset):
     """Batches of users with their histories split into what is known and what is to be found, fetched whole.
 
     Args:
@@ -80,11 +85,6 @@ class HistoryDataset(Dataset):
     def __init__(self, interactions: InteractionMatrix, ordered: bool, seed: int):
         self.interactions, self.ordered, self.seed = interactions, ordered, seed
         self.users = np.flatnonzero(interactions.lengths > 1)
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Makes the next pass split as in this epoch."""
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.users)
@@ -131,7 +131,7 @@ class VectorDataset(Dataset):
         return {"vectors": self.vectors[rows], "labels": self.vectors[rows]}
 
 
-class LengthGroupedSampler(Sampler[int]):
+class LengthGroupedSampler(_Drawn, Sampler[int]):
     """A random order in which examples of like length are together, so that batches carry little padding.
 
     Of `GROUP` batches drawn at random the examples are sorted, and the batches are shuffled. The order depends on seed and epoch
@@ -147,11 +147,6 @@ class LengthGroupedSampler(Sampler[int]):
 
     def __init__(self, lengths: np.ndarray, batch_size: int, seed: int):
         self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Makes the next pass that of this epoch."""
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -169,7 +164,17 @@ class LengthGroupedSampler(Sampler[int]):
 
 @torch.no_grad()
 def past_user_embeddings(model: FISMModel, interactions: InteractionMatrix, copies: int, seed: int = 0) -> torch.Tensor:
-    """User vectors p `[<= copies * num_users, d]` of `copies` random parts of each history, divided as in training."""
+    """User vectors p of parts of the histories, divided as in training.
+
+    Args:
+        model: gives the vectors.
+        interactions: the histories; users with fewer than two items are left out.
+        copies: random parts of each history.
+        seed: of the divisions.
+
+    Returns:
+        `[copies * users, d]`, of length 1.
+    """
     dataset = HistoryDataset(interactions, model.config.half_life is not None, seed)
     found = [torch.empty(0, model.config.embedding_dim)]
     for epoch in range(copies if len(dataset) else 0):

@@ -21,7 +21,7 @@ import torch
 from baselines.base import evaluate
 from baselines.registry import load_baseline
 from datasets import DatasetDict
-from harness import TOKENREC
+from harness import TOKENREC, VECTORS
 
 from tokenrec_hf import leave_one_out, load_interactions, train
 from tokenrec_hf.audit import audit
@@ -100,7 +100,7 @@ def fit_tokenrec(job: dict[str, Any], splits: DatasetDict, work: Path) -> dict[s
     stages = found["seconds"]["refit" if refit else "selection"]
     phases = ("validation", "test") if refit else ("validation",)
     return {
-        "metrics": {phase: {one: found[phase][one] for one in VARIANTS} for phase in phases},
+        "metrics": {phase: {one: found[phase][one] for one in (*VARIANTS, VECTORS)} for phase in phases},
         "codes": found["codes"],
         "audit": {
             "passed": sum(check.passed is True for check in checks),

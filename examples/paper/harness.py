@@ -14,7 +14,7 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,9 @@ from tokenrec_hf.training import VARIANTS
 
 TOKENREC = {f"tokenrec-{recipe}": recipe for recipe in ("paper", "best", "cpu")}
 MODELS = (*BASELINES, *TOKENREC)
-_SUFFIXES = dict(zip(VARIANTS, ("", ", user id only", ", unseen prompt")))
+VECTORS = "collaborative_cosine"
+_SUFFIXES = dict(zip((*VARIANTS, VECTORS), ("", ", user id only", ", unseen prompt", ", its vectors without T5")))
+MOST_SEEDS = 10
 FIT_ONE = Path(__file__).parent / "fit_one.py"
 
 
@@ -131,9 +133,29 @@ def study(dataset: str, model: str, seeds: int, fits: Callable[[Job], dict], tri
     return [{**row, "settings": describe(Job(dataset, model, "test", 0, best)), "trials": len(grid)}]
 
 
-def _study_tokenrec(dataset: str, model: str, seeds: int, fits: Callable[[Job], dict]) -> list[dict]:
+def recorded(dataset: str, model: str, results: Path) -> tuple[int, int]:
+    """Seeds and settings of a model for which `study` would find all records; no seeds where it is not finished."""
+
+    def count(phase: str, changes: Sequence[Mapping[str, Any]]) -> int:
+        jobs = [Job(dataset, model, phase, **{"seed": 0, **change}) for change in changes]
+        return next((n for n, job in enumerate(jobs) if not job.path(results).is_file()), len(jobs))
+
+    if model in TOKENREC:
+        return count("both", [{"seed": seed, "settings": _recipe(model)} for seed in range(MOST_SEEDS)]), 1
+    grid = [dict(settings) for settings in load_baseline(model).grid]
+    trials = count("validation", [{"settings": settings} for settings in grid])
+    tested = [count("test", [{"seed": s, "settings": one} for s in range(MOST_SEEDS)]) for one in grid[:trials]]
+    return max(tested, default=0), trials
+
+
+def _recipe(model: str) -> dict[str, Any]:
     recipe = load_recipe(TOKENREC[model])
     del recipe["seed"]
+    return recipe
+
+
+def _study_tokenrec(dataset: str, model: str, seeds: int, fits: Callable[[Job], dict]) -> list[dict]:
+    recipe = _recipe(model)
     records = [fits(Job(dataset, model, "both", seed, recipe)) for seed in range(seeds)]
     rows = []
     for variant, suffix in _SUFFIXES.items():

@@ -138,6 +138,12 @@ def test_the_command_writes_the_table_and_a_second_time_trains_nothing(tmp_path)
     assert second.returncode == 0, second.stderr
     assert "demo ease" not in second.stdout
     assert (tmp_path / "tables" / "table2-demo.md").read_text() == table
+    third = [*command[:4], "--recorded", "--results", str(tmp_path / "results"), "--output", str(tmp_path / "again")]
+    found = subprocess.run(third, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert (tmp_path / "again" / "table2-demo.md").read_text() == table
+    nothing = subprocess.run([*third[:5], "--results", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert nothing.returncode == 1 and "has no finished model on demo" in nothing.stderr
 
 
 def test_an_unknown_model_gets_a_sentence(tmp_path):
@@ -147,18 +153,33 @@ def test_an_unknown_model_gets_a_sentence(tmp_path):
     assert "there is no model 'nope'; choose all, or among popularity, itemknn" in run.stderr
 
 
+def test_what_is_recorded_makes_a_table_without_a_fit(spied, tmp_path):
+    results = tmp_path / "results"
+    assert harness.recorded("demo", "spy", results) == (0, 0)
+    fits = InProcess(results, tmp_path)
+    rows = study("demo", "spy", seeds=2, fits=fits)
+    assert harness.recorded("demo", "spy", results) == (2, 2)
+    count = fits.count
+    assert study("demo", "spy", 2, fits, 2) == rows and fits.count == count
+    next((results / "demo" / "spy").glob("test-seed1-*")).unlink()
+    assert harness.recorded("demo", "spy", results) == (1, 2)
+    assert harness.recorded("demo", "tokenrec-best", results) == (0, 1)
+
+
 @pytest.mark.slow
-def test_tokenrec_has_three_rows_from_one_training(tmp_path, tiny_recipe, monkeypatch):
+def test_tokenrec_has_four_rows_from_one_training(tmp_path, tiny_recipe, monkeypatch):
     monkeypatch.setattr(harness, "load_recipe", lambda name: dict(tiny_recipe))
     fits = InProcess(tmp_path / "results", tmp_path / "work")
     rows = study("demo", "tokenrec-cpu", seeds=1, fits=fits)
     titles = ["TokenRec (cpu)", "TokenRec (cpu, user id only)", "TokenRec (cpu, unseen prompt)"]
+    titles.append("TokenRec (cpu, its vectors without T5)")
     assert [row["title"] for row in rows] == titles
     assert fits.count == 1
     repository = next((tmp_path / "work" / "demo").iterdir())
     metrics = json.loads((repository / "metrics.json").read_text())
     assert rows[1]["test"] == [metrics["test"]["tokenrec_user_id_only"]]
     assert rows[0]["validation"] == [metrics["validation"]["tokenrec"]]
+    assert rows[3]["test"] == [metrics["test"]["collaborative_cosine"]]
     assert rows[0]["fit_seconds"][0] > 0
     assert "recipe `cpu`" in markdown(rows, "demo")
     (record,) = (tmp_path / "results" / "demo" / "tokenrec-cpu").iterdir()
