@@ -283,13 +283,18 @@ def fism_user(model, history):
     total = np.zeros(DIM)
     for age, item in enumerate(reversed(list(history))):
         total += table[item] * (1 if half_life is None else 0.5 ** (age / half_life))
+        if half_life is not None and model.config.recent_half_life is not None:
+            recent = model.recent_table.weight.detach().double().numpy()
+            total += recent[item] * 0.5 ** (age / model.config.recent_half_life)
     return unit(total)
 
 
+@pytest.mark.parametrize("recent_half_life", [None, 0.4])
 @pytest.mark.parametrize("half_life", [None, 2, 0.5])
-def test_a_fism_user_is_the_sum_of_the_own_items_of_which_older_ones_count_less(half_life):
+def test_a_fism_user_is_the_sum_of_the_own_items_of_which_older_ones_count_less(half_life, recent_half_life):
     shuffled = InteractionMatrix(np.array([0, 0, 0, 1, 1]), np.array([5, 2, 7, 7, 0]), NUM_USERS, NUM_ITEMS)
-    model = fism(shuffled, half_life=half_life)
+    model = fism(shuffled, half_life=half_life, recent_half_life=recent_half_life)
+    assert len(model.tables()) == (3 if half_life and recent_half_life else 2)
     expected = [fism_user(model, shuffled.of(user)) for user in range(NUM_USERS)]
     assert np.allclose(model.user_embeddings(), expected, atol=1e-6)
     assert np.allclose(model.item_embeddings(), [unit(q) for q in model.item_table.weight.detach().numpy()], atol=1e-6)
@@ -297,7 +302,7 @@ def test_a_fism_user_is_the_sum_of_the_own_items_of_which_older_ones_count_less(
 
 @pytest.mark.parametrize("half_life", [None, 1])
 def test_the_fism_loss_is_a_softmax_over_cosines_without_what_is_known(interactions, half_life):
-    model = fism(interactions, half_life=half_life, temperature=0.2)
+    model = fism(interactions, half_life=half_life, recent_half_life=half_life and 0.5, temperature=0.2)
     histories, wanted = [[4, 1], [3]], [[2, 6, 0], [7]]
     items = model.item_embeddings().double().numpy()
     terms, weights = 0.0, 0.0
@@ -320,7 +325,7 @@ def test_the_fism_loss_is_a_softmax_over_cosines_without_what_is_known(interacti
 
 
 def test_a_saved_fism_loads_bit_for_bit_with_its_histories(interactions, tmp_path):
-    model = fism(interactions, half_life=3)
+    model = fism(interactions, half_life=3, recent_half_life=1)
     model.save_pretrained(tmp_path)
     loaded = FISMModel.from_pretrained(tmp_path)
     assert torch.equal(loaded.user_embeddings(), model.user_embeddings())

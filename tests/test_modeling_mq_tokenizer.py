@@ -659,3 +659,17 @@ def test_a_residual_model_has_codebooks_only_and_is_saved_as_such(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = MQTokenizerModel.from_pretrained(tmp_path)
     assert torch.equal(loaded.encode(x), model.encode(x)) and loaded.space_id == model.space_id
+
+
+def test_the_summands_of_residual_codewords_add_up_to_what_is_decoded():
+    model, x = prepared(residual=True).eval(), vectors()
+    codes = model.encode(x)
+    summands = model.summands()
+    for row, decoded in zip(codes.tolist(), model.decode(codes)):
+        total = sum(summands[book, code] for book, code in enumerate(row))
+        np.testing.assert_allclose(total.numpy(), decoded.detach().numpy(), atol=1e-5)
+
+
+def test_codewords_behind_a_decoder_have_no_summands():
+    with pytest.raises(ValueError, match="only residual codebooks add up"):
+        prepared().summands()

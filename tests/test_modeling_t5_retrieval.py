@@ -473,6 +473,62 @@ def test_the_initialisation_of_code_tokens_depends_on_its_seed_only():
     assert torch.equal(tables[0], tables[1]) and not torch.equal(tables[0], tables[2])
 
 
+# ---- the user's shortcut
+
+
+def with_shortcut(**settings):
+    """A model whose tokens 30 to 35 are those of 2 codebooks of 3 codewords."""
+    model = tiny(user_shortcut=True, user_code_tokens=[30, 36], **settings)
+    words = torch.randn(2, 3, DIM, generator=torch.Generator().manual_seed(4))
+    model.start_user_shortcut(words)
+    return model, words
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_a_query_starts_as_the_sum_of_the_users_codewords(pooling):
+    model, words = with_shortcut(pooling=pooling)
+    ids = torch.tensor([[5, 31, 35, 7, 8], [30, 33, 9, 0, 0], [5, 29, 36, 0, 0]])
+    with torch.no_grad():
+        queries = model.encode_queries(ids)
+    expected = np.stack([array(words[0, 1] + words[1, 2]), array(words[0, 0] + words[1, 0]), np.zeros(DIM)])
+    np.testing.assert_allclose(array(queries), expected, atol=1e-6)
+
+
+def test_the_shortcut_adds_to_what_the_projection_says_and_is_saved(tmp_path, prompts):
+    model, _ = with_shortcut()
+    torch.nn.init.normal_(model.projection[-1].weight)
+    plain = tiny()
+    plain.load_state_dict({name: value for name, value in model.state_dict().items() if name != "user_codewords"})
+    ids = prompts["input_ids"].clone()
+    ids[:, 0] = 32
+    with torch.no_grad():
+        queries, without = model.encode_queries(ids), plain.encode_queries(ids)
+        in_places = (ids >= 30) & (ids < 36)
+        for row in range(len(ids)):
+            words = sum(model.user_codewords[token - 30] for token in ids[row][in_places[row]])
+            np.testing.assert_allclose(array(queries[row]), array(without[row] + words), atol=1e-5)
+        model.save_pretrained(tmp_path)
+        assert torch.equal(T5ForGenerativeRetrieval.from_pretrained(tmp_path).encode_queries(ids), queries)
+
+
+def test_training_leaves_the_shortcut_as_it_is(prompts):
+    model, words = with_shortcut()
+    model(
+        **prompts, labels=torch.zeros(4, dtype=torch.long), negative_ids=torch.ones(4, 1, dtype=torch.long)
+    ).loss.backward()
+    assert model.projection[-1].weight.grad.abs().sum() > 0
+    assert all(parameter.shape != model.user_codewords.shape for parameter in model.parameters())
+    assert torch.equal(model.user_codewords, words.flatten(0, 1))
+
+
+def test_a_shortcut_needs_to_know_the_users_tokens_and_to_read_them(prompts):
+    with pytest.raises(ValueError, match="user_shortcut needs user_code_tokens"):
+        tiny(user_shortcut=True)
+    model, _ = with_shortcut()
+    with pytest.raises(ValueError, match="reads token ids; give input_ids"):
+        model.encode_queries(inputs_embeds=model.get_input_embeddings()(prompts["input_ids"]))
+
+
 # ---- training
 
 

@@ -269,6 +269,11 @@ def test_a_number_of_codebooks_that_cannot_be_is_refused(count):
         training.check_settings(load_recipe("cpu", overrides={"mq_tokenizer.user_codebooks": count}))
 
 
+def test_a_shortcut_for_users_needs_codewords_that_add_up():
+    with pytest.raises(ValueError, match="user_shortcut needs mq_tokenizer.config.residual=true"):
+        training.check_settings(load_recipe("best", overrides={"mq_tokenizer.config.residual": False}))
+
+
 # Going on --------------------------------------------------------------------------------------------------------------
 
 
@@ -516,6 +521,7 @@ def test_whether_order_counts_is_chosen_on_validation_and_newcomers_get_historie
     recipe["mq_tokenizer"]["config"] |= {"num_codebooks": 2, "codebook_size": 16}
     recipe["prompts"] |= {"shuffle_history": "auto", "max_history": "auto"}
     recipe["retrieval"]["training"]["num_train_epochs"] = 1
+    recipe["retrieval"]["config"]["user_shortcut"] = True
     quantised, collated = [], []
     quantise, collate = training.train_mq_tokenizer, training.build_collator
     monkeypatch.setattr(
@@ -524,9 +530,9 @@ def test_whether_order_counts_is_chosen_on_validation_and_newcomers_get_historie
     monkeypatch.setattr(training, "build_collator", lambda *a, **k: collated.append(k) or collate(*a, **k))
     metrics = train(leave_one_out(Dataset.from_dict(rows)), recipe, tmp_path)
     chosen = load_recipe(config=tmp_path / "recipe.yaml")
-    assert chosen["collaborative"]["config"]["half_life"] == 5
+    assert chosen["collaborative"]["config"]["half_life"] == training.HALF_LIVES[1]
     assert chosen["prompts"]["shuffle_history"] is False
-    assert chosen["prompts"]["max_history"] == 20
+    assert chosen["prompts"]["max_history"] == 4 * training.HALF_LIVES[1]
     assert metrics["test"]["collaborative"]["hr@10"] > 0.9
     assert all(check.passed is not False for check in audit(tmp_path))
     for split in ("validation", "test"):
@@ -540,6 +546,11 @@ def test_whether_order_counts_is_chosen_on_validation_and_newcomers_get_historie
     assert {kind: config.num_codebooks for kind, config in configs.items()} == {"user": 4, "item": 2}
     assert all(config.residual for config in configs.values())
     assert all(given["pool_history"] and given["user_mq"].config.num_codebooks == 4 for given in collated)
+    # The codewords of a user's tokens add up to what its codes decode to.
+    tokenizer, mq = TokenRecTokenizer.from_pretrained(tmp_path), MQTokenizerModel.from_pretrained(tmp_path / "mq_user")
+    prompts = torch.from_numpy(tokenizer.entity_token_ids("user", ["u7", "u1"]))
+    found = T5ForGenerativeRetrieval.from_pretrained(tmp_path)._user_vectors(prompts)
+    assert torch.allclose(found, mq.decode(torch.from_numpy(tokenizer.codes("user", ["u7", "u1"]))), atol=1e-5)
 
     weights = (tmp_path / "model.safetensors").read_bytes()
     fresh = {"user_id": ["new"] * 3 + ["u1", "u2"], "item_id": ["i3", "i4", "i5", "i-new", "i-new"]}

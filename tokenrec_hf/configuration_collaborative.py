@@ -72,6 +72,8 @@ class FISMConfig(PreTrainedConfig):
         temperature: tau of the softmax loss.
         half_life: after how many further items of its user an item of the history counts half. None: all count alike, and the
             order of a history does not matter.
+        recent_half_life: the same of a second table, of what an item says about the very next ones. None, or without
+            `half_life`: there is no such table.
         dropout_rate: of the elements of the items of a history, while training.
         initializer_range: standard deviation of the initial embeddings.
     """
@@ -84,6 +86,7 @@ class FISMConfig(PreTrainedConfig):
     embedding_dim: int = 128
     temperature: float | int = 0.1
     half_life: float | int | None = None
+    recent_half_life: float | int | None = None
     dropout_rate: float | int = 0.3
     initializer_range: float | int = 0.1
 
@@ -93,7 +96,9 @@ class FISMConfig(PreTrainedConfig):
             raise ValueError(f"embedding_dim is {self.embedding_dim} but must be at least 1.")
         if self.temperature <= 0:
             raise ValueError(f"temperature is {self.temperature} but must be above 0.")
-        if self.half_life is not None and self.half_life <= 0:
-            raise ValueError(f"half_life is {self.half_life} but must be above 0, or null.")
+        for name in ("half_life", "recent_half_life"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} is {value} but must be above 0, or null.")
         if not 0 <= self.dropout_rate < 1:
             raise ValueError(f"dropout_rate is {self.dropout_rate} but must be at least 0 and below 1.")

@@ -19,6 +19,9 @@ class T5GenerativeRetrievalConfig(T5Config):
         temperature: tau of the softmax loss.
         alignment_weight: weight of 1 - cos(z, p_i), which draws the query to the collaborative vector of the prompt's user;
             0 (the paper's) leaves it out.
+        user_shortcut: add to the projection what the codewords of the prompt's user stand for, so that T5 says what to change
+            about the user's vector instead of all of it. Needs residual codebooks. Default: no, as in the paper.
+        user_code_tokens: the vocabulary ids `[first, end)` of the users' code tokens, for `user_shortcut`.
         space_ids: fingerprints of the MQ-Tokenizers whose tokens the model was trained on, `{"user": ..., "item": ...}`.
     """
 
@@ -32,6 +35,8 @@ class T5GenerativeRetrievalConfig(T5Config):
     margin: float | int = 0.1
     temperature: float | int = 0.07
     alignment_weight: float | int = 0.0
+    user_shortcut: bool = False
+    user_code_tokens: list | tuple | None = None
     space_ids: dict | None = None
 
     def __post_init__(self, **kwargs):

@@ -215,7 +215,8 @@ class FISMModel(PreTrainedModel):
     p_u = sum_{i in H_u} 2^(-age_i / half_life) a_i and the score is cos(p_u, q_j), trained by a softmax over all items. While
     training, a history is split anew in every epoch into what p_u is made of and what is to be found, so nothing is asked
     for that it is told: at random, or, with a `half_life`, into the past and the items that follow it. `age_i` is the number
-    of items that the user has had since. The interactions are buffers of the model.
+    of items that the user has had since. With a `recent_half_life`, p_u has a second such sum, of what an item says about the
+    very next ones, b_i, as in Fossil (He and McAuley, 2016). The interactions are buffers of the model.
 
     Args:
         config: a [`FISMConfig`]; use [`FISMModel.from_interactions`] to fill its sizes.
@@ -232,6 +233,9 @@ class FISMModel(PreTrainedModel):
         super().__init__(config)
         self.history_table = nn.Embedding(config.num_items, config.embedding_dim)
         self.item_table = nn.Embedding(config.num_items, config.embedding_dim)
+        self.recent_table = None
+        if config.half_life is not None and config.recent_half_life is not None:
+            self.recent_table = nn.Embedding(config.num_items, config.embedding_dim)
         # Sorted by user, each user's in time order.
         self.register_buffer("edge_users", torch.zeros(config.num_interactions, dtype=torch.int32))
         self.register_buffer("edge_items", torch.zeros(config.num_interactions, dtype=torch.int32))
@@ -244,7 +248,8 @@ class FISMModel(PreTrainedModel):
 
     def tables(self) -> list[tuple[str, nn.Embedding]]:
         """What is learned, a row an item: `("item", table)`."""
-        return [("item", self.history_table), ("item", self.item_table)]
+        tables = [self.history_table, self.item_table, self.recent_table]
+        return [("item", table) for table in tables if table is not None]
 
     def user_embeddings(self) -> torch.Tensor:
         """User representations p of the whole histories, of length 1, detached, `[num_users, d]`."""
@@ -266,6 +271,9 @@ class FISMModel(PreTrainedModel):
         said = F.dropout(self.history_table(items), dropout_rate)  # [n, d]
         if self.config.half_life is not None:
             said = said * torch.exp2(-ages[:, None] / self.config.half_life)
+        if self.recent_table is not None:
+            recent = F.dropout(self.recent_table(items), dropout_rate)
+            said = said + recent * torch.exp2(-ages[:, None] / self.config.recent_half_life)
         return F.normalize(said.new_zeros(count, said.shape[1]).index_add(0, rows, said), dim=-1)
 
     def forward(

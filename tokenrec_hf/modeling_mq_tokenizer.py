@@ -115,6 +115,16 @@ class MQTokenizerModel(PreTrainedModel):
             raise ValueError(f"codes must be in [0, {size}) but range from {int(codes.min())} to {int(codes.max())}.")
         return self.mean + self.scale * self.decoder(self._combined(self.codewords(codes)))
 
+    def summands(self) -> torch.Tensor:
+        """What each codeword adds to a decoded vector, `[K, L, d]`: `decode` gives the sum of those of its codes.
+
+        Raises:
+            ValueError: the codebooks are not residual, so that a decoder stands between codewords and vectors.
+        """
+        if not self.config.residual:
+            raise ValueError("only residual codebooks add up to a vector; train the MQ-Tokenizer with residual=True.")
+        return self.scale * self.codebooks.detach() + self.mean / self.config.num_codebooks
+
     @property
     def space_id(self) -> str:
         """Fingerprint of everything that decides codes: encoders, codebooks and input standardisation (16 hex digits)."""

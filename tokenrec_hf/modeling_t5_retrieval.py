@@ -48,6 +48,9 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
     Args:
         config: a [`T5GenerativeRetrievalConfig`].
 
+    Raises:
+        ValueError: `user_shortcut` without `user_code_tokens`.
+
     Call [`~T5ForGenerativeRetrieval.bind_items`] before training or computing a loss.
     """
 
@@ -55,6 +58,7 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
     config: T5GenerativeRetrievalConfig
     base_model_prefix = "transformer"
     item_embeddings: torch.Tensor
+    user_codewords: torch.Tensor
     # What `from_pretrained` was asked for: tokenizer and store are to come from the same.
     loaded_revision: str | None = None
     # Trainer tells `forward` how many positives all the batches of a step have.
@@ -82,6 +86,13 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
             ProjectionLinear(width, config.embedding_dim),
         )
         self.register_buffer("item_embeddings", torch.zeros(0, config.embedding_dim), persistent=False)
+        if config.user_shortcut:
+            if config.user_code_tokens is None:
+                raise ValueError(
+                    "user_shortcut needs user_code_tokens, the range [first, end) of the users' code tokens."
+                )
+            first, end = config.user_code_tokens
+            self.register_buffer("user_codewords", torch.zeros(end - first, config.embedding_dim))
         self.post_init()
 
     @classmethod
@@ -157,13 +168,28 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
                 rows, spread = torch.randn(rows.shape, generator=generator), torch.tensor(1.0)
             table[ids.to(table.device)] = (rows * (target / spread)).to(table)
 
+    @torch.no_grad()
+    def start_user_shortcut(self, codewords: torch.Tensor) -> None:
+        """Sets what the users' code tokens add to the query, and the projection to zero, so that queries start as the users' vectors.
+
+        Args:
+            codewords: `[K, L, d]`, see [`~MQTokenizerModel.summands`].
+        """
+        self.user_codewords.copy_(codewords.flatten(0, 1))
+        last = cast(nn.Linear, self.projection[-1])
+        init.zeros_(last.weight)
+        init.zeros_(last.bias)
+
     def encode_queries(self, input_ids=None, attention_mask=None, inputs_embeds=None) -> torch.Tensor:
-        """z = Proj(LLM4Rec(prompt)) (Eq. 17-18): token ids `[B, T]` to `[B, d]`.
+        """z = Proj(LLM4Rec(prompt)) (Eq. 17-18): token ids `[B, T]` to `[B, d]`; with `user_shortcut`, plus the user's codewords.
 
         Args:
             input_ids: `[B, T]`.
             attention_mask: `[B, T]`, 0 at padding. Default: derived from the padding id.
             inputs_embeds: `[B, T, d_model]` in place of `input_ids`.
+
+        Raises:
+            ValueError: `inputs_embeds` and `user_shortcut`, which reads token ids.
         """
         if attention_mask is None and input_ids is not None:
             attention_mask = (input_ids != self.config.pad_token_id).long()
@@ -180,7 +206,18 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
             first = getattr(self.config, "decoder_start_token_id", self.config.pad_token_id) or 0
             start = torch.full((batch, 1), first, dtype=torch.long, device=self.device)
             hidden = self.transformer(**inputs, decoder_input_ids=start, use_cache=False).last_hidden_state[:, 0]
+        if self.config.user_shortcut:
+            return self.projection(hidden) + self._user_vectors(input_ids).to(hidden)
         return self.projection(hidden)
+
+    def _user_vectors(self, input_ids: torch.Tensor | None) -> torch.Tensor:
+        """The sum of the codewords of the user tokens in each prompt, `[B, d]`."""
+        if input_ids is None:
+            raise ValueError("a model with user_shortcut reads token ids; give input_ids, not inputs_embeds.")
+        first, end = cast(list, self.config.user_code_tokens)
+        prompts, places = ((input_ids >= first) & (input_ids < end)).nonzero(as_tuple=True)  # [n] each
+        words = self.user_codewords[input_ids[prompts, places] - first]  # [n, d]
+        return words.new_zeros(len(input_ids), words.shape[1]).index_add(0, prompts, words)
 
     def forward(
         self,

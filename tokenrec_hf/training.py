@@ -46,7 +46,7 @@ from .training_data import Holdout, past_user_embeddings
 SPLITS = ("train", "validation", "test")
 _CONFIGS: dict[str, Callable] = {"mq_tokenizer": MQTokenizerConfig, "retrieval": T5GenerativeRetrievalConfig}
 # What `half_life: auto` chooses from on validation: whether the order of a history matters.
-HALF_LIVES = (None, 5)
+HALF_LIVES = (None, 8)
 # Vectors that codebooks for users are fit to where there are fewer users: parts of their histories are added.
 USER_VECTORS = 10_000
 VARIANTS = ("tokenrec", "tokenrec_user_id_only", "tokenrec_unseen_prompt")
@@ -196,6 +196,10 @@ def check_settings(recipe: Mapping[str, Any]) -> None:
                 raise ValueError(f"{section}.{place}: {error}") from None
         if recipe[section]["training"]["per_device_train_batch_size"] < 1:
             raise ValueError(f"{section}.training.per_device_train_batch_size must be at least 1.")
+    if recipe["retrieval"]["config"].get("user_shortcut") and not recipe["mq_tokenizer"]["config"].get("residual"):
+        raise ValueError(
+            "retrieval.config.user_shortcut needs mq_tokenizer.config.residual=true: only such codewords add up."
+        )
     count = recipe["mq_tokenizer"]["user_codebooks"]
     if count is not None and (not isinstance(count, int) or count < 1):
         raise ValueError(f"mq_tokenizer.user_codebooks is {count!r} but must be null or a number from 1 on.")
@@ -235,10 +239,10 @@ def build_retrieval_model(
         seed: of the fresh weights.
 
     Raises:
-        ValueError: the backbone is neither a folder nor to be had from the Hub.
+        ValueError: the backbone is neither a folder nor to be had from the Hub, or `user_shortcut` without residual codebooks.
     """
     set_seed(seed)
-    own = {
+    own: dict[str, Any] = {
         "embedding_dim": item_mq.config.embedding_dim,
         "space_ids": tokenizer.space_ids,
         "pad_token_id": tokenizer.pad_token_id,
@@ -246,6 +250,9 @@ def build_retrieval_model(
         "decoder_start_token_id": tokenizer.pad_token_id,
     }
     backbone = retrieval["backbone"]
+    if retrieval["config"].get("user_shortcut"):
+        places = tokenizer.code_token_ids("user")
+        own["user_code_tokens"] = [int(places.min()), int(places.max()) + 1]
     if backbone is None:
         config = T5GenerativeRetrievalConfig(vocab_size=len(tokenizer), **{**retrieval["config"], **own})
         model = T5ForGenerativeRetrieval(config)
@@ -264,6 +271,8 @@ def build_retrieval_model(
     for kind, mq in (("user", user_mq), ("item", item_mq)):
         ids = torch.from_numpy(tokenizer.code_token_ids(kind))
         model.initialize_code_tokens(ids, mq.codebooks, first, seed + (kind == "item"), residual=mq.config.residual)
+    if model.config.user_shortcut:
+        model.start_user_shortcut(user_mq.summands())
     return model
 
 

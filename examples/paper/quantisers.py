@@ -53,7 +53,9 @@ def main() -> None:
 
 def compare(data: IndexedSplits, half_life: float | None) -> list[dict]:
     """A row for each way to represent users: `name`, `error` (the share of variance lost, of what is quantised) and metrics."""
-    settings = load_recipe("best", overrides={"collaborative.config.half_life": half_life})["collaborative"]
+    # One table, so that a history is a sum of one vector an item.
+    changes = {"collaborative.config.half_life": half_life, "collaborative.config.recent_half_life": None}
+    settings = load_recipe("best", overrides=changes)["collaborative"]
     with tempfile.TemporaryDirectory() as folder:
         fism = train_collaborative(data.interactions, settings, Path(folder), holdout=data.holdout).model
     users, items = fism.user_embeddings(), fism.item_embeddings()
