@@ -12,7 +12,12 @@ from tokenrec_hf.cli_output import LABELS
 from tokenrec_hf.repository_info import STAGES
 
 COMMANDS = ("quickstart", "train", "evaluate", "recommend", "add", "remove", "push", "info")
-VARIANTS = {"tokenrec": [], "tokenrec_user_id_only": ["--user-id-only"], "tokenrec_unseen_prompt": ["--unseen-prompt"]}
+VARIANTS = {
+    "tokenrec": [],
+    "tokenrec_user_id_only": ["--user-id-only"],
+    "tokenrec_unseen_prompt": ["--unseen-prompt"],
+    "tokenrec_history_only": ["--history-only"],
+}
 
 
 def run(capsys, *argv):

@@ -13,6 +13,7 @@ from tokenrec_hf.data_collator import IGNORED, DataCollatorForGenerativeRetrieva
 from tokenrec_hf.embedding_store import EmbeddingStore
 from tokenrec_hf.interaction_matrix import InteractionMatrix
 from tokenrec_hf.prompts import (
+    HISTORY_ONLY_TEMPLATE,
     HISTORY_TEMPLATES,
     SEEN_TEMPLATES,
     UNSEEN_TEMPLATE,
@@ -387,6 +388,29 @@ def test_user_vectors_come_along_as_rows_of_the_users(tokenizer):
     batch = training_batch(make_collator(tokenizer, user_vectors=vectors))
     assert torch.equal(batch["user_embeds"], vectors[torch.as_tensor(list(ACTIVE))])
     assert "user_embeds" not in training_batch(make_collator(tokenizer))
+
+
+def test_a_share_of_training_prompts_names_the_history_only(tokenizer):
+    collator = make_collator(tokenizer, history_only=0.3, with_seen_items=True)
+    usual = make_collator(tokenizer, with_seen_items=True)
+    begin, end = HISTORY_ONLY_TEMPLATE.text.split("{history}")
+    count = drawn = 0
+    for epoch in range(60):
+        batch, other = training_batch(collator, epoch=epoch), training_batch(usual, epoch=epoch)
+        for row, user in enumerate(ACTIVE):
+            text = tokenizer.decode(prompt_tokens(batch, row), skip_special_tokens=True)
+            anonymous = text.startswith(begin.strip())
+            if len(HISTORIES[user]) < 2:
+                assert not anonymous
+                continue
+            drawn, count = drawn + 1, count + anonymous
+            if anonymous:
+                shown = [ITEM_IDS[item] for item in batch["seen_items"][row].tolist() if item != IGNORED]
+                expected = tokenizer(begin + " ".join(f"item_{one}" for one in shown) + end).input_ids
+                assert prompt_tokens(batch, row) == expected
+            else:
+                assert prompt_tokens(batch, row) == prompt_tokens(other, row)
+    assert 0.25 < count / drawn < 0.35
 
 
 def test_in_time_order_the_latest_items_before_a_moment_are_shown_and_the_next_ones_wanted(tokenizer):

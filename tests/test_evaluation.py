@@ -13,7 +13,7 @@ from tokenrec_hf.embedding_store import EmbeddingStore
 from tokenrec_hf.evaluation import encode_prompts, evaluate_baselines, evaluate_retrieval
 from tokenrec_hf.interactions import leave_one_out
 from tokenrec_hf.modeling_t5_retrieval import T5ForGenerativeRetrieval
-from tokenrec_hf.prompts import HISTORY_TEMPLATES, UNSEEN_TEMPLATE, USER_ONLY_TEMPLATES, render
+from tokenrec_hf.prompts import HISTORY_ONLY_TEMPLATE, HISTORY_TEMPLATES, UNSEEN_TEMPLATE, USER_ONLY_TEMPLATES, render
 from tokenrec_hf.recipes import load_recipe
 from tokenrec_hf.tokenization_tokenrec import TokenRecTokenizer
 from tokenrec_hf.training import index_splits, train
@@ -81,6 +81,7 @@ def query(trained, template, user):
         ("tokenrec", HISTORY_TEMPLATES[2]),
         ("tokenrec_user_id_only", USER_ONLY_TEMPLATES[1]),
         ("tokenrec_unseen_prompt", UNSEEN_TEMPLATE),
+        ("tokenrec_history_only", HISTORY_ONLY_TEMPLATE),
     ],
 )
 def test_evaluation_agrees_with_a_loop_over_users_through_text(trained, monkeypatch, variant, template):
@@ -111,7 +112,7 @@ def test_the_baselines_agree_with_a_loop_over_users(trained):
 
 
 def test_training_reports_what_evaluation_measures(trained):
-    for variant in ("tokenrec", "tokenrec_user_id_only", "tokenrec_unseen_prompt"):
+    for variant in evaluation.TEMPLATES:
         assert (
             evaluate_retrieval(trained.folder, trained.data, trained.recipe, variant)
             == (trained.metrics["validation"][variant])
@@ -123,7 +124,7 @@ def test_the_variants_differ_in_their_prompts(trained):
     assert all(template.uses_history for template in evaluation.TEMPLATES["tokenrec"])
     assert not any(template.uses_history for template in evaluation.TEMPLATES["tokenrec_user_id_only"])
     values = [trained.metrics["validation"][variant]["ndcg@30"] for variant in evaluation.TEMPLATES]
-    assert len(set(values)) == 3
+    assert len(set(values)) == len(values) == 4
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 1000])

@@ -6,7 +6,7 @@ from transformers import pipeline
 
 from tokenrec_hf import EmbeddingStore, Recommender
 from tokenrec_hf.pipeline_generative_retrieval import GenerativeRetrievalPipeline
-from tokenrec_hf.prompts import HISTORY_ONLY_WORDING, HISTORY_TEMPLATES, UNSEEN_TEMPLATE, USER_ONLY_TEMPLATES, render
+from tokenrec_hf.prompts import HISTORY_ONLY_TEMPLATE, HISTORY_TEMPLATES, UNSEEN_TEMPLATE, USER_ONLY_TEMPLATES, render
 
 TASK = "generative-retrieval"
 
@@ -99,7 +99,7 @@ def test_seen_items_are_left_out_unless_they_are_asked_for(recommend, recommende
 
 def test_a_history_alone_is_enough(recommend, recommender, users):
     history = list(users.values())[3]
-    text = HISTORY_ONLY_WORDING.replace("{history}", named(history))
+    text = HISTORY_ONLY_TEMPLATE.text.replace("{history}", named(history))
     assert tokens_of(recommend, {"history": history}) == tokens_in(recommend, text)
     found = recommend({"history": history}, top_k=recommender.store.count("item"))
     assert set(items(found)) == set(recommender.store.ids("item")) - set(history)
@@ -112,8 +112,8 @@ def test_of_a_long_history_the_latest_items_are_read_and_none_is_recommended(rec
     tokens = tokens_of(recommend, {"history": history})
     limit, width = recommend.tokenizer.model_max_length, len(tokens_in(recommend, f"item_{history[0]}")) - 1
     assert limit - width < len(tokens) <= limit
-    count = (len(tokens) - len(tokens_in(recommend, HISTORY_ONLY_WORDING.replace("{history}", "")))) // width
-    assert tokens == tokens_in(recommend, HISTORY_ONLY_WORDING.replace("{history}", named(history[-count:])))
+    count = (len(tokens) - len(tokens_in(recommend, HISTORY_ONLY_TEMPLATE.text.replace("{history}", "")))) // width
+    assert tokens == tokens_in(recommend, HISTORY_ONLY_TEMPLATE.text.replace("{history}", named(history[-count:])))
     assert not {*items(recommend({"history": history}, top_k=50))} & {*history}
 
 

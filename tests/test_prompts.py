@@ -1,6 +1,7 @@
 import pytest
 
 from tokenrec_hf.prompts import (
+    HISTORY_ONLY_TEMPLATE,
     HISTORY_TEMPLATES,
     SEEN_TEMPLATES,
     UNSEEN_TEMPLATE,
@@ -32,6 +33,13 @@ def test_a_prompt_names_the_user_and_the_items_in_the_order_given(template):
     assert items == (["item_63", "item_08", "item_24"] if template.uses_history else [])
 
 
+def test_a_prompt_may_say_nothing_of_the_user():
+    assert not HISTORY_ONLY_TEMPLATE.names_user and HISTORY_ONLY_TEMPLATE.uses_history
+    assert render(PromptTemplate("After {history} comes"), "03", ["08", "24"]) == "After item_08 item_24 comes"
+    assert PromptTemplate("After {history} comes").static_parts == ("After ", " comes")
+    assert all(template.names_user for template in ALL)
+
+
 def test_items_are_separated_by_one_space():
     template = PromptTemplate("Ask {user} about {history} now.")
     assert render(template, "03", iter(["08", "24"])) == "Ask user_03 about item_08 item_24 now."
@@ -55,7 +63,6 @@ def test_static_parts_are_the_template_without_its_placeholders(template):
     "text",
     [
         "nobody",
-        "only {history} here",
         "first {history} then {user} here",
         "{user} and {user}",
         "{user} , {history} {history}",

@@ -339,6 +339,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     prompt.set_defaults(variant="tokenrec")
     for flag, variant, text in (
         ("--unseen-prompt", "tokenrec_unseen_prompt", "ask in words that training never used"),
+        ("--history-only", "tokenrec_history_only", "ask with the history, without saying whose it is"),
         ("--user-id-only", "tokenrec_user_id_only", "ask without the history"),
     ):
         prompt.add_argument(flag, dest="variant", action="store_const", const=variant, default="tokenrec", help=text)

@@ -13,6 +13,7 @@ LABELS = {
     "tokenrec": "TokenRec",
     "tokenrec_user_id_only": "TokenRec, user id only",
     "tokenrec_unseen_prompt": "TokenRec, unseen prompt",
+    "tokenrec_history_only": "TokenRec, history only",
 }
 
 

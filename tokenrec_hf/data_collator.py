@@ -15,10 +15,10 @@ from torch.utils.data import Dataset
 
 from .interaction_matrix import InteractionMatrix, bounded, stateless_random
 from .modeling_mq_tokenizer import MQTokenizerModel
-from .prompts import HISTORY_TEMPLATES, SEEN_TEMPLATES, PromptTemplate
+from .prompts import HISTORY_ONLY_TEMPLATE, HISTORY_TEMPLATES, SEEN_TEMPLATES, PromptTemplate
 
 # Numbers of the random streams of one example; each stream is disjoint from the others.
-_TEMPLATE, _HISTORY_SIZE, _NEGATIVES = 0, 1, 16
+_TEMPLATE, _HISTORY_SIZE, _ANONYMOUS, _NEGATIVES = 0, 1, 2, 16
 IGNORED = -100
 
 
@@ -73,6 +73,8 @@ class DataCollatorForGenerativeRetrieval:
         user_ids, item_ids: the id of each row, as the tokenizer knows it.
         templates: the templates to choose from at random while training.
         evaluation_templates: the same for examples with a target.
+        history_only: share of training prompts, of users with a history to show, that name the history and not the user, so
+            that the model can be asked about people it does not know.
         max_length: tokens of the longest prompt.
         max_history: items of the longest history.
         train_history: items of the longest history while training (default: `max_history`); shorter ones train faster.
@@ -103,6 +105,7 @@ class DataCollatorForGenerativeRetrieval:
         *,
         templates: Sequence[PromptTemplate] = SEEN_TEMPLATES,
         evaluation_templates: Sequence[PromptTemplate] = HISTORY_TEMPLATES,
+        history_only: float = 0.0,
         max_length: int = 512,
         max_history: int = 100,
         train_history: int | None = None,
@@ -119,19 +122,24 @@ class DataCollatorForGenerativeRetrieval:
         self.pad_token_id = tokenizer.pad_token_id
         self.user_tokens = tokenizer.entity_token_ids("user", user_ids)  # [num_users, E_u]
         self.item_tokens = tokenizer.entity_token_ids("item", item_ids)  # [num_items, E_v]
-        every = [*templates, *evaluation_templates]
+        every = [*templates, *evaluation_templates, HISTORY_ONLY_TEMPLATE]
         self.parts = [tokenizer.split_prompt(template) for template in every]
         self.uses_history = np.array([template.uses_history for template in every])
-        self.training_pool, self.evaluation_pool = np.split(np.arange(len(every)), [len(templates)])
+        self.names_user = np.array([template.names_user for template in every])
+        self.history_only = history_only
+        self.training_pool, self.evaluation_pool = np.split(np.arange(len(every) - 1), [len(templates)])
         # For users without history; where every template has one, its words around no item at all.
         plain = np.flatnonzero(~self.uses_history)
-        self.plain_pool = plain if len(plain) else np.arange(len(every))
+        self.plain_pool = plain if len(plain) else np.arange(len(every) - 1)
         self.shuffle_history, self.with_seen_items = shuffle_history, with_seen_items
         self.user_vectors, self.pool_history, self.user_mq = user_vectors, pool_history, user_mq
         self.user_code_tokens = tokenizer.code_token_ids("user")  # [K, L]
         self.targets_per_prompt, self.num_negatives = targets_per_prompt, num_negatives
-        widths = np.array([sum(map(len, parts)) for parts in self.parts]) + self.user_tokens.shape[1]
-        self.capacity = np.minimum((max_length - widths) // self.item_tokens.shape[1], max_history)
+        self.static = np.array(
+            [sum(map(len, parts)) for parts in self.parts]
+        )  # tokens of all but the history, [templates]
+        self.static += self.names_user * self.user_tokens.shape[1]
+        self.capacity = np.minimum((max_length - self.static) // self.item_tokens.shape[1], max_history)
         if (self.capacity[self.uses_history] < 1).any():
             raise ValueError(f"max_length={max_length} leaves no room for a single history item; raise it.")
         self.train_history = min(train_history or max_history, max_history)
@@ -173,6 +181,9 @@ class DataCollatorForGenerativeRetrieval:
         random = stateless_random(self.seed, epoch, users, 1, _TEMPLATE)[:, 0]
         pool = self.training_pool if training else self.evaluation_pool
         template = pool[bounded(random, len(pool))]
+        if training and self.history_only:
+            chance = stateless_random(self.seed, epoch, users, 1, _ANONYMOUS)[:, 0] / 2.0**64
+            template = np.where(chance < self.history_only, len(self.parts) - 1, template)
         short = self.interactions.lengths[users] < (2 if training else 1)
         plain = self.plain_pool[bounded(random, len(self.plain_pool))]
         return np.where(short & self.uses_history[template], plain, template)
@@ -239,8 +250,7 @@ class DataCollatorForGenerativeRetrieval:
 
     def _assemble(self, user_tokens, template, history) -> dict[str, torch.Tensor]:
         width, entity = self.item_tokens.shape[1], user_tokens.shape[1]
-        static = np.array([sum(map(len, parts)) for parts in self.parts]) + entity
-        length = static[template] + history.sizes * width
+        length = self.static[template] + history.sizes * width
         ids = np.full((len(template), length.max()), self.pad_token_id, dtype=np.int64)
         start = np.zeros(len(template), dtype=np.int64)
         for number in np.unique(template):
@@ -248,8 +258,9 @@ class DataCollatorForGenerativeRetrieval:
             rows = np.flatnonzero(template == number)[:, None]
             at = len(before)
             ids[rows, np.arange(at)] = before
-            ids[rows, at + np.arange(entity)] = user_tokens[rows[:, 0]]
-            at += entity
+            if self.names_user[number]:
+                ids[rows, at + np.arange(entity)] = user_tokens[rows[:, 0]]
+                at += entity
             for words in between:
                 ids[rows, at + np.arange(len(words))] = words
                 at += len(words)

@@ -18,13 +18,14 @@ from .data_collator import DataCollatorForGenerativeRetrieval, PromptDataset
 from .embedding_store import EmbeddingStore
 from .metrics import RankingMetrics, evaluate_embeddings
 from .modeling_t5_retrieval import T5ForGenerativeRetrieval
-from .prompts import HISTORY_TEMPLATES, UNSEEN_TEMPLATE, USER_ONLY_TEMPLATES
+from .prompts import HISTORY_ONLY_TEMPLATE, HISTORY_TEMPLATES, UNSEEN_TEMPLATE, USER_ONLY_TEMPLATES
 from .tokenization_tokenrec import TokenRecTokenizer
 
 TEMPLATES = {
     "tokenrec": HISTORY_TEMPLATES,
     "tokenrec_user_id_only": USER_ONLY_TEMPLATES,
     "tokenrec_unseen_prompt": (UNSEEN_TEMPLATE,),
+    "tokenrec_history_only": (HISTORY_ONLY_TEMPLATE,),
 }
 
 
@@ -64,7 +65,8 @@ def evaluate_retrieval(
         folder: a trained repository.
         data: an [`IndexedSplits`] of the interactions it was trained on and of the items to look for.
         recipe: its recipe.
-        variant: `tokenrec` (user id and history), `tokenrec_user_id_only` or `tokenrec_unseen_prompt`.
+        variant: `tokenrec` (user id and history), `tokenrec_user_id_only`, `tokenrec_unseen_prompt` or
+            `tokenrec_history_only` (no user is named).
         store: where the item vectors come from; by default the repository's own store.
     """
     folder = Path(folder)

@@ -23,6 +23,7 @@ METHODS = {
     "tokenrec": "**TokenRec**",
     "tokenrec_user_id_only": "TokenRec, user id only",
     "tokenrec_unseen_prompt": "TokenRec, unseen prompt",
+    "tokenrec_history_only": "TokenRec, history only",
 }
 SHOWN = ("hr@10", "hr@20", "ndcg@20")
 STATISTICS = {

@@ -10,7 +10,7 @@ from transformers import Pipeline
 from transformers.dynamic_module_utils import custom_object_save
 
 from .embedding_store import EmbeddingStore
-from .prompts import HISTORY_ONLY_WORDING, PromptTemplate
+from .prompts import HISTORY_ONLY_TEMPLATE, PromptTemplate
 from .recommender import Recommender
 
 
@@ -177,7 +177,7 @@ class GenerativeRetrievalPipeline(Pipeline):
         if users:
             template = None if prompt is None else PromptTemplate(prompt)
             return self.recommender.prompts(users, [history], template)[0]
-        return self._write_history(history, prompt or HISTORY_ONLY_WORDING)
+        return self._write_history(history, prompt or HISTORY_ONLY_TEMPLATE.text)
 
     def _write_history(self, history: list[str], wording: str) -> str:
         """A prompt that names no user, with the latest items that the model can read."""

@@ -15,7 +15,7 @@ _PLACEHOLDER = re.compile(r"\{user\}|\{history\}")
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """The wording of a prompt, with one `{user}` and, after it, at most one `{history}`.
+    """The wording of a prompt, with one `{user}` and, after it, at most one `{history}`, or with `{history}` alone.
 
     A placeholder is a word of its own, with white space around it: punctuation directly after an id costs an extra token,
     and what stands apart can be tokenised once and for all.
@@ -31,11 +31,16 @@ class PromptTemplate:
 
     def __post_init__(self):
         placeholders = [word for word in self.text.split() if "{" in word or "}" in word]
-        if placeholders not in (["{user}"], ["{user}", "{history}"]):
+        if placeholders not in (["{user}"], ["{user}", "{history}"], ["{history}"]):
             raise ValueError(
-                f"prompt template {self.text!r} must hold {{user}} once and then {{history}} at most once, each between "
-                "white space and with no other braces."
+                f"prompt template {self.text!r} must hold {{user}} once and then {{history}} at most once, or {{history}} alone, "
+                "each between white space and with no other braces."
             )
+
+    @property
+    def names_user(self) -> bool:
+        """Whether the prompt says whose history it is."""
+        return "{user}" in self.text
 
     @property
     def uses_history(self) -> bool:
@@ -44,7 +49,7 @@ class PromptTemplate:
 
     @property
     def static_parts(self) -> tuple[str, ...]:
-        """The text before, between and after the placeholders: two strings, or three with history."""
+        """The text before, between and after the placeholders: two strings, or three with user and history."""
         return tuple(_PLACEHOLDER.split(self.text))
 
 
@@ -68,8 +73,8 @@ SEEN_TEMPLATES = USER_ONLY_TEMPLATES + HISTORY_TEMPLATES
 UNSEEN_TEMPLATE = PromptTemplate("Since {user} has spent time with {history} lately, find another item of that taste.")
 """The template that is never trained on."""
 
-HISTORY_ONLY_WORDING = "What fits {history} best?"
-"""For those of whom nothing but a history is known; never trained on either, and no template, because it names no user."""
+HISTORY_ONLY_TEMPLATE = PromptTemplate("What fits {history} best?")
+"""For those of whom nothing but a history is known. Trained on where a recipe says so (`prompts.history_only`)."""
 
 
 def render(template: PromptTemplate, user: str, history: Iterable[str] = ()) -> str:

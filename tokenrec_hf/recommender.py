@@ -95,7 +95,7 @@ class Recommender:
 
         Raises:
             KeyError: an id is unknown to the tokenizer.
-            ValueError: there is not one history for each user.
+            ValueError: there is not one history for each user, or the template does not name the user.
         """
         chosen = self._histories(users, histories)
         inputs = self.tokenizer(
@@ -115,6 +115,8 @@ class Recommender:
         written = []
         for user, history in zip(users, self._histories(users, histories)):
             wording = template or (HISTORY_TEMPLATES[0] if history else USER_ONLY_TEMPLATES[0])
+            if not wording.names_user:
+                raise ValueError(f"prompt template {wording.text!r} must hold {{user}} once, because it is for a user.")
             written.append(render(wording, user, history[len(history) - self._room(wording, len(history)) :]))
         return written
 

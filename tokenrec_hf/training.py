@@ -38,6 +38,7 @@ from .modeling_collaborative import COLLABORATIVE_MODELS, FISMModel, augment_nor
 from .modeling_mq_tokenizer import MQTokenizerModel
 from .modeling_t5_retrieval import T5ForGenerativeRetrieval
 from .pipeline_generative_retrieval import GenerativeRetrievalPipeline
+from .prompts import HISTORY_ONLY_TEMPLATE, HISTORY_TEMPLATES
 from .recipes import save_recipe
 from .stages import SELECT_BY, train_collaborative, train_mq_tokenizer, train_retrieval
 from .tokenization_tokenrec import TokenRecTokenizer
@@ -49,7 +50,7 @@ _CONFIGS: dict[str, Callable] = {"mq_tokenizer": MQTokenizerConfig, "retrieval":
 HALF_LIVES = (None, 8)
 # Vectors that codebooks for users are fit to where there are fewer users: parts of their histories are added.
 USER_VECTORS = 10_000
-VARIANTS = ("tokenrec", "tokenrec_user_id_only", "tokenrec_unseen_prompt")
+VARIANTS = ("tokenrec", "tokenrec_user_id_only", "tokenrec_unseen_prompt", "tokenrec_history_only")
 
 
 @dataclass
@@ -456,6 +457,9 @@ class _Run:
             pasts = {"pool_history": collaborative.pool, "user_mq": mqs["user"]}
         if model.config.alignment_weight:
             pasts["user_vectors"] = store.vectors("user")
+        if self.recipe["prompts"].get("history_only"):
+            # The length is chosen for both kinds of prompts; those that name no user are the harder ones.
+            pasts["evaluation_templates"] = (HISTORY_TEMPLATES[0], HISTORY_ONLY_TEMPLATE)
         result = train_retrieval(
             model,
             build_collator(tokenizer, data, self.resolved, **pasts),

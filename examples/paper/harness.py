@@ -28,7 +28,12 @@ from tokenrec_hf.training import VARIANTS
 TOKENREC = {f"tokenrec-{recipe}": recipe for recipe in ("paper", "best", "cpu")}
 MODELS = (*BASELINES, *TOKENREC)
 VECTORS = "collaborative_cosine"
-_SUFFIXES = dict(zip((*VARIANTS, VECTORS), ("", ", user id only", ", unseen prompt", ", its vectors without T5")))
+_SUFFIXES = dict(
+    zip(
+        (*VARIANTS, VECTORS),
+        ("", ", user id only", ", unseen prompt", ", history only", ", its vectors without T5"),
+    )
+)
 MOST_SEEDS = 10
 FIT_ONE = Path(__file__).parent / "fit_one.py"
 

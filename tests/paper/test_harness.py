@@ -167,19 +167,19 @@ def test_what_is_recorded_makes_a_table_without_a_fit(spied, tmp_path):
 
 
 @pytest.mark.slow
-def test_tokenrec_has_four_rows_from_one_training(tmp_path, tiny_recipe, monkeypatch):
+def test_tokenrec_has_five_rows_from_one_training(tmp_path, tiny_recipe, monkeypatch):
     monkeypatch.setattr(harness, "load_recipe", lambda name: dict(tiny_recipe))
     fits = InProcess(tmp_path / "results", tmp_path / "work")
     rows = study("demo", "tokenrec-cpu", seeds=1, fits=fits)
     titles = ["TokenRec (cpu)", "TokenRec (cpu, user id only)", "TokenRec (cpu, unseen prompt)"]
-    titles.append("TokenRec (cpu, its vectors without T5)")
+    titles += ["TokenRec (cpu, history only)", "TokenRec (cpu, its vectors without T5)"]
     assert [row["title"] for row in rows] == titles
     assert fits.count == 1
     repository = next((tmp_path / "work" / "demo").iterdir())
     metrics = json.loads((repository / "metrics.json").read_text())
     assert rows[1]["test"] == [metrics["test"]["tokenrec_user_id_only"]]
     assert rows[0]["validation"] == [metrics["validation"]["tokenrec"]]
-    assert rows[3]["test"] == [metrics["test"]["collaborative_cosine"]]
+    assert rows[4]["test"] == [metrics["test"]["collaborative_cosine"]]
     assert rows[0]["fit_seconds"][0] > 0
     assert "recipe `cpu`" in markdown(rows, "demo")
     (record,) = (tmp_path / "results" / "demo" / "tokenrec-cpu").iterdir()
