@@ -27,6 +27,8 @@ from tokenrec_hf import load_recipe
 
 HERE = Path(__file__).parent
 METRICS = ("hr@20", "ndcg@20")
+# Shown of the study `best`: what T5 makes of a history alone, and the vectors without T5.
+OTHERS = {"tokenrec_history_only": "history only", "collaborative_cosine": "vectors"}
 SHORT = {
     "collaborative.training.num_train_epochs": 60,
     "mq_tokenizer.training.max_steps": 1500,
@@ -35,13 +37,6 @@ SHORT = {
     "retrieval.training.num_train_epochs": 12,
 }
 _K, _L, _RHO = (f"mq_tokenizer.config.{name}" for name in ("num_codebooks", "codebook_size", "mask_ratio"))
-# As long as recipe `best` trained a T5 that had to learn the user's codes; with the shortcut that is more than it needs.
-_LONG = {
-    "retrieval.training.num_train_epochs": 40,
-    "retrieval.most_steps": 4200,
-    "retrieval.evaluate_every": 4,
-    "retrieval.patience": 5,
-}
 # What each variant changes; K = 3, L = 256 and rho = 0.2 are those of the whole.
 STUDIES: dict[str, dict[str, dict[str, Any]]] = {
     "table6": {
@@ -61,17 +56,11 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "best": {
         "whole": {},
-        "without the shortcut": {"retrieval.config.user_shortcut": False, **_LONG},
-        "without residual codes, nor the shortcut": {
-            "mq_tokenizer.config.residual": False,
-            "retrieval.config.user_shortcut": False,
-            **_LONG,
-        },
-        "8 codes a user": {"mq_tokenizer.user_codebooks": 8},
+        "without the shortcut": {"retrieval.config.user_shortcut": False},
+        "nor residual codes": {"mq_tokenizer.config.residual": False, "retrieval.config.user_shortcut": False},
         "4 codes a user": {"mq_tokenizer.user_codebooks": 4},
         "without what is said of the very next": {"collaborative.config.recent_half_life": None},
-        "without order": {"collaborative.config.half_life": None},
-        "without alignment": {"retrieval.config.alignment_weight": 0.0},
+        "without prompts of a history only": {"prompts.history_only": 0.0},
     },
 }
 # Recipe and changes that a study starts from, where these are not `cpu` and `SHORT`.
@@ -119,6 +108,7 @@ def study(dataset: str, name: str, seeds: int, fits) -> dict[str, dict[str, list
         recipe = load_recipe(base, overrides={**short, **changes})
         del recipe["seed"]
         records = [fits(Job(dataset, f"tokenrec-{base}", "validation", seed, recipe)) for seed in range(seeds)]
+        others = OTHERS if name in BASES else {}
         rows[variant] = {
             **{metric: [one["metrics"]["validation"]["tokenrec"][metric] for one in records] for metric in METRICS},
             **{
@@ -126,6 +116,10 @@ def study(dataset: str, name: str, seeds: int, fits) -> dict[str, dict[str, list
                 for kind in ("user", "item")
             },
             **{f"{kind} unique": [one["codes"][kind]["unique"] for one in records] for kind in ("user", "item")},
+            **{
+                f"{title} ndcg@20": [one["metrics"]["validation"][prompts]["ndcg@20"] for one in records]
+                for prompts, title in others.items()
+            },
         }
     return rows
 

@@ -13,7 +13,8 @@ def recorded(job):
     assert job.model == f"tokenrec-{job.settings['recipe']}"
     value = job.seed / 10 + job.settings["mq_tokenizer"]["config"].get("mask_ratio", 0.0)
     codes = {kind: {"reconstruction_error": value, "unique": 1.0} for kind in ("user", "item")}
-    return {"metrics": {"validation": {"tokenrec": {"hr@20": value, "ndcg@20": value / 2}}}, "codes": codes}
+    metrics = {name: {"hr@20": value, "ndcg@20": value / 2} for name in ("tokenrec", *ablations.OTHERS)}
+    return {"metrics": {"validation": metrics}, "codes": codes}
 
 
 @pytest.mark.parametrize("name", ablations.STUDIES)
@@ -56,3 +57,9 @@ def test_the_table_has_means_and_deviations_and_the_plot_a_panel_for_each_parame
     assert "| rho = 0.5 | 0.5500 ± 0.0707 | 0.2750 ± 0.0354 |" in table
     ablations.plot(rows, "title", tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_study_of_recipe_best_shows_what_is_done_without_user_and_without_t5():
+    rows = ablations.study("demo", "best", 2, recorded)
+    assert rows["whole"]["history only ndcg@20"] == rows["whole"]["vectors ndcg@20"] == [0.0, 0.05]
+    assert "history only ndcg@20" not in ablations.study("demo", "table6", 1, recorded)["whole"]
