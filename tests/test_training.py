@@ -269,6 +269,12 @@ def test_a_number_of_codebooks_that_cannot_be_is_refused(count):
         training.check_settings(load_recipe("cpu", overrides={"mq_tokenizer.user_codebooks": count}))
 
 
+@pytest.mark.parametrize("share", [-0.1, 1.5, "some"])
+def test_a_share_of_prompts_that_cannot_be_is_refused(share):
+    with pytest.raises(ValueError, match="history_only is .* but must be a share from 0 to 1"):
+        training.check_settings(load_recipe("cpu", overrides={"prompts.history_only": share}))
+
+
 def test_a_shortcut_for_users_needs_codewords_that_add_up():
     with pytest.raises(ValueError, match="user_shortcut needs mq_tokenizer.config.residual=true"):
         training.check_settings(load_recipe("best", overrides={"mq_tokenizer.config.residual": False}))

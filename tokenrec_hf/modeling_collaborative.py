@@ -215,8 +215,8 @@ class FISMModel(PreTrainedModel):
     p_u = sum_{i in H_u} 2^(-age_i / half_life) a_i and the score is cos(p_u, q_j), trained by a softmax over all items. While
     training, a history is split anew in every epoch into what p_u is made of and what is to be found, so nothing is asked
     for that it is told: at random, or, with a `half_life`, into the past and the items that follow it. `age_i` is the number
-    of items that the user has had since. With a `recent_half_life`, p_u has a second such sum, of what an item says about the
-    very next ones, b_i, as in Fossil (He and McAuley, 2016). The interactions are buffers of the model.
+    of items that the user has had since. With a `recent_half_life`, sum_i 2^(-age_i / recent_half_life) b_i is added, b_i
+    being what item i says about the very next ones, as in Fossil (He and McAuley, 2016). The interactions are buffers of the model.
 
     Args:
         config: a [`FISMConfig`]; use [`FISMModel.from_interactions`] to fill its sizes.

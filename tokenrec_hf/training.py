@@ -197,10 +197,18 @@ def check_settings(recipe: Mapping[str, Any]) -> None:
                 raise ValueError(f"{section}.{place}: {error}") from None
         if recipe[section]["training"]["per_device_train_batch_size"] < 1:
             raise ValueError(f"{section}.training.per_device_train_batch_size must be at least 1.")
+    _check_combinations(recipe)
+
+
+def _check_combinations(recipe: Mapping[str, Any]) -> None:
+    """What no section's own configuration can see."""
     if recipe["retrieval"]["config"].get("user_shortcut") and not recipe["mq_tokenizer"]["config"].get("residual"):
         raise ValueError(
             "retrieval.config.user_shortcut needs mq_tokenizer.config.residual=true: only such codewords add up."
         )
+    share = recipe["prompts"]["history_only"]
+    if not isinstance(share, (int, float)) or not 0 <= share <= 1:
+        raise ValueError(f"prompts.history_only is {share!r} but must be a share from 0 to 1.")
     count = recipe["mq_tokenizer"]["user_codebooks"]
     if count is not None and (not isinstance(count, int) or count < 1):
         raise ValueError(f"mq_tokenizer.user_codebooks is {count!r} but must be null or a number from 1 on.")
@@ -457,7 +465,7 @@ class _Run:
             pasts = {"pool_history": collaborative.pool, "user_mq": mqs["user"]}
         if model.config.alignment_weight:
             pasts["user_vectors"] = store.vectors("user")
-        if self.recipe["prompts"].get("history_only"):
+        if self.recipe["prompts"]["history_only"]:
             # The length is chosen for both kinds of prompts; those that name no user are the harder ones.
             pasts["evaluation_templates"] = (HISTORY_TEMPLATES[0], HISTORY_ONLY_TEMPLATE)
         result = train_retrieval(
