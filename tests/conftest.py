@@ -61,6 +61,29 @@ def trained_repository(tmp_path_factory, demo_splits, tiny_recipe):
 
 
 @pytest.fixture(scope="session")
+def fism_repository(tmp_path_factory, demo_splits):
+    """As `trained_repository`, of recipe `best` with ordered histories and without refit. Shared too."""
+    small = {
+        "collaborative.config": {"embedding_dim": 16, "half_life": 8},
+        "collaborative.training.num_train_epochs": 20,
+        "mq_tokenizer.config": {"num_codebooks": 3, "codebook_size": 32},
+        "mq_tokenizer.user_codebooks": 6,
+        "retrieval.config": {
+            "d_model": 32,
+            "d_kv": 8,
+            "num_heads": 2,
+            "d_ff": 64,
+            "num_layers": 1,
+            "projection_dim": 32,
+        },
+        "retrieval.training": {"num_train_epochs": 4, "warmup_steps": 2},
+    }
+    folder = tmp_path_factory.mktemp("fism") / "repository"
+    train(demo_splits, load_recipe("best", overrides=small), folder, dataset_name="demo", refit=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def lastfm_dir():
     """The folder with LastFM's train.txt and test.txt."""
     folder = Path(os.environ.get("TOKENREC_DATA_DIR") or SHARED / "data") / "lastfm"

@@ -335,6 +335,17 @@ def test_a_given_history_replaces_the_known_one(capsys, trained_repository):
     assert history["recommendations"] != alone["recommendations"]
 
 
+def test_a_history_alone_is_recommended_to(capsys, fism_repository):
+    recommender = Recommender.from_pretrained(fism_repository)
+    argv = ("recommend", fism_repository, "--history", "f001", "f002", "--top-k", "3")
+    found = document(capsys, *argv)
+    assert (found["user"], found["tokens"], found["history"]) == (None, None, ["f001", "f002"])
+    expected = recommender.recommend([None], [["f001", "f002"]], top_k=3)[0]
+    assert [{"item": row["item"], "score": row["score"]} for row in found["recommendations"]] == expected
+    assert run(capsys, *argv)[1].startswith("a history of 2 items\n")
+    assert_fails(capsys, "recommend", fism_repository, says="nobody to recommend to: give --user, --history", status=2)
+
+
 def test_seen_items_come_back_when_asked_for(capsys, trained_repository):
     seen = set(EmbeddingStore.open(trained_repository).seen(["u007"])[0])
     argv = ("recommend", trained_repository, "--user", "u007", "--top-k", "300")
@@ -372,6 +383,7 @@ def test_items_of_other_data_have_no_titles(capsys, repository):
         (["--user", "nobody"], "'nobody'"),
         (["--user", "u007", "--history", "f001", "zz"], "'zz'"),
         (["--user", "u007", "--top-k", "0"], "top_k is 0"),
+        (["--history", "zz"], "'zz'"),
     ],
 )
 def test_unknown_ids_and_impossible_numbers_are_named(capsys, trained_repository, argv, says):

@@ -1,5 +1,6 @@
 import copy
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ from tokenrec_hf.data_collator import DataCollatorForGenerativeRetrieval
 from tokenrec_hf.data_sources import demo_interactions
 from tokenrec_hf.embedding_store import EmbeddingStore
 from tokenrec_hf.evaluation import encode_prompts, evaluate_baselines, evaluate_retrieval
+from tokenrec_hf.interaction_matrix import InteractionMatrix
 from tokenrec_hf.interactions import leave_one_out
 from tokenrec_hf.modeling_t5_retrieval import T5ForGenerativeRetrieval
 from tokenrec_hf.prompts import HISTORY_ONLY_TEMPLATE, HISTORY_TEMPLATES, UNSEEN_TEMPLATE, USER_ONLY_TEMPLATES, render
@@ -109,6 +111,22 @@ def test_the_baselines_agree_with_a_loop_over_users(trained):
         "collaborative_cosine": lambda user: torch.cosine_similarity(users[user][None], items).tolist(),
     }.items():
         assert results[name] == pytest.approx(naive_metrics(data, scores_of), abs=1e-6), name
+
+
+def test_with_fism_a_history_alone_is_as_good_as_its_user(fism_repository, demo_splits):
+    data, recipe = index_splits(demo_splits, "validation"), load_recipe(config=fism_repository / "recipe.yaml")
+    found, known = (
+        evaluate_retrieval(fism_repository, data, recipe, variant) for variant in ("tokenrec_history_only", "tokenrec")
+    )
+    assert found == pytest.approx(known, abs=1e-6)
+    # Histories that end earlier make other users of the same people.
+    kept = data.interactions.lengths[data.interactions.users] > 0
+    kept[data.interactions.indptr[1:] - 1] = False
+    shorter = InteractionMatrix(
+        data.interactions.users[kept], data.interactions.items[kept], len(data.user_ids), len(data.item_ids)
+    )
+    cut = replace(data, interactions=shorter)
+    assert evaluate_retrieval(fism_repository, cut, recipe, "tokenrec_history_only") != pytest.approx(known, abs=1e-3)
 
 
 def test_training_reports_what_evaluation_measures(trained):

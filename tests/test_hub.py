@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from tokenrec_hf import EmbeddingStore, LightGCNModel, MQTokenizerModel, Recommender, TokenRecTokenizer
+from tokenrec_hf import EmbeddingStore, FISMModel, LightGCNModel, MQTokenizerModel, Recommender, TokenRecTokenizer
 from tokenrec_hf.cli import main
 from tokenrec_hf.hub import push_repository
 from tokenrec_hf.repository import fetch_repository
@@ -105,6 +105,22 @@ def test_a_repository_without_users_recommends_to_histories(hub, repository):
     assert len(found) == 4
     assert not {row["item"] for row in found} & set(history)
     assert folder.is_dir()
+
+
+def test_what_fism_makes_of_a_history_is_pushed_without_anybody_s(hub, fism_repository):
+    push_repository(fism_repository, NAME)
+    here = EmbeddingStore.open(fism_repository)
+    users = here.ids("user")
+    for path, content in hub.files(NAME).items():
+        assert not any((one + other).encode() in content for one, other in itertools.pairwise(users)), path
+    pushed = FISMModel.from_pretrained(fetch_repository(NAME) / "collaborative")
+    assert pushed.config.num_users == 0 and pushed.edge_users.numel() == pushed.edge_items.numel() == 0
+    from transformers import pipeline
+
+    requests = [{"history": seen} for seen in here.seen(users[:5])]
+    found = pipeline("generative-retrieval", model=NAME)(requests, top_k=4)
+    known = Recommender.from_pretrained(fism_repository).recommend(users[:5], top_k=4)
+    assert [[row["item"] for row in one] for one in found] == [[row["item"] for row in one] for one in known]
 
 
 @pytest.mark.parametrize("kind", ["create", "preupload", "lfs batch", "lfs upload", "commit"])

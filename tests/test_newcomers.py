@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -10,6 +11,7 @@ from datasets import Dataset
 
 from tokenrec_hf import EmbeddingStore, NewVectors, Recommender, TokenRecTokenizer
 from tokenrec_hf import newcomers as module
+from tokenrec_hf.hub import _copy
 from tokenrec_hf.id_index import load_indexes
 from tokenrec_hf.modeling_collaborative import LightGCNModel
 from tokenrec_hf.modeling_mq_tokenizer import MQTokenizerModel
@@ -60,6 +62,45 @@ def test_a_folded_in_twin_is_recommended_what_its_original_is(repository):
         assert len({row["item"] for row in one} & {row["item"] for row in two}) >= 8
         assert not {row["item"] for row in two} & set(store.seen([user])[0])
     check_codes(repository)
+
+
+def test_fism_gives_a_newcomer_the_vector_that_the_training_would_have(fism_repository, tmp_path):
+    folder = shutil.copytree(fism_repository, tmp_path / "repository")
+    store = EmbeddingStore.open(folder)
+    users = store.ids("user")[:8]
+    pairs = [(f"twin-{user}", item) for user, items in zip(users, store.seen(users)) for item in items]
+    report = add_to_repository(
+        folder, interactions=interactions(*pairs, ("twin-of-nobody", "nova"), (users[0], "nova"))
+    )
+    assert (report["users"], report["items"], report["users_changed"]) == (9, 1, 0)
+    store = EmbeddingStore.open(folder)
+    twins = store.get("user", [f"twin-{user}" for user in users])
+    torch.testing.assert_close(twins, store.get("user", users), rtol=0, atol=1e-6)
+    check_codes(folder)
+    # Whoever had nothing but a new item is folded in by way of others who had it.
+    assert torch.isfinite(store.get("user", ["twin-of-nobody"])).all()
+
+
+def test_fism_serves_new_users_of_a_repository_that_was_shared_without_any(fism_repository, tmp_path):
+    folder = tmp_path / "pulled"
+    _copy(fism_repository, folder, include_users=False)
+    original = EmbeddingStore.open(fism_repository)
+    user = original.ids("user")[3]
+    before = contents(folder)
+    pairs = [("new", item) for item in original.seen([user])[0]]
+    with pytest.raises(ValueError, match="knows no interactions of users"):
+        add_to_repository(folder, interactions=interactions(*pairs, ("new", "nova")))
+    with pytest.raises(ValueError, match="was pushed without users.*; add without retraining"):
+        add_to_repository(folder, interactions=interactions(*pairs), retrain=True)
+    assert contents(folder) == {**before, Path(".update.lock"): b""}
+    add_to_repository(folder, interactions=interactions(*pairs))
+    torch.testing.assert_close(
+        EmbeddingStore.open(folder).get("user", ["new"]), original.get("user", [user]), rtol=0, atol=1e-6
+    )
+    known = Recommender.from_pretrained(fism_repository).recommend([user], top_k=5)
+    assert [row["item"] for row in Recommender.from_pretrained(folder).recommend(["new"], top_k=5)[0]] == [
+        row["item"] for row in known[0]
+    ]
 
 
 def test_a_folded_in_item_is_near_the_items_of_its_users(repository):

@@ -175,10 +175,29 @@ def test_what_is_wrong_with_a_request_is_said_in_one_line(recommend, request_, e
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("prompt", ["For {user} please.", "More like {history}, please.", "{history} {other}", "{"])
-def test_a_wording_that_does_not_fit_a_history_alone_is_refused(recommend, prompt):
-    with pytest.raises(ValueError, match="must hold {history} once"):
+@pytest.mark.parametrize("prompt", ["More like {history}, please.", "{history} {other}", "{"])
+def test_a_wording_that_is_no_template_is_refused(recommend, prompt):
+    with pytest.raises(ValueError, match="or {history} alone"):
         recommend({"history": ["f001"]}, prompt=prompt)
+
+
+def test_a_wording_that_names_a_user_is_refused_where_none_can_be_made_of_the_history(recommend):
+    with pytest.raises(ValueError, match="'For {user} please.' names a user, but"):
+        recommend({"history": ["f001"]}, prompt="For {user} please.")
+
+
+def test_with_fism_a_history_alone_gets_what_its_user_would(fism_repository):
+    recommend = pipeline("generative-retrieval", model=str(fism_repository))
+    store = recommend.recommender.store
+    users = store.ids("user")[:4]
+    of_users = recommend([{"user": user} for user in users], top_k=5)
+    for wording in (None, "What should {user} try after {history} then?"):
+        of_histories = recommend([{"history": seen} for seen in store.seen(users)], top_k=5, prompt=wording)
+        assert [[row["item"] for row in one] for one in of_histories] == [
+            [row["item"] for row in one] for one in of_users
+        ]
+    # A wording without the user leaves T5 alone with the items.
+    assert recommend({"history": store.seen(users)[0]}, top_k=5, prompt="What fits {history} best?") != of_users[0]
 
 
 def test_a_wording_without_the_user_is_refused_where_there_is_one(recommend):

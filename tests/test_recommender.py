@@ -228,3 +228,43 @@ def test_an_unfinished_training_says_to_go_on(tmp_path):
     (tmp_path / "training").mkdir()
     with pytest.raises(FileNotFoundError, match="training has not finished; run the same `tokenrec train` again"):
         check_repository(tmp_path)
+
+
+class Reader:
+    """A history encoder whose vector of a history is that of the user `who`; items after i20 are new to it."""
+
+    def __init__(self, store, who):
+        self.vector = store.get("user", [who])
+
+    def encode(self, histories):
+        known = [any(int(item[1:]) <= 20 for item in one) for one in histories]
+        return self.vector.repeat(len(histories), 1) * torch.tensor(known)[:, None], np.array(known)
+
+
+def test_somebody_without_an_id_is_written_in_the_tokens_of_the_history(parts, mqs):
+    model, tokenizer, store = parts
+    tokenizer.attach(user_mq=mqs["user"])
+    recommender = Recommender(model, tokenizer, store, Reader(store, "cid"))
+    anonymous = recommender.prompts([None, "ann"], [["i3", "i4"], ["i3", "i4"]])
+    named = recommender.prompts(["cid", "ann"], [["i3", "i4"], ["i3", "i4"]])
+    assert anonymous != named
+    assert tokenizer(anonymous)["input_ids"] == tokenizer(named)["input_ids"]
+    # What a user is shown is that of the request, and is not recommended again.
+    found = recommender.recommend([None], [["i3", "i4"]], top_k=NUM_ITEMS)[0]
+    assert {row["item"] for row in found} == {f"i{n}" for n in range(NUM_ITEMS)} - {"i3", "i4"}
+
+
+def test_a_history_that_tells_nothing_of_its_user_is_shown_alone(parts, recommender):
+    reader = Recommender(*parts, Reader(parts[2], "cid"))
+    for one in (reader, recommender):
+        assert one.prompts([None], [["i30"]]) == ["What fits item_i30 best?"]
+    assert recommender.prompts([None], [["i3"]]) == ["What fits item_i3 best?"]
+    with pytest.raises(ValueError, match="names a user, but nobody is known by id"):
+        reader.prompts([None], [["i30"]], UNSEEN_TEMPLATE)
+
+
+def test_neither_a_user_nor_a_history_is_refused(recommender):
+    with pytest.raises(ValueError, match="request 1 names neither a user nor a history"):
+        recommender.prompts(["ann", None], [["i3"], []])
+    with pytest.raises(ValueError, match="request 0 names neither a user nor a history"):
+        recommender.recommend([None])

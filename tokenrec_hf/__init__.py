@@ -19,6 +19,7 @@ _MODULES = {
     "interaction_matrix": ("InteractionMatrix",),
     "configuration_collaborative": ("FISMConfig", "LightGCNConfig", "MatrixFactorizationConfig"),
     "modeling_collaborative": ("FISMModel", "LightGCNModel", "MatrixFactorizationModel"),
+    "history_encoder": ("HistoryEncoder",),
     "embedding_store": ("EmbeddingStore",),
     "configuration_mq_tokenizer": ("MQTokenizerConfig",),
     "modeling_mq_tokenizer": ("MQTokenizerModel",),

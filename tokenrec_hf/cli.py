@@ -196,6 +196,8 @@ def _recommend(arguments: argparse.Namespace) -> dict[str, Any]:
     from .recommender import Recommender
     from .repository import fetch_repository
 
+    if arguments.user is None and not arguments.history:
+        raise UsageError("there is nobody to recommend to: give --user, --history or both.")
     _quiet()
     folder = fetch_repository(arguments.repository, revision=arguments.revision)
     recommender = Recommender.from_pretrained(folder, store=_store(arguments.store))
@@ -353,12 +355,14 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         "recommend",
         _recommend,
         show_recommendations,
-        "recommend items to a user",
-        "example: tokenrec recommend out --user 03 --history 08 24 --top-k 10",
+        "recommend items to a user, or to anybody with a history",
+        "examples:\n"
+        "  tokenrec recommend out --user 03 --history 08 24 --top-k 10\n"
+        "  tokenrec recommend org/name --history 08 24",
     )
     _repository(recommend)
     _elsewhere(recommend)
-    recommend.add_argument("--user", required=True, metavar="ID", help="the user's id")
+    recommend.add_argument("--user", metavar="ID", help="the user's id; without one, the history says it all")
     recommend.add_argument(
         "--history",
         nargs="*",
@@ -485,7 +489,7 @@ def _quiet() -> None:
 
 def _recommendations(
     recommender: Recommender,
-    user: str,
+    user: str | None,
     titles: Mapping[str, str],
     *,
     history: list[str] | None = None,
@@ -497,8 +501,8 @@ def _recommendations(
     tokens = _tokens(recommender, "item", [row["item"] for row in found])
     return {
         "user": user,
-        "tokens": _tokens(recommender, "user", [user])[0],
-        "history": recommender.store.seen([user])[0] if history is None else history,
+        "tokens": None if user is None else _tokens(recommender, "user", [user])[0],
+        "history": recommender.store.seen([str(user)])[0] if history is None else history,
         "recommendations": [
             {"rank": rank, **row, "tokens": codes, "title": titles.get(row["item"])}
             for rank, (row, codes) in enumerate(zip(found, tokens), 1)

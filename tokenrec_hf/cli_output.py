@@ -75,7 +75,10 @@ def show_recommendations(document: Mapping[str, Any], held_out: str | None = Non
         title = [row["title"] or ""] * titled
         cells = [str(row["rank"]), row["item"], _number(row["score"]), row["tokens"], *title]
         rows.append([*cells[:-1], cells[-1] + mark])
-    return f"user_{document['user']} = {document['tokens']}\n{_table(rows)}"
+    who = f"a history of {len(document['history'])} items"
+    if document["user"] is not None:
+        who = f"user_{document['user']} = {document['tokens']}"
+    return f"{who}\n{_table(rows)}"
 
 
 def show_push(document: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from .data_collator import DataCollatorForGenerativeRetrieval, PromptDataset
 from .embedding_store import EmbeddingStore
+from .history_encoder import HistoryEncoder
 from .metrics import RankingMetrics, evaluate_embeddings
 from .modeling_t5_retrieval import T5ForGenerativeRetrieval
 from .prompts import HISTORY_ONLY_TEMPLATE, HISTORY_TEMPLATES, UNSEEN_TEMPLATE, USER_ONLY_TEMPLATES
@@ -66,18 +67,24 @@ def evaluate_retrieval(
         data: an [`IndexedSplits`] of the interactions it was trained on and of the items to look for.
         recipe: its recipe.
         variant: `tokenrec` (user id and history), `tokenrec_user_id_only`, `tokenrec_unseen_prompt` or
-            `tokenrec_history_only` (no user is named).
+            `tokenrec_history_only` (nothing is known but the history: with FISM, user tokens are made of it, otherwise the
+            prompt names no user).
         store: where the item vectors come from; by default the repository's own store.
     """
     folder = Path(folder)
     tokenizer = TokenRecTokenizer.from_pretrained(folder)
     store = store or EmbeddingStore.open(folder / "store")
+    templates = TEMPLATES[variant]
+    if variant == "tokenrec_history_only" and (encoder := HistoryEncoder.from_pretrained(folder)) is not None:
+        # As the recommender does: nothing of the user is used but the history.
+        templates = HISTORY_TEMPLATES
+        tokenizer.add_users(_vectors_of_histories(encoder, data))
     collator = DataCollatorForGenerativeRetrieval(
         tokenizer,
         data.interactions,
         data.user_ids,
         data.item_ids,
-        evaluation_templates=TEMPLATES[variant],
+        evaluation_templates=templates,
         seed=recipe["seed"],
         **recipe["prompts"],
     )
@@ -92,6 +99,13 @@ def evaluate_retrieval(
         cosine=True,
         popularity=data.interactions.popularity(),
     )
+
+
+def _vectors_of_histories(encoder: HistoryEncoder, data) -> dict[str, torch.Tensor]:
+    """What the encoder makes of each user's interactions, by user id, where it knows any of the items."""
+    indptr, items = data.interactions.indptr, np.array(data.item_ids, dtype=object)[data.interactions.items]
+    vectors, known = encoder.encode([items[start:end].tolist() for start, end in zip(indptr, indptr[1:])])
+    return {user: vector for user, vector, useful in zip(data.user_ids, vectors, known) if useful}
 
 
 @torch.inference_mode()

@@ -11,6 +11,7 @@ from huggingface_hub import HfApi
 
 from .code_table import forget_ids
 from .embedding_store import EmbeddingStore
+from .history_encoder import HistoryEncoder
 from .model_card import write_model_card
 from .repository import CONTENT, WITH_USERS, check_repository, hub_errors
 
@@ -34,8 +35,9 @@ def push_repository(
         repo_id: `name` or `organisation/name`; made if absent.
         private: whether a repository that is made here is private; by default what the organisation prescribes.
         revision: the branch, made if absent; by default the main one.
-        include_users: also upload what is known of users: ids, vectors, seen items, codes, and the collaborative model, which
-            has a row for each of them. They are personal data, so by default they are left out.
+        include_users: also upload what is known of users: ids, vectors, seen items, codes, and what the collaborative model
+            has of each of them. They are personal data, so by default they are left out. Of FISM the item side goes up all
+            the same, because it makes user tokens of anybody's history.
         token: Hub token; by default the one that is logged in.
         commit_message: the message of the commit.
 
@@ -78,3 +80,5 @@ def _copy(folder: Path, target: Path, include_users: bool) -> None:
         shutil.rmtree(target / "store")
         EmbeddingStore.open(folder).save_pretrained(target / "store", include_users=False)
         forget_ids(target / "codes.safetensors", "user")
+        if (encoder := HistoryEncoder.from_pretrained(folder)) is not None:
+            encoder.save_pretrained(target / "collaborative")

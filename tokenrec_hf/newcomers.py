@@ -26,6 +26,7 @@ from transformers import AutoConfig
 
 from .embedding_store import EmbeddingStore
 from .fold_in import align, fold_in
+from .history_encoder import HistoryEncoder
 from .id_index import IdIndex, load_indexes, save_indexes
 from .interaction_matrix import InteractionMatrix
 from .modeling_collaborative import COLLABORATIVE_MODELS, augment_norm
@@ -123,7 +124,8 @@ def add_to_repository(
         users: vectors of users.
         items: vectors of items.
         interactions: columns `user_id` and `item_id`, in time order. Users and items that are neither in the store nor given
-            with vectors are folded in; all interactions become seen items. Those of known ids keep their vectors.
+            with vectors get some: with FISM, users the vector that it makes of their history; all others are folded in. All
+            interactions become seen items. Those of known ids keep their vectors.
         retrain: go on training the collaborative model on everything that users have seen, for a quarter of the epochs it
             had, and turn the result into the old space; all vectors and codes change.
 
@@ -150,9 +152,11 @@ def add_to_repository(
                     space.store.set_metadata(given.ids, given.metadata)
         recorded = 0
         if interactions is not None:
-            for kind, ids in _fold_in(space, interactions["user_id"][:], interactions["item_id"][:]).items():
+            pairs = interactions["user_id"][:], interactions["item_id"][:]
+            changed["user"] = changed.get("user", []) + _pool(space, *pairs)
+            for kind, ids in _fold_in(space, *pairs).items():
                 changed[kind] = changed.get(kind, []) + ids
-            recorded = _record(space.store, interactions["user_id"][:], interactions["item_id"][:])
+            recorded = _record(space.store, *pairs)
         if retrain:
             _retrain(space, staged)
             changed = {kind: space.store.ids(kind) for kind in ("user", "item")}
@@ -239,13 +243,33 @@ class _Space:
         return augment_norm(vectors, vectors, self.norm)[kind == "item"]
 
 
+def _unknown(store: EmbeddingStore, kind: str, ids: Sequence[str]) -> list[str]:
+    """Those of `ids` that the store does not have, each once."""
+    ids = list(dict.fromkeys(ids))
+    return [one for one, known in zip(ids, store.contains(kind, ids)) if not known]
+
+
+def _pool(space: _Space, users: Sequence[str], items: Sequence[str]) -> list[str]:
+    """Puts new users into the store whose vectors FISM makes of their histories, as it does with all users; returns their ids."""
+    encoder = HistoryEncoder.from_pretrained(space.folder)
+    new = _unknown(space.store, "user", users)
+    if encoder is None or not new:
+        return []
+    histories: dict[str, dict[str, None]] = {user: {} for user in new}
+    for user, item in zip(users, items):
+        if user in histories:
+            histories[user].setdefault(item)
+    vectors, known = encoder.encode([list(history) for history in histories.values()])
+    pooled = [user for user, useful in zip(new, known) if useful]
+    if pooled:
+        space.store.upsert("user", pooled, space.lifted("user", vectors[torch.from_numpy(known)]))
+    return pooled
+
+
 def _fold_in(space: _Space, users: Sequence[str], items: Sequence[str]) -> dict[str, list[str]]:
     """Puts users and items that the store does not have into it; returns their ids."""
     store = space.store
-    new = {}
-    for kind, ids in (("user", users), ("item", items)):
-        ids = list(dict.fromkeys(ids))
-        new[kind] = [one for one, known in zip(ids, store.contains(kind, ids)) if not known]
+    new = {kind: _unknown(store, kind, ids) for kind, ids in (("user", users), ("item", items))}
     if not any(new.values()):
         return {}
     known = store.ids("user")
@@ -312,6 +336,10 @@ def _retrain(space: _Space, staged: Path) -> None:
     matrix = InteractionMatrix(np.repeat(np.arange(len(indptr) - 1), np.diff(indptr)), seen, *map(len, ids.values()))
     old = _load_collaborative(source)
     former = load_indexes(source / "ids.safetensors")
+    if not len(former["user"]):
+        raise ValueError(
+            f"{space.folder} was pushed without users, so its collaborative model would forget them; add without retraining."
+        )
     model = _resized(old, matrix)
     with torch.no_grad():
         rows = {kind: former[kind].rows(ids[kind]) for kind in ids}

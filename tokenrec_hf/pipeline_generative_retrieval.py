@@ -10,7 +10,8 @@ from transformers import Pipeline
 from transformers.dynamic_module_utils import custom_object_save
 
 from .embedding_store import EmbeddingStore
-from .prompts import HISTORY_ONLY_TEMPLATE, PromptTemplate
+from .history_encoder import HistoryEncoder
+from .prompts import PromptTemplate
 from .recommender import Recommender
 
 
@@ -21,6 +22,8 @@ class GenerativeRetrievalPipeline(Pipeline):
         model: a [`T5ForGenerativeRetrieval`].
         tokenizer: its [`TokenRecTokenizer`].
         store: its [`EmbeddingStore`]; by default that of the repository and revision which the model was loaded from.
+        history_encoder: makes user tokens for requests that name no user; where the store comes from the model's repository,
+            so does this, if there is one.
         kwargs: `batch_size` (1), `device`, and defaults for the arguments of a call.
 
     Raises:
@@ -42,11 +45,21 @@ class GenerativeRetrievalPipeline(Pipeline):
     model: Any
     tokenizer: Any
 
-    def __init__(self, model, tokenizer, store: EmbeddingStore | None = None, **kwargs):
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        store: EmbeddingStore | None = None,
+        history_encoder: HistoryEncoder | None = None,
+        **kwargs,
+    ):
         super().__init__(model=model, tokenizer=tokenizer, **kwargs)
         if store is None:
             store = EmbeddingStore.from_pretrained(model.name_or_path, revision=model.loaded_revision)
-        self.recommender = Recommender(model, tokenizer, store)
+            history_encoder = history_encoder or HistoryEncoder.from_pretrained(
+                model.name_or_path, revision=model.loaded_revision
+            )
+        self.recommender = Recommender(model, tokenizer, store, history_encoder)
 
     def __call__(self, inputs, **kwargs):  # type: ignore[override]
         """The best items for one request, or for each of several.
@@ -59,8 +72,9 @@ class GenerativeRetrievalPipeline(Pipeline):
             top_k: how many items; 10 by default. Fewer come back where fewer are left.
             exclude_seen: leave out the items of the request and those that the store knows the user has seen (the default).
             where: only items with this metadata, see [`EmbeddingStore.search`].
-            prompt: wording of one's own for requests that are dicts: with `{user}` and then, if wanted, `{history}`, or with
-                `{history}` alone where requests name no user, each between white space; or a finished text.
+            prompt: wording of one's own for requests that are dicts: with `{user}` and then, if wanted, `{history}`, each
+                between white space; or a finished text. Where requests name no user, `{user}` becomes what the history
+                tells of them, if the repository's collaborative model is FISM; `{history}` may also stand alone.
             batch_size: how many requests go through the model at once.
 
         Returns:
@@ -174,22 +188,8 @@ class GenerativeRetrievalPipeline(Pipeline):
     def _write(self, users: list[str], history: list[str], prompt: str | None) -> str:
         if prompt is not None and not {"{", "}"} & set(prompt):
             return prompt
-        if users:
-            template = None if prompt is None else PromptTemplate(prompt)
-            return self.recommender.prompts(users, [history], template)[0]
-        return self._write_history(history, prompt or HISTORY_ONLY_TEMPLATE.text)
-
-    def _write_history(self, history: list[str], wording: str) -> str:
-        """A prompt that names no user, with the latest items that the model can read."""
-        if [word for word in wording.split() if "{" in word or "}" in word] != ["{history}"]:
-            raise ValueError(
-                f"prompt {wording!r} must hold {{history}} once, between white space and with no other braces, where a request "
-                "names no user."
-            )
-        words = len(self.tokenizer(wording.replace("{history}", "")).input_ids)
-        tokens = self.tokenizer.entity_token_ids("item", history).shape[1]
-        room = (self.tokenizer.model_max_length - words) // tokens
-        return wording.replace("{history}", " ".join(f"item_{one}" for one in history[-room:]))
+        template = None if prompt is None else PromptTemplate(prompt)
+        return self.recommender.prompts(users or [None], [history], template)[0]
 
 
 def _short(thing: Any) -> str:

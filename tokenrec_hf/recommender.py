@@ -10,8 +10,9 @@ from typing import Any
 from safetensors import SafetensorError
 
 from .embedding_store import EmbeddingStore
+from .history_encoder import HistoryEncoder
 from .modeling_t5_retrieval import T5ForGenerativeRetrieval
-from .prompts import HISTORY_TEMPLATES, USER_ONLY_TEMPLATES, PromptTemplate, render
+from .prompts import HISTORY_ONLY_TEMPLATE, HISTORY_TEMPLATES, USER_ONLY_TEMPLATES, PromptTemplate, render
 from .repository import check_repository, fetch_repository
 from .tokenization_tokenrec import TokenRecTokenizer
 
@@ -23,12 +24,20 @@ class Recommender:
         model: a [`T5ForGenerativeRetrieval`].
         tokenizer: its [`TokenRecTokenizer`].
         store: its [`EmbeddingStore`].
+        history_encoder: makes user tokens of the history of somebody who is not known; without it, T5 has the items alone
+            to go by.
 
     Raises:
         ValueError: the three belong to different MQ-Tokenizers.
     """
 
-    def __init__(self, model: T5ForGenerativeRetrieval, tokenizer: TokenRecTokenizer, store: EmbeddingStore):
+    def __init__(
+        self,
+        model: T5ForGenerativeRetrieval,
+        tokenizer: TokenRecTokenizer,
+        store: EmbeddingStore,
+        history_encoder: HistoryEncoder | None = None,
+    ):
         for kind, space_id in tokenizer.space_ids.items():
             store.check_space(kind, space_id, "the tokenizer")
             trained_on = (model.config.space_ids or {}).get(kind, space_id)
@@ -38,6 +47,7 @@ class Recommender:
                     f"{space_id}; load model and tokenizer of the same repository."
                 )
         self.model, self.tokenizer, self.store = model.eval(), tokenizer, store
+        self.history_encoder = history_encoder
 
     @classmethod
     def from_pretrained(
@@ -67,11 +77,12 @@ class Recommender:
             load_model(folder),
             TokenRecTokenizer.from_pretrained(folder),
             store or EmbeddingStore.open(Path(folder) / "store"),
+            HistoryEncoder.from_pretrained(folder),
         )
 
     def recommend(
         self,
-        users: Sequence[str],
+        users: Sequence[str | None],
         histories: Sequence[Sequence[str] | None] | None = None,
         *,
         top_k: int = 10,
@@ -82,7 +93,7 @@ class Recommender:
         """The best items for each user.
 
         Args:
-            users: user ids.
+            users: user ids; `None` for somebody of whom nothing but the history is known.
             histories: for each user the ids of items to show the model, oldest first; `None` takes what the store knows. An empty one
                 asks by user id only.
             top_k: how many items; fewer come back where fewer are left.
@@ -95,7 +106,8 @@ class Recommender:
 
         Raises:
             KeyError: an id is unknown to the tokenizer.
-            ValueError: there is not one history for each user, or the template does not name the user.
+            ValueError: there is not one history for each user, or neither a user nor a history, or the template does not
+                name the user where there is one, or does where there is none and no history encoder.
         """
         chosen = self._histories(users, histories)
         inputs = self.tokenizer(
@@ -107,33 +119,61 @@ class Recommender:
 
     def prompts(
         self,
-        users: Sequence[str],
+        users: Sequence[str | None],
         histories: Sequence[Sequence[str] | None] | None = None,
         template: PromptTemplate | None = None,
     ) -> list[str]:
         """The prompts that `recommend` asks with: histories cut to the latest items that the model can read."""
+        chosen = self._histories(users, histories)
         written = []
-        for user, history in zip(users, self._histories(users, histories)):
-            wording = template or (HISTORY_TEMPLATES[0] if history else USER_ONLY_TEMPLATES[0])
-            if not wording.names_user:
+        for user, history, name in zip(users, chosen, self._names(users, chosen)):
+            wording = template or _usual(name, history)
+            if wording.names_user and name is None:
+                raise ValueError(
+                    f"prompt template {wording.text!r} names a user, but nobody is known by id and no user tokens can be made of "
+                    "the history; use one with {history} alone."
+                )
+            if user is not None and not wording.names_user:
                 raise ValueError(f"prompt template {wording.text!r} must hold {{user}} once, because it is for a user.")
-            written.append(render(wording, user, history[len(history) - self._room(wording, len(history)) :]))
+            shown = history[len(history) - self._room(wording, len(history)) :]
+            written.append(render(wording, name or "", shown))
         return written
 
+    def _names(self, users, histories) -> list[str | None]:
+        """What follows `user_` in a prompt: an id, or the code tokens of the history of somebody who has none."""
+        names = list(users)
+        rows = [row for row, user in enumerate(users) if user is None]
+        for row in rows:
+            if not histories[row]:
+                raise ValueError(f"request {row} names neither a user nor a history; give one of them.")
+        if rows and self.history_encoder is not None:
+            vectors, known = self.history_encoder.encode([histories[row] for row in rows])
+            for row, text, useful in zip(rows, self.tokenizer.code_text("user", vectors), known):
+                names[row] = text if useful else None
+        return names
+
     def _histories(self, users, histories) -> list[list[str]]:
-        known = self.store.seen(list(users))
+        known = iter(self.store.seen([user for user in users if user is not None]))
+        own = [[] if user is None else next(known) for user in users]
         given = [None] * len(users) if histories is None else histories
         if len(given) != len(users):
             raise ValueError(f"there are {len(given)} histories for {len(users)} users; pass one for each, or None.")
-        return [own if one is None else list(one) for one, own in zip(given, known)]
+        return [known if one is None else list(one) for one, known in zip(given, own)]
 
     def _room(self, template: PromptTemplate, wanted: int) -> int:
         """How many of `wanted` history items fit beside the words of a template."""
         if not template.uses_history or not wanted:
             return 0
         words = sum(map(len, self.tokenizer.split_prompt(template)))
-        user, item = (self.tokenizer.entity_token_ids(kind, [0]).shape[1] for kind in ("user", "item"))
-        return min(wanted, (self.tokenizer.model_max_length - words - user) // item)
+        user, item = (self.tokenizer.entity_token_ids(kind, []).shape[1] for kind in ("user", "item"))
+        return min(wanted, (self.tokenizer.model_max_length - words - user * template.names_user) // item)
+
+
+def _usual(name: str | None, history: Sequence[str]) -> PromptTemplate:
+    """The wording for a user (if there is a name) with this history."""
+    if name is None:
+        return HISTORY_ONLY_TEMPLATE
+    return HISTORY_TEMPLATES[0] if history else USER_ONLY_TEMPLATES[0]
 
 
 def load_model(folder: str | os.PathLike) -> T5ForGenerativeRetrieval:

@@ -224,6 +224,15 @@ class TokenRecTokenizer(TokenizersBackend):
                 )
             self._mqs[kind] = mq
 
+    def code_text(self, kind: str, vectors: Any) -> list[str]:
+        """The code tokens of vectors `[n, d]`, to be written after `user_` or `item_` in place of an id that there is not.
+
+        Raises:
+            ValueError: there is no MQ-Tokenizer of this tokenizer's space, or the vectors are not of its size.
+        """
+        codes, names = self._mq(kind).encode(vectors).cpu().numpy(), self._vocabularies[kind].names  # [n, K], [K, L]
+        return ["".join(tokens) for tokens in names[np.arange(len(names)), codes]]
+
     def code_token_ids(self, kind: str) -> np.ndarray:
         """The vocabulary id of each code token, int64 `[K, L]`."""
         self._table(kind)

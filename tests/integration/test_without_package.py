@@ -109,6 +109,16 @@ def test_a_stranger_gets_the_same_recommendations_from_the_hub(stranger, hub, tr
 
 
 @pytest.mark.slow
+def test_a_stranger_gets_for_a_history_what_its_user_gets_here(stranger, hub, fism_repository, tmp_path):
+    push_repository(fism_repository, "tester/histories")
+    here = Recommender.from_pretrained(fism_repository)
+    users = here.store.ids("user")[:4]
+    requests = json.dumps([{"history": seen} for seen in here.store.seen(users)])
+    printed = stranger(RECOMMEND, "tester/histories", requests, BATCH, **hub.environment(tmp_path / "cache"))
+    assert printed["found"] == here.recommend(users, top_k=7)
+
+
+@pytest.mark.slow
 def test_a_stranger_who_does_not_trust_it_gets_nothing(stranger, trained_repository):
     said = stranger(REFUSALS, trained_repository)
     assert set(said) == {"AutoConfig", "AutoModel", "AutoTokenizer", "pipeline"}
