@@ -18,9 +18,9 @@ import torch
 from datasets import DatasetDict
 from transformers import AutoModel
 
-from .data_collator import DataCollatorForGenerativeRetrieval, PromptDataset
+from .data_collator import PromptDataset
 from .embedding_store import EmbeddingStore
-from .evaluation import TEMPLATES
+from .evaluation import TEMPLATES, evaluation_collator
 from .id_index import IdIndex, load_indexes
 from .modeling_collaborative import augment_norm
 from .modeling_mq_tokenizer import MQTokenizerModel
@@ -373,15 +373,7 @@ class _Run:
         holdout, token_ids = given.holdout, self.tokenizer.code_token_ids("item")
         found: list[tuple[np.ndarray, np.ndarray]] = []
         for number, templates in enumerate(TEMPLATES.values()):
-            collator = DataCollatorForGenerativeRetrieval(
-                self.tokenizer,
-                given.interactions,
-                given.user_ids,
-                given.item_ids,
-                evaluation_templates=templates,
-                seed=self.recipe["seed"],
-                **self.recipe["prompts"],
-            )
+            collator = evaluation_collator(self.tokenizer, given, self.recipe, templates)
             examples = PromptDataset(holdout.users, holdout.targets)
             for start in range(0, len(examples), BATCH):
                 rows = range(start, min(start + BATCH, len(examples)))

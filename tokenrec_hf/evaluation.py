@@ -6,7 +6,7 @@ Every item of the catalogue is ranked for every user; the items that the model w
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,13 @@ from .embedding_store import EmbeddingStore
 from .history_encoder import HistoryEncoder
 from .metrics import RankingMetrics, evaluate_embeddings
 from .modeling_t5_retrieval import T5ForGenerativeRetrieval
-from .prompts import HISTORY_ONLY_TEMPLATE, HISTORY_TEMPLATES, UNSEEN_TEMPLATE, USER_ONLY_TEMPLATES
+from .prompts import (
+    HISTORY_ONLY_TEMPLATE,
+    HISTORY_TEMPLATES,
+    UNSEEN_TEMPLATE,
+    USER_ONLY_TEMPLATES,
+    PromptTemplate,
+)
 from .tokenization_tokenrec import TokenRecTokenizer
 
 TEMPLATES = {
@@ -79,15 +85,7 @@ def evaluate_retrieval(
         # As the recommender does: nothing of the user is used but the history.
         templates = HISTORY_TEMPLATES
         tokenizer.add_users(_vectors_of_histories(encoder, data))
-    collator = DataCollatorForGenerativeRetrieval(
-        tokenizer,
-        data.interactions,
-        data.user_ids,
-        data.item_ids,
-        evaluation_templates=templates,
-        seed=recipe["seed"],
-        **recipe["prompts"],
-    )
+    collator = evaluation_collator(tokenizer, data, recipe, templates)
     model = T5ForGenerativeRetrieval.from_pretrained(folder)
     batch_size = recipe["retrieval"]["training"]["per_device_eval_batch_size"]
     queries = encode_prompts(model, collator, data.holdout.users, batch_size, variant)
@@ -98,6 +96,21 @@ def evaluate_retrieval(
         *data.interactions.of_users(data.holdout.users),
         cosine=True,
         popularity=data.interactions.popularity(),
+    )
+
+
+def evaluation_collator(
+    tokenizer: TokenRecTokenizer, data, recipe: Mapping[str, Any], templates: Sequence[PromptTemplate]
+) -> DataCollatorForGenerativeRetrieval:
+    """Makes the prompts that a repository is evaluated with: whole histories, in these wordings."""
+    return DataCollatorForGenerativeRetrieval(
+        tokenizer,
+        data.interactions,
+        data.user_ids,
+        data.item_ids,
+        evaluation_templates=templates,
+        seed=recipe["seed"],
+        **recipe["prompts"],
     )
 
 
