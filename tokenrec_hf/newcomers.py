@@ -124,8 +124,8 @@ def add_to_repository(
         users: vectors of users.
         items: vectors of items.
         interactions: columns `user_id` and `item_id`, in time order. Users and items that are neither in the store nor given
-            with vectors get some: with FISM, users the vector that it makes of their history; all others are folded in. All
-            interactions become seen items. Those of known ids keep their vectors.
+            with vectors are folded in; all interactions become seen items. Those of known ids keep their vectors. With FISM,
+            all users that they name get the vector that it makes of everything they have had.
         retrain: go on training the collaborative model on everything that users have seen, for a quarter of the epochs it
             had, and turn the result into the old space; all vectors and codes change.
 
@@ -153,7 +153,8 @@ def add_to_repository(
         recorded = 0
         if interactions is not None:
             pairs = interactions["user_id"][:], interactions["item_id"][:]
-            changed["user"] = changed.get("user", []) + _pool(space, *pairs)
+            supplied = changed.get("user", [])
+            changed["user"] = supplied + _pool(space, *pairs, supplied)
             for kind, ids in _fold_in(space, *pairs).items():
                 changed[kind] = changed.get(kind, []) + ids
             recorded = _record(space.store, *pairs)
@@ -249,18 +250,21 @@ def _unknown(store: EmbeddingStore, kind: str, ids: Sequence[str]) -> list[str]:
     return [one for one, known in zip(ids, store.contains(kind, ids)) if not known]
 
 
-def _pool(space: _Space, users: Sequence[str], items: Sequence[str]) -> list[str]:
-    """Puts new users into the store whose vectors FISM makes of their histories, as it does with all users; returns their ids."""
+def _pool(space: _Space, users: Sequence[str], items: Sequence[str], supplied: Sequence[str]) -> list[str]:
+    """Gives users, known ones and new ones, the vectors that FISM makes of all their items; returns their ids.
+
+    Users whose vectors were `supplied` keep them.
+    """
     encoder = HistoryEncoder.from_pretrained(space.folder)
-    new = _unknown(space.store, "user", users)
-    if encoder is None or not new:
+    names = [user for user in dict.fromkeys(users) if user not in set(supplied)]
+    if encoder is None or not names:
         return []
-    histories: dict[str, dict[str, None]] = {user: {} for user in new}
+    histories = {user: dict.fromkeys(seen) for user, seen in zip(names, space.store.seen(names))}
     for user, item in zip(users, items):
         if user in histories:
             histories[user].setdefault(item)
     vectors, known = encoder.encode([list(history) for history in histories.values()])
-    pooled = [user for user, useful in zip(new, known) if useful]
+    pooled = [user for user, useful in zip(names, known) if useful]
     if pooled:
         space.store.upsert("user", pooled, space.lifted("user", vectors[torch.from_numpy(known)]))
     return pooled
@@ -356,8 +360,12 @@ def _retrain(space: _Space, staged: Path) -> None:
         torch.cat([space.plain(kind)[known] for kind, known in common.items()]),
         torch.cat([vectors[kind][known] for kind, known in common.items()]),
     )
-    for kind, new in vectors.items():
-        store.upsert(kind, ids[kind], space.lifted(kind, new @ rotation))
+    with torch.no_grad():
+        # All of these models are linear in their tables, so turning these turns the vectors.
+        for _, table in model.tables():
+            table.weight.copy_(table.weight @ rotation)
+    for kind, new in (("user", model.user_embeddings()), ("item", model.item_embeddings())):
+        store.upsert(kind, ids[kind], space.lifted(kind, new))
     _save_collaborative(model, ids, staged / "collaborative")
 
 
