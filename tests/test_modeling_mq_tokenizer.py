@@ -331,6 +331,27 @@ def test_kmeans_initialisation_can_be_switched_off():
     assert model.statistics(x)["usage"] > plain.statistics(x)["usage"]
 
 
+def test_the_last_residual_codebooks_are_fit_to_the_vectors_alone():
+    x, others = vectors(60), vectors(500) * 1.5
+    config = MQTokenizerConfig(embedding_dim=6, num_codebooks=4, codebook_size=16, residual=True)
+    both, model = MQTokenizerModel(config), MQTokenizerModel(config)
+    both.prepare(torch.cat([x, others]))
+    model.prepare(x, others=others)
+    assert torch.equal(model.mean, both.mean) and torch.equal(model.scale, both.scale)
+    assert torch.equal(model.codebooks[:3], both.codebooks[:3])
+    # The last one, from the definition: k-means of what the others leave of x.
+    rest = (x - model.mean) / model.scale
+    for book in model.codebooks[:3].detach():
+        rest = rest - book[torch.cdist(rest, book).argmin(dim=1)]
+    assert torch.allclose(model.codebooks[3], kmeans(rest, 16, seed=3), atol=1e-5)
+    assert model.reconstruction_error(x) < both.reconstruction_error(x)
+    # Encoders are started from all of them.
+    plain, same = tiny(), tiny()
+    plain.prepare(torch.cat([x, others]))
+    same.prepare(x, others=others)
+    assert torch.equal(plain.codebooks, same.codebooks)
+
+
 def test_preparation_centres_the_vectors_and_gives_them_unit_scale():
     model = tiny()
     x = vectors(500) * torch.tensor([1.0, 2, 3, 4, 5, 6])

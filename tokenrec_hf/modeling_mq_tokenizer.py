@@ -21,6 +21,8 @@ from .configuration_mq_tokenizer import MQTokenizerConfig
 
 ENCODE_CHUNK = 8192
 USAGE_DECAY = 0.95
+# Of residual codebooks, those fit to further vectors too.
+SHARED_BOOKS = 0.75
 # A codeword is dead when its running share of assignments falls below this fraction of an equal share.
 DEAD_BELOW = 0.03
 
@@ -135,18 +137,33 @@ class MQTokenizerModel(PreTrainedModel):
         return digest.hexdigest()[:16]
 
     @torch.no_grad()
-    def prepare(self, vectors: torch.Tensor, seed: int = 0) -> None:
-        """Fits the input standardisation to `vectors` `[n, d]` and starts the codebooks by k-means of the encoder outputs."""
+    def prepare(self, vectors: torch.Tensor, seed: int = 0, others: torch.Tensor | None = None) -> None:
+        """Fits the input standardisation to the vectors and starts the codebooks by k-means of the encoder outputs.
+
+        Args:
+            vectors: those that are to have codes, `[n, d]`.
+            seed: of the k-means.
+            others: further vectors of the same space, such as will be given codes later, `[m, d]`. With `residual`, the last
+                quarter of the codebooks is fit to `vectors` alone: what the first ones, fit to all, leave of them.
+
+        Raises:
+            ValueError: there are no vectors, or they have a wrong shape or a value that is not finite.
+        """
         vectors = self._checked(vectors)
         if not len(vectors):
             raise ValueError("there are no vectors to train the MQ-Tokenizer on.")
+        count, known = self.config.num_codebooks, len(vectors)
+        if others is not None:
+            vectors = torch.cat([vectors, self._checked(others)])
         self.mean.copy_(vectors.mean(dim=0))
         # One scale for all dimensions, so that distances keep their proportions; a constant input keeps scale 1.
         spread = (vectors - self.mean).square().mean().sqrt()
         self.scale.copy_(spread if spread > 0 else torch.ones(()))
         if self.config.kmeans_init:
             x = self._standardise(vectors)
-            for k in range(self.config.num_codebooks):
+            for k in range(count):
+                if self.config.residual and k >= SHARED_BOOKS * count:
+                    x = x[:known]
                 # With `residual`, what the books before k leave depends on their centres.
                 outputs, _ = self.quantise(x)  # [n, K, d_c]
                 self.codebooks[k] = kmeans(outputs[:, k], self.config.codebook_size, seed=seed + k)

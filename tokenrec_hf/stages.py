@@ -179,7 +179,13 @@ def train_collaborative(
 
 
 def train_mq_tokenizer(
-    vectors: torch.Tensor, settings: Mapping[str, Any], folder: Path, *, name: str = "MQ-Tokenizer", seed: int = 0
+    vectors: torch.Tensor,
+    settings: Mapping[str, Any],
+    folder: Path,
+    *,
+    others: torch.Tensor | None = None,
+    name: str = "MQ-Tokenizer",
+    seed: int = 0,
 ) -> StageResult:
     """Step 1: an MQ-Tokenizer on collaborative vectors `[n, d]`; logs the statistics of its codes while training.
 
@@ -188,17 +194,20 @@ def train_mq_tokenizer(
         settings: the recipe's section: `config`, `evaluate_every`, `training`. A `codebook_size` of `auto` is 256 for up to
             10,000 vectors and 512 for more, the paper's choices for small and large data.
         folder: where checkpoints go.
+        others: further vectors to learn from, `[m, d]`, see [`MQTokenizerModel.prepare`].
         name: shown while training.
         seed: of everything random.
     """
     set_seed(seed)
     config = dict(settings["config"], embedding_dim=vectors.shape[1])
+    trained_on = vectors if others is None else torch.cat([vectors, others])
     if config["codebook_size"] == "auto":
-        config["codebook_size"] = 256 if len(vectors) <= 10_000 else 512
+        config["codebook_size"] = 256 if len(trained_on) <= 10_000 else 512
     model = MQTokenizerModel(MQTokenizerConfig(**config))
-    model.prepare(vectors, seed)
+    model.prepare(vectors, seed, others)
     if model.config.residual:  # the k-means was the training
         return StageResult(model.eval(), 0, model.statistics(vectors))
+    vectors = trained_on
     dataset = VectorDataset(vectors)
     return _fit(
         model,

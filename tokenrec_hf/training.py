@@ -49,7 +49,7 @@ _CONFIGS: dict[str, Callable] = {"mq_tokenizer": MQTokenizerConfig, "retrieval":
 # What `half_life: auto` chooses from on validation: whether the order of a history matters.
 HALF_LIVES = (None, 8)
 # Vectors that codebooks for users are fit to where there are fewer users: parts of their histories are added.
-USER_VECTORS = 10_000
+USER_VECTORS = 12_000
 VARIANTS = ("tokenrec", "tokenrec_user_id_only", "tokenrec_unseen_prompt", "tokenrec_history_only")
 
 
@@ -438,7 +438,7 @@ class _Run:
     def _mq_tokenizer(self, data, store, kind, checkpoints):
         seed = self.recipe["seed"] + (kind == "item")
         vectors, settings = store.vectors(kind), self.recipe["mq_tokenizer"]
-        trained_on = vectors
+        parts = None
         if kind == "user":
             if settings["user_codebooks"] is not None:
                 settings = {**settings, "config": {**settings["config"], "num_codebooks": settings["user_codebooks"]}}
@@ -446,8 +446,9 @@ class _Run:
             if self.recipe["collaborative"]["model"] == "fism" and copies > 0:
                 model = FISMModel.from_pretrained(self.folder / "collaborative")
                 parts = past_user_embeddings(model, data.interactions, copies, self.recipe["seed"])
-                trained_on = torch.cat([vectors, parts])
-        result = train_mq_tokenizer(trained_on, settings, checkpoints, name=f"{kind} MQ-Tokenizer", seed=seed)
+        result = train_mq_tokenizer(
+            vectors, settings, checkpoints, others=parts, name=f"{kind} MQ-Tokenizer", seed=seed
+        )
         result.model.save_pretrained(self.folder / f"mq_{kind}")
         return {"metrics": result.model.statistics(vectors)}
 
