@@ -168,7 +168,7 @@ def test_what_is_recorded_makes_a_table_without_a_fit(spied, tmp_path):
 
 @pytest.mark.slow
 def test_tokenrec_has_five_rows_from_one_training(tmp_path, tiny_recipe, monkeypatch):
-    monkeypatch.setattr(harness, "load_recipe", lambda name: dict(tiny_recipe))
+    monkeypatch.setattr(harness, "load_recipe", lambda name, overrides: dict(tiny_recipe))
     fits = InProcess(tmp_path / "results", tmp_path / "work")
     rows = study("demo", "tokenrec-cpu", seeds=1, fits=fits)
     titles = ["TokenRec (cpu)", "TokenRec (cpu, user id only)", "TokenRec (cpu, unseen prompt)"]
@@ -192,6 +192,28 @@ def test_tokenrec_has_five_rows_from_one_training(tmp_path, tiny_recipe, monkeyp
     with pytest.raises(RuntimeError, match="the test items were seen"):
         study("demo", "tokenrec-cpu", seeds=1, fits=fits)
     assert not record.exists()
+
+
+def test_a_recipe_that_is_changed_says_so(tmp_path):
+    paper, small = (harness._recipe(f"tokenrec-{name}") for name in ("paper", "paper-small"))
+    assert small["retrieval"]["backbone"] is None and small["retrieval"]["config"]["num_layers"] == 1
+    # Vectors, codes and loss are the paper's.
+    assert small["collaborative"] == paper["collaborative"] and small["mq_tokenizer"] == paper["mq_tokenizer"]
+    assert small["retrieval"]["config"]["loss_type"] == "cosine_ranking"
+    measured = {"hr@20": 0.1, "ndcg@20": 0.1}
+    variants = dict.fromkeys((*harness.VARIANTS, harness.VECTORS), measured)
+    record = {
+        "metrics": {"validation": variants, "test": variants},
+        "job": {"epochs": None},
+        "epochs": {},
+        "fit": {"seconds": 1.0},
+        **{"peak_bytes": 1, "data": "d", "threads": 1, "accelerator": None},
+    }
+    asked = []
+    rows = study("demo", "tokenrec-paper-small", 1, lambda job: asked.append(job) or record)
+    assert rows[0]["title"] == "TokenRec (paper, small T5)" and rows[0]["settings"] == "recipe `paper`, changed"
+    assert [job.settings for job in asked] == [small]
+    assert harness.describe(asked[0]) == "recipe paper, small T5"
 
 
 def row(*hit_rates, **changes):
