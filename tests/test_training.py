@@ -275,6 +275,11 @@ def test_a_share_of_prompts_that_cannot_be_is_refused(share):
         training.check_settings(load_recipe("cpu", overrides={"prompts.history_only": share}))
 
 
+def test_a_longer_vector_is_refused_where_all_items_have_the_same_length():
+    with pytest.raises(ValueError, match="augment_norm does nothing for fism"):
+        training.check_settings(load_recipe("best", overrides={"collaborative.augment_norm": True}))
+
+
 def test_a_shortcut_for_users_needs_codewords_that_add_up():
     with pytest.raises(ValueError, match="user_shortcut needs mq_tokenizer.config.residual=true"):
         training.check_settings(load_recipe("best", overrides={"mq_tokenizer.config.residual": False}))
@@ -531,8 +536,9 @@ def test_whether_order_counts_is_chosen_on_validation_and_newcomers_get_historie
     recipe["prompts"]["history_only"] = 0.3
     quantised, collated = [], []
     quantise, collate = training.train_mq_tokenizer, training.build_collator
+    sizes = lambda vectors, others: (len(vectors), 0 if others is None else len(others))  # noqa: E731
     monkeypatch.setattr(
-        training, "train_mq_tokenizer", lambda *a, **k: quantised.append(len(a[0])) or quantise(*a, **k)
+        training, "train_mq_tokenizer", lambda *a, **k: quantised.append(sizes(a[0], k["others"])) or quantise(*a, **k)
     )
     monkeypatch.setattr(training, "build_collator", lambda *a, **k: collated.append(k) or collate(*a, **k))
     metrics = train(leave_one_out(Dataset.from_dict(rows)), recipe, tmp_path)
@@ -547,8 +553,8 @@ def test_whether_order_counts_is_chosen_on_validation_and_newcomers_get_historie
         assert main(["evaluate", str(tmp_path), "--split", split, "--json"]) == 0
         found = json.loads(capsys.readouterr().out)["metrics"]["tokenrec"]
         assert found["ndcg@20"] == pytest.approx(metrics[split]["tokenrec"]["ndcg@20"], abs=1e-6)
-    # 60 users are few: the codebooks of users are fit to 165 parts of each history too. No training prompt has final tokens.
-    assert quantised == [166 * 60, 40] * 2
+    # 60 users are few: the codebooks of users are fit to 199 parts of each history too. No training prompt has final tokens.
+    assert quantised == [(60, 199 * 60), (40, 0)] * 2
     configs = {kind: MQTokenizerModel.from_pretrained(tmp_path / f"mq_{kind}").config for kind in ("user", "item")}
     assert {kind: config.num_codebooks for kind, config in configs.items()} == {"user": 4, "item": 2}
     assert all(config.residual for config in configs.values())

@@ -202,6 +202,10 @@ def check_settings(recipe: Mapping[str, Any]) -> None:
 
 def _check_combinations(recipe: Mapping[str, Any]) -> None:
     """What no section's own configuration can see."""
+    if recipe["collaborative"]["model"] == "fism" and recipe["collaborative"]["augment_norm"]:
+        raise ValueError(
+            "collaborative.augment_norm does nothing for fism, whose items all have the same length; set it to false."
+        )
     if recipe["retrieval"]["config"].get("user_shortcut") and not recipe["mq_tokenizer"]["config"].get("residual"):
         raise ValueError(
             "retrieval.config.user_shortcut needs mq_tokenizer.config.residual=true: only such codewords add up."
