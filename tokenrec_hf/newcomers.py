@@ -256,7 +256,8 @@ def _pool(space: _Space, users: Sequence[str], items: Sequence[str], supplied: S
     Users whose vectors were `supplied` keep them.
     """
     encoder = HistoryEncoder.from_pretrained(space.folder)
-    names = [user for user in dict.fromkeys(users) if user not in set(supplied)]
+    kept = set(supplied)
+    names = [user for user in dict.fromkeys(users) if user not in kept]
     if encoder is None or not names:
         return []
     histories = {user: dict.fromkeys(seen) for user, seen in zip(names, space.store.seen(names))}

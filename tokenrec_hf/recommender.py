@@ -153,12 +153,12 @@ class Recommender:
         return names
 
     def _histories(self, users, histories) -> list[list[str]]:
-        known = iter(self.store.seen([user for user in users if user is not None]))
-        own = [[] if user is None else next(known) for user in users]
+        seen = iter(self.store.seen([user for user in users if user is not None]))
+        known = [[] if user is None else next(seen) for user in users]
         given = [None] * len(users) if histories is None else histories
         if len(given) != len(users):
             raise ValueError(f"there are {len(given)} histories for {len(users)} users; pass one for each, or None.")
-        return [known if one is None else list(one) for one, known in zip(given, own)]
+        return [own if one is None else list(one) for one, own in zip(given, known)]
 
     def _room(self, template: PromptTemplate, wanted: int) -> int:
         """How many of `wanted` history items fit beside the words of a template."""
