@@ -5,7 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenrec_hf import fold_in as module
-from tokenrec_hf.fold_in import align, fold_in
+from tokenrec_hf.configuration_collaborative import FISMConfig
+from tokenrec_hf.fold_in import align, fold_in, fold_in_history_tables
+from tokenrec_hf.modeling_collaborative import FISMModel
 
 
 def random_interactions(generator, num_users, num_items, per_user):
@@ -126,3 +128,38 @@ def test_alignment_is_the_best_of_all_rotations():
     for _ in range(200):
         rotation = torch.linalg.qr(torch.randn(3, 3, generator=generator))[0]
         assert (new @ rotation - old).norm() >= best - 1e-5
+
+
+@pytest.mark.parametrize("half_life", [None, 4])
+def test_what_new_items_say_is_the_calibrated_sum_of_the_rest_of_their_users(half_life):
+    torch.manual_seed(0)
+    model = FISMModel(FISMConfig(num_items=40, embedding_dim=6, half_life=half_life, recent_half_life=0.5))
+    generator = np.random.default_rng(0)
+    histories = [generator.permutation(44)[: generator.integers(2, 9)].tolist() for _ in range(60)]
+    histories.append([43])  # has nothing else
+    users = np.repeat(np.arange(61), [len(one) for one in histories])
+    items = np.concatenate(histories)
+    ages = np.concatenate([np.arange(len(one))[::-1] for one in histories])
+    found = fold_in_history_tables(model, users, items, ages.copy(), num_trained=40)
+    a = model.history_table.weight.detach().double().numpy()
+    b = None if half_life is None else model.recent_table.weight.detach().double().numpy()
+
+    def said(item, age):
+        return a[item] if b is None else a[item] * 2 ** (-age / half_life) + b[item] * 2 ** (-age / 0.5)
+
+    features, degree = np.zeros((44, 6)), np.zeros(44)
+    for history in histories:
+        for place, item in enumerate(history):
+            rest = np.zeros(6)
+            for other, one in enumerate(history):
+                if other != place and one < 40:
+                    rest = rest + said(one, len(history) - 1 - other)
+            features[item] += rest / max(np.linalg.norm(rest), 1e-12)
+            degree[item] += 1
+    features /= np.sqrt(np.maximum(degree, 1))[:, None]
+    had = degree[:40] > 0
+    tables = [a] if b is None else [a, b]
+    expected = [features[40:] @ naive_ridge(features[:40][had], table[had]) for table in tables]
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)

@@ -110,6 +110,50 @@ def test_with_fism_users_are_what_they_have_had_by_now(fism_repository, tmp_path
     check_codes(folder)
 
 
+def test_with_fism_a_new_item_says_something_of_those_who_have_it(fism_repository, tmp_path):
+    folder = shutil.copytree(fism_repository, tmp_path / "repository")
+    before = EmbeddingStore.open(folder)
+    users = before.ids("user")
+    items = [item for seen in before.seen(users) for item in seen]
+    old = max(sorted(set(items)), key=items.count)
+    audience = [user for user, seen in zip(users, before.seen(users)) if old in seen]
+    assert not HistoryEncoder.from_pretrained(folder).encode([["nova"]])[1].any()
+    add_to_repository(folder, interactions=interactions(*((user, "nova") for user in audience[:-5])))
+    encoder = HistoryEncoder.from_pretrained(folder)
+    vectors, known = encoder.encode([["nova"], [old], *([item] for item in before.ids("item"))])
+    assert known.all()
+    # Of all items, those that the same people have had are who it speaks for.
+    likeness = torch.cosine_similarity(vectors[0], vectors[1:])
+    assert likeness[0] > likeness.quantile(0.9)
+    assert encoder.model.config.num_folded_items == 1
+    # What its users say of it is asked anew with each addition; items of the training stay as they are.
+    add_to_repository(folder, interactions=interactions(*((user, "nova") for user in audience[-5:])))
+    again = HistoryEncoder.from_pretrained(folder)
+    assert again.model.config.num_folded_items == 1
+    trained = again.model.history_table.weight[:-1]
+    assert torch.equal(trained, encoder.model.history_table.weight[:-1])
+    assert not torch.equal(again.model.history_table.weight[-1], encoder.model.history_table.weight[-1])
+    store = EmbeddingStore.open(folder)
+    torch.testing.assert_close(
+        store.get("user", audience[-5:]), again.encode(store.seen(audience[-5:]))[0], rtol=0, atol=1e-5
+    )
+    # A stranger whose history is the new item alone is recommended something, here and where it was pushed to.
+    _copy(folder, tmp_path / "pulled", include_users=False)
+    here, there = (
+        Recommender.from_pretrained(one).recommend([None], [["nova"]], top_k=5)[0]
+        for one in (folder, tmp_path / "pulled")
+    )
+    assert [row["item"] for row in here] == [row["item"] for row in there]
+    # Once it is trained on, it is an item like the others.
+    add_to_repository(folder, interactions=interactions((audience[0], "nova")), retrain=True)
+    retrained = HistoryEncoder.from_pretrained(folder).model
+    assert (retrained.config.num_items, retrained.config.num_folded_items) == (before.count("item") + 1, 0)
+    assert (len(retrained.edge_items), retrained.config.num_items) == (
+        sum(map(len, store.seen(users))),
+        store.count("item"),
+    )
+
+
 def test_fism_serves_new_users_of_a_repository_that_was_shared_without_any(fism_repository, tmp_path):
     folder = tmp_path / "pulled"
     _copy(fism_repository, folder, include_users=False)

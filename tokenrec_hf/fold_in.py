@@ -4,12 +4,18 @@
 form, on the users and items whose vectors are known: milliseconds, no training, and any collaborative model may have made
 the vectors. *Alignment* turns the vectors of a model that was trained anew back into the old space. Both leave the
 MQ-Tokenizers and T5 valid. Rows and vectors only: knows nothing about ids or files.
+
+With FISM a user is what the items of the history say, so new items need a second kind of vector: what they say of their
+users. It is folded in alike, from the rest of these users' histories.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+
+from .modeling_collaborative import FISMModel
 
 # Of the mean eigenvalue of X^T X. On LastFM with a fifth of the users, or of the items, left out, 1e-4 to 3e-2 were alike.
 RIDGE = 1e-2
@@ -67,6 +73,40 @@ def fold_in(
             vectors[kind][new] = values
             ready[kind] |= new
     return vectors["user"][known["user"] :], vectors["item"][known["item"] :]
+
+
+def fold_in_history_tables(
+    model: FISMModel, users: np.ndarray, items: np.ndarray, ages: np.ndarray, num_trained: int
+) -> list[torch.Tensor]:
+    """What new items say of their users: rows for the tables of a [`FISMModel`] that histories are made of.
+
+    With p_{u-i} the vector of what u has had but i, among the items of the training, the features of an item are
+    x_i = sum_u p_{u-i} / sqrt(d_i) over its d_i users, and its row is x_i W. W is the ridge regression of the rows of the items
+    of the training on their features.
+
+    Args:
+        model: its `history_table`, and `recent_table` if there is one, are asked for.
+        users: user row of each interaction, int64 `[n]`.
+        items: item row of each interaction, int64 `[n]`; rows from `num_trained` on are newcomers.
+        ages: number of items that its user has had since, int64 `[n]`.
+        num_trained: number of items that the model was trained with.
+
+    Returns:
+        For each of these tables the rows of the newcomers, `[I', d]`, in row order, up to the largest row that is named.
+    """
+    user, item, age = (torch.from_numpy(np.asarray(one)) for one in (users, items, ages))
+    trained = item < num_trained
+    said = torch.zeros(len(item), model.config.embedding_dim)
+    tables = [table for table in (model.history_table, model.recent_table) if table is not None]
+    with torch.no_grad():
+        said[trained] = model.summands(item[trained], age[trained])
+        total = torch.zeros(int(user.max()) + 1, said.shape[1]).index_add_(0, user, said)
+        others = F.normalize(total[user] - said, dim=-1)  # p_{u-i}, [n, d]
+        count = torch.bincount(item, minlength=num_trained)
+        features = torch.zeros(len(count), said.shape[1]).index_add_(0, item, others)
+        features = features / count.clamp(min=1).sqrt()[:, None]
+        known, new = features[:num_trained], features[num_trained:]
+        return [new @ _ridge(known, table.weight[:num_trained], count[:num_trained]) for table in tables]
 
 
 def align(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:

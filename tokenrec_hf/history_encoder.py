@@ -77,7 +77,8 @@ class HistoryEncoder:
     def encode(self, histories: Sequence[Sequence[str]]) -> tuple[torch.Tensor, np.ndarray]:
         """Vectors p of histories, oldest item first.
 
-        Items that the model does not know (newcomers) say nothing, but those before them are the older for it.
+        Items that the model does not know (vectors without interactions) say nothing, but those before them are the older
+        for it.
 
         Args:
             histories: item ids of each.

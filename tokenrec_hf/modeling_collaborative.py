@@ -268,13 +268,18 @@ class FISMModel(PreTrainedModel):
         self, rows: torch.Tensor, items: torch.Tensor, ages: torch.Tensor, count: int, dropout_rate: float = 0.0
     ) -> torch.Tensor:
         """p of length 1 of `count` histories, `[count, d]`: item `items[n]` of age `ages[n]` belongs to history `rows[n]`."""
+        said = self.summands(items, ages, dropout_rate)
+        return F.normalize(said.new_zeros(count, said.shape[1]).index_add(0, rows, said), dim=-1)
+
+    def summands(self, items: torch.Tensor, ages: torch.Tensor, dropout_rate: float = 0.0) -> torch.Tensor:
+        """What items `[n]` of these ages `[n]` add to the vector of whoever has had them, `[n, d]`."""
         said = F.dropout(self.history_table(items), dropout_rate)  # [n, d]
         if self.config.half_life is not None:
             said = said * torch.exp2(-ages[:, None] / self.config.half_life)
         if self.recent_table is not None:
             recent = F.dropout(self.recent_table(items), dropout_rate)
             said = said + recent * torch.exp2(-ages[:, None] / self.config.recent_half_life)
-        return F.normalize(said.new_zeros(count, said.shape[1]).index_add(0, rows, said), dim=-1)
+        return said
 
     def forward(
         self,

@@ -24,12 +24,13 @@ import torch
 from datasets import Dataset
 from transformers import AutoConfig
 
+from .configuration_collaborative import FISMConfig
 from .embedding_store import EmbeddingStore
-from .fold_in import align, fold_in
+from .fold_in import align, fold_in, fold_in_history_tables
 from .history_encoder import HistoryEncoder
 from .id_index import IdIndex, load_indexes, save_indexes
 from .interaction_matrix import InteractionMatrix
-from .modeling_collaborative import COLLABORATIVE_MODELS, augment_norm
+from .modeling_collaborative import COLLABORATIVE_MODELS, FISMModel, augment_norm
 from .modeling_mq_tokenizer import MQTokenizerModel
 from .recipes import load_recipe
 from .repository import check_repository
@@ -125,7 +126,8 @@ def add_to_repository(
         items: vectors of items.
         interactions: columns `user_id` and `item_id`, in time order. Users and items that are neither in the store nor given
             with vectors are folded in; all interactions become seen items. Those of known ids keep their vectors. With FISM,
-            all users that they name get the vector that it makes of everything they have had.
+            all users that they name get the vector that it makes of everything they have had, and new items say something
+            of their users from then on.
         retrain: go on training the collaborative model on everything that users have seen, for a quarter of the epochs it
             had, and turn the result into the old space; all vectors and codes change.
 
@@ -154,10 +156,14 @@ def add_to_repository(
         if interactions is not None:
             pairs = interactions["user_id"][:], interactions["item_id"][:]
             supplied = changed.get("user", [])
-            changed["user"] = supplied + _pool(space, *pairs, supplied)
-            for kind, ids in _fold_in(space, *pairs).items():
-                changed[kind] = changed.get(kind, []) + ids
+            encoder = HistoryEncoder.from_pretrained(folder)
+            pooled = _pool(space, encoder, *pairs, supplied)
+            folded = _fold_in(space, *pairs)
             recorded = _record(space.store, *pairs)
+            if encoder is not None and (grown := _with_new_items(space, encoder, staged)) is not None:
+                pooled = _pool(space, grown, *pairs, supplied)
+            changed["user"] = list(dict.fromkeys(supplied + pooled + folded.get("user", [])))
+            changed["item"] = changed.get("item", []) + folded.get("item", [])
         if retrain:
             _retrain(space, staged)
             changed = {kind: space.store.ids(kind) for kind in ("user", "item")}
@@ -250,12 +256,13 @@ def _unknown(store: EmbeddingStore, kind: str, ids: Sequence[str]) -> list[str]:
     return [one for one, known in zip(ids, store.contains(kind, ids)) if not known]
 
 
-def _pool(space: _Space, users: Sequence[str], items: Sequence[str], supplied: Sequence[str]) -> list[str]:
+def _pool(
+    space: _Space, encoder: HistoryEncoder | None, users: Sequence[str], items: Sequence[str], supplied: Sequence[str]
+) -> list[str]:
     """Gives users, known ones and new ones, the vectors that FISM makes of all their items; returns their ids.
 
     Users whose vectors were `supplied` keep them.
     """
-    encoder = HistoryEncoder.from_pretrained(space.folder)
     kept = set(supplied)
     names = [user for user in dict.fromkeys(users) if user not in kept]
     if encoder is None or not names:
@@ -269,6 +276,39 @@ def _pool(space: _Space, users: Sequence[str], items: Sequence[str], supplied: S
     if pooled:
         space.store.upsert("user", pooled, space.lifted("user", vectors[torch.from_numpy(known)]))
     return pooled
+
+
+def _with_new_items(space: _Space, encoder: HistoryEncoder, staged: Path) -> HistoryEncoder | None:
+    """Stages a FISM that also knows what the items that came after its training say of those who have had them.
+
+    None where no such item has been had by anybody, or where the histories of the training, from which alone it could be
+    learned what items say, are not here.
+    """
+    store, former = space.store, load_indexes(space.folder / "collaborative" / "ids.safetensors")
+    trained = len(encoder.items) - encoder.model.config.num_folded_items
+    known, names = encoder.items.ids()[:trained], store.ids("item")
+    rows = IdIndex(known, "item").rows(names)
+    if (rows >= 0).all() or not len(former["user"]):
+        return None
+    indptr, seen = _seen_rows(store, store.ids("user"))
+    new = np.flatnonzero((rows < 0) & (np.bincount(seen, minlength=len(rows)) > 0))
+    if not len(new):
+        return None
+    rows[new] = trained + np.arange(len(new))
+    lengths = np.diff(indptr)
+    ages = np.repeat(indptr[1:], lengths) - 1 - np.arange(len(seen))
+    said = fold_in_history_tables(encoder.model, np.repeat(np.arange(len(lengths)), lengths), rows[seen], ages, trained)
+    old = encoder.model
+    config = {**old.config.to_dict(), "num_items": trained + len(new), "num_folded_items": len(new)}
+    model = FISMModel(FISMConfig.from_dict(config))
+    model.edge_users, model.edge_items = old.edge_users, old.edge_items
+    added = [said[0], space.plain("item")[torch.from_numpy(new)], *said[1:]]
+    with torch.no_grad():
+        for (_, table), (_, previous), more in zip(model.tables(), old.tables(), added):
+            table.weight.copy_(torch.cat([previous.weight[:trained], more]))
+    items = [*known, *(names[row] for row in new)]
+    _save_collaborative(model, {"user": former["user"].ids(), "item": items}, staged / "collaborative")
+    return HistoryEncoder(model.eval(), IdIndex(items, "item"))
 
 
 def _fold_in(space: _Space, users: Sequence[str], items: Sequence[str]) -> dict[str, list[str]]:
@@ -346,6 +386,8 @@ def _retrain(space: _Space, staged: Path) -> None:
             f"{space.folder} was pushed without users, so its collaborative model would forget them; add without retraining."
         )
     model = _resized(old, matrix)
+    if isinstance(model, FISMModel):
+        model.config.num_folded_items = 0
     with torch.no_grad():
         rows = {kind: former[kind].rows(ids[kind]) for kind in ids}
         common = {kind: torch.from_numpy(found >= 0) for kind, found in rows.items()}

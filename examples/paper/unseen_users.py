@@ -25,7 +25,7 @@ from datasets import Dataset, DatasetDict
 
 from tokenrec_hf import Recommender, add_to_repository, leave_one_out, load_interactions, load_recipe, train
 
-SHARE, TOP_K, BATCH = 0.05, 20, 128
+TOP_K, BATCH = 20, 128
 
 
 def main() -> None:
@@ -33,6 +33,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dataset", required=True, help="whatever `tokenrec train` takes")
     parser.add_argument("--kind", choices=("users", "items"), default="users")
+    parser.add_argument(
+        "--share", type=float, default=0.05, help="of the users or items that are kept out (default: 0.05)"
+    )
     parser.add_argument("--output_dir", required=True, type=Path)
     parser.add_argument("--reference", help="a repository trained on all of the same data")
     parser.add_argument("--recipe", default="cpu")
@@ -46,7 +49,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     splits = leave_one_out(load_interactions(arguments.dataset))
-    held_out = choose(splits, arguments.kind, arguments.seed)
+    held_out = choose(splits, arguments.kind, arguments.share, arguments.seed)
     column = "user_id" if arguments.kind == "users" else "item_id"
     known = DatasetDict({name: split.filter(lambda row: row[column] not in held_out) for name, split in splits.items()})
     trained = arguments.output_dir / "trained"
@@ -82,12 +85,12 @@ def main() -> None:
     show(results)
 
 
-def choose(splits: DatasetDict, kind: str, seed: int) -> set[str]:
-    """The 5 % of users with the fewest interactions (the first ones of equally few), or a random 5 % of items."""
+def choose(splits: DatasetDict, kind: str, share: float, seed: int) -> set[str]:
+    """A share of the users: those with the fewest interactions (the first ones of equally few), or of the items, at random."""
     column = "user_id" if kind == "users" else "item_id"
     ids = np.concatenate([split[column][:] for split in splits.values()])
     names, first, counts = np.unique(ids, return_index=True, return_counts=True)
-    number = round(SHARE * len(names))
+    number = round(share * len(names))
     if kind == "users":
         return set(names[np.lexsort((first, counts))[:number]].tolist())
     return set(np.random.default_rng(seed).choice(names, number, replace=False).tolist())
