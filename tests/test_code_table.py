@@ -28,7 +28,10 @@ def test_rows_follow_the_ids_asked_for(tables):
 
 
 def test_an_unknown_id_is_named(tables):
-    with pytest.raises(KeyError, match="item 'q' is unknown to this tokenizer; give it codes with add_items"):
+    with pytest.raises(
+        KeyError,
+        match="item 'q' is unknown to this tokenizer; add it with `tokenrec add`, or give it codes with add_items",
+    ):
         tables["item"].rows(["x", "q"])
 
 

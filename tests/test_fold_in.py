@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from tokenrec_hf import fold_in as module
 from tokenrec_hf.configuration_collaborative import FISMConfig
-from tokenrec_hf.fold_in import align, fold_in, fold_in_history_tables
+from tokenrec_hf.fold_in import align, fold_in, fold_in_items
 from tokenrec_hf.modeling_collaborative import FISMModel
 
 
@@ -130,36 +130,112 @@ def test_alignment_is_the_best_of_all_rotations():
         assert (new @ rotation - old).norm() >= best - 1e-5
 
 
-@pytest.mark.parametrize("half_life", [None, 4])
-def test_what_new_items_say_is_the_calibrated_sum_of_the_rest_of_their_users(half_life):
-    torch.manual_seed(0)
-    model = FISMModel(FISMConfig(num_items=40, embedding_dim=6, half_life=half_life, recent_half_life=0.5))
-    generator = np.random.default_rng(0)
-    histories = [generator.permutation(44)[: generator.integers(2, 9)].tolist() for _ in range(60)]
-    histories.append([43])  # has nothing else
-    users = np.repeat(np.arange(61), [len(one) for one in histories])
-    items = np.concatenate(histories)
-    ages = np.concatenate([np.arange(len(one))[::-1] for one in histories])
-    found = fold_in_history_tables(model, users, items, ages.copy(), num_trained=40)
-    a = model.history_table.weight.detach().double().numpy()
-    b = None if half_life is None else model.recent_table.weight.detach().double().numpy()
+def random_histories(seed, num_users, num_items, trained):
+    """Histories with items of the training and newcomers, the last of which come late."""
+    generator = np.random.default_rng(seed)
+    histories = [generator.permutation(trained)[: generator.integers(3, 9)].tolist() for _ in range(num_users)]
+    for number, history in enumerate(histories):
+        if number % 3 == 0:
+            history.insert(int(generator.integers(len(history) + 1)), trained + number % (num_items - trained))
+        if number % 5 == 0:
+            history.append(num_items)
+    return histories
 
-    def said(item, age):
-        return a[item] if b is None else a[item] * 2 ** (-age / half_life) + b[item] * 2 ** (-age / 0.5)
 
-    features, degree = np.zeros((44, 6)), np.zeros(44)
+def flat(histories):
+    return np.repeat(np.arange(len(histories)), [len(one) for one in histories]), np.concatenate(histories)
+
+
+def unit(vector):
+    return vector / max(np.linalg.norm(vector), 1e-12)
+
+
+def naive_sides(histories, trained, half_life, a, q, b):
+    """The p of what comes before each interaction, and the direction of the q that come after it, history by history."""
     for history in histories:
         for place, item in enumerate(history):
-            rest = np.zeros(6)
+            before, after = np.zeros(a.shape[1]), np.zeros(a.shape[1])
             for other, one in enumerate(history):
-                if other != place and one < 40:
-                    rest = rest + said(one, len(history) - 1 - other)
-            features[item] += rest / max(np.linalg.norm(rest), 1e-12)
-            degree[item] += 1
-    features /= np.sqrt(np.maximum(degree, 1))[:, None]
-    had = degree[:40] > 0
-    tables = [a] if b is None else [a, b]
-    expected = [features[40:] @ naive_ridge(features[:40][had], table[had]) for table in tables]
-    assert len(found) == len(expected)
-    for one, other in zip(found, expected):
-        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
+                if one >= trained or other == place:
+                    continue
+                if half_life is None:
+                    before += a[one]
+                    after += q[one]
+                elif other < place:
+                    age = place - 1 - other
+                    before += a[one] * 2 ** (-age / half_life) + b[one] * 2 ** (-age / 0.5)
+                else:
+                    after += q[one] * 2 ** (-(other - place - 1) / half_life)
+            yield item, unit(before), unit(after)
+
+
+def naive_lengthened(vector, gram):
+    basis = np.linalg.eigh(gram)[1]
+    basis = basis * np.sign(basis.sum(axis=0))
+    mirrored = basis @ (basis.T @ vector)[::-1]
+    away = unit(mirrored - mirrored @ unit(vector) * unit(vector))
+    return vector + np.sqrt(max(0, 1 - vector @ vector)) * away
+
+
+@pytest.mark.parametrize("half_life", [None, 3])
+def test_new_items_are_found_from_what_comes_before_and_after_them(half_life):
+    torch.manual_seed(0)
+    trained, d = 40, 6
+    model = FISMModel(FISMConfig(num_items=trained + 2, embedding_dim=d, half_life=half_life, recent_half_life=0.5))
+    histories = random_histories(0, 90, trained + 4, trained)
+    found = fold_in_items(model, *flat(histories), num_trained=trained)
+    a, q, *b = (table.weight.detach()[:trained].double().numpy() for _, table in model.tables())
+    q = np.array([unit(row) for row in q])
+    features, numbers = np.zeros((2, trained + 5, d)), np.zeros((2, trained + 5), dtype=int)
+    gram = np.zeros((d, d))
+    for item, *sides in naive_sides(histories, trained, half_life, a, q, *b or [None]):
+        for side, value in enumerate(sides):
+            features[side, item] += value
+            numbers[side, item] += bool(value.any())
+        gram += np.outer(sides[0], sides[0])
+    features /= np.sqrt(np.maximum(numbers, 1))[..., None]
+    # Nothing comes after the last of the newcomers.
+    assert numbers[1, -1] == (0 if half_life else numbers[0, -1])
+    assert len(found) == len(model.tables())
+    known = features[:, :trained]
+    for number, (table, rows) in enumerate(zip([a, q, *b], found)):
+        maps = [naive_ridge(known[side], table) for side in (0, 1)]
+        best = 0 if number == 1 else 1
+        for newcomer, row in enumerate(rows, start=trained):
+            side = best if 2 * numbers[best, newcomer] >= numbers[1 - best, newcomer] else 1 - best
+            expected = features[side, newcomer] @ maps[side]
+            if number == 1:
+                expected = naive_lengthened(expected, gram)
+            np.testing.assert_allclose(row, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_items_that_only_newcomers_lead_to_come_second_and_others_not_at_all():
+    torch.manual_seed(0)
+    model = FISMModel(FISMConfig(num_items=30, embedding_dim=4))
+    histories = [*random_histories(1, 60, 31, 30), [30, 32], [33], [33, 34]]
+    for rows in fold_in_items(model, *flat(histories), num_trained=30):
+        assert rows.shape == (5, 4)
+        assert rows[:3].any(dim=1).all()
+        assert not rows[3:].any()
+    assert [len(rows) for rows in fold_in_items(model, *flat(histories[:10]), num_trained=32)] == [0, 0]
+
+
+def test_new_items_are_ranked_like_items_of_the_training():
+    # Two groups of users, each with items of its own; FISM knows half of the items.
+    generator = np.random.default_rng(0)
+    taste = torch.nn.functional.normalize(torch.tensor([[3.0, 1, 0, 0], [-3.0, 1, 0, 0]]), dim=-1)
+    kind = torch.arange(80) % 2
+    rows = torch.nn.functional.normalize(taste[kind] + 0.8 * torch.randn(80, 4, generator=torch.manual_seed(0)), dim=-1)
+    model = FISMModel(FISMConfig(num_items=40, embedding_dim=4))
+    with torch.no_grad():
+        model.history_table.weight.copy_(rows[:40])
+        model.item_table.weight.copy_(rows[:40])
+    histories = [(2 * generator.permutation(40)[:8] + user % 2).tolist() for user in range(200)]
+    q = fold_in_items(model, *flat(histories), num_trained=40)[1]
+    torch.testing.assert_close(q.norm(dim=1), torch.ones(40))
+    users = taste[torch.arange(40) % 2]
+    # Those of the own kind before the others, and not before all that have been trained.
+    own, other = (users * q).sum(dim=1), (users.flip(0) * q).sum(dim=1)
+    assert (own > other).float().mean() > 0.95
+    trained = (users * rows[:40]).sum(dim=1)
+    assert abs(own.mean() - trained.mean()) < 0.15

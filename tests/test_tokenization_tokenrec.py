@@ -178,7 +178,10 @@ def test_ids_and_counts_are_those_of_the_store(shared):
 
 
 def test_codes_of_an_unknown_id_are_an_error_that_names_it(shared):
-    with pytest.raises(KeyError, match="item '99' is unknown to this tokenizer; give it codes with add_items"):
+    with pytest.raises(
+        KeyError,
+        match="item '99' is unknown to this tokenizer; add it with `tokenrec add`, or give it codes with add_items",
+    ):
         shared.codes("item", ["08", "99"])
 
 

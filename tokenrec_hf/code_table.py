@@ -62,7 +62,10 @@ class CodeTable:
         rows = self.index.rows(ids)
         if (rows < 0).any():
             one = ids[int(np.argmax(rows < 0))]
-            raise KeyError(f"{self.kind} {one!r} is unknown to this tokenizer; give it codes with add_{self.kind}s.")
+            raise KeyError(
+                f"{self.kind} {one!r} is unknown to this tokenizer; add it with `tokenrec add`, or give it codes with "
+                f"add_{self.kind}s."
+            )
         return rows
 
     def owners(self, codes: np.ndarray) -> np.ndarray:

@@ -69,7 +69,7 @@ class FISMConfig(PreTrainedConfig):
         num_items: number of items.
         num_interactions: number of interactions, which are stored with the model, since users are made of them.
         num_folded_items: how many of the items, the last ones, came after the training: their rows are estimates
-            (`fold_in_history_tables`).
+            (`fold_in_items`).
         embedding_dim: d, the size of a user or item vector.
         temperature: tau of the softmax loss.
         half_life: after how many further items of its user an item of the history counts half. None: all count alike, and the

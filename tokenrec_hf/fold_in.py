@@ -5,8 +5,8 @@ form, on the users and items whose vectors are known: milliseconds, no training,
 the vectors. *Alignment* turns the vectors of a model that was trained anew back into the old space. Both leave the
 MQ-Tokenizers and T5 valid. Rows and vectors only: knows nothing about ids or files.
 
-With FISM a user is what the items of the history say, so new items need a second kind of vector: what they say of their
-users. It is folded in alike, from the rest of these users' histories.
+With FISM, only items have rows, in two tables or three: what they are as recommendations and what they say of whoever has had
+them. `fold_in_items` finds both.
 """
 
 from __future__ import annotations
@@ -75,38 +75,63 @@ def fold_in(
     return vectors["user"][known["user"] :], vectors["item"][known["item"] :]
 
 
-def fold_in_history_tables(
-    model: FISMModel, users: np.ndarray, items: np.ndarray, ages: np.ndarray, num_trained: int
-) -> list[torch.Tensor]:
-    """What new items say of their users: rows for the tables of a [`FISMModel`] that histories are made of.
+def fold_in_items(model: FISMModel, users: np.ndarray, items: np.ndarray, num_trained: int) -> list[torch.Tensor]:
+    """Rows of new items in the tables of a [`FISMModel`], from the histories that they are in.
 
-    With p_{u-i} the vector of what u has had but i, among the items of the training, the features of an item are
-    x_i = sum_u p_{u-i} / sqrt(d_i) over its d_i users, and its row is x_i W. W is the ridge regression of the rows of the items
-    of the training on their features.
+    People come to an item from what they had before it, and go on to what they have after it. With p_{u<i} the vector of what u
+    had before i, x_i = sum_u p_{u<i} / sqrt(d_i) over the d_i users who had something before says where q_i is, and
+    y_i = sum_u q_{u>i} / sqrt(d'_i), with q_{u>i} of length 1 along sum_j 2^(-n_j / half_life) q_j, j having come n_j items after i,
+    says what i says of its users. So q_i is x_i W and the rows of the other tables are y_i W', ridge regressions of the rows of the
+    items of the training on their features. Where the other side is known of more than twice as many users, it is
+    taken instead. Without a `half_life`, both sides are the rest of the history.
+
+    x_i W is shorter than 1 by what it does not know of the item, and its products with users are of the right size; by cosine
+    it would be too large and the item recommended to too many. So q_i is made as long as the others in those directions in
+    which users differ least.
 
     Args:
-        model: its `history_table`, and `recent_table` if there is one, are asked for.
-        users: user row of each interaction, int64 `[n]`.
+        model: its tables; rows of items from `num_trained` on are not looked at.
+        users: user row of each interaction, sorted and each user's in time order, int64 `[n]`.
         items: item row of each interaction, int64 `[n]`; rows from `num_trained` on are newcomers.
-        ages: number of items that its user has had since, int64 `[n]`.
         num_trained: number of items that the model was trained with.
 
     Returns:
-        For each of these tables the rows of the newcomers, `[I', d]`, in row order, up to the largest row that is named.
+        For each of `model.tables()` the rows of the newcomers, `[I', d]`, in row order, up to the largest row that is named; zeros
+        where no chain of interactions leads to an item of the training.
     """
-    user, item, age = (torch.from_numpy(np.asarray(one)) for one in (users, items, ages))
-    trained = item < num_trained
-    said = torch.zeros(len(item), model.config.embedding_dim)
-    tables = [table for table in (model.history_table, model.recent_table) if table is not None]
-    with torch.no_grad():
-        said[trained] = model.summands(item[trained], age[trained])
-        total = torch.zeros(int(user.max()) + 1, said.shape[1]).index_add_(0, user, said)
-        others = F.normalize(total[user] - said, dim=-1)  # p_{u-i}, [n, d]
-        count = torch.bincount(item, minlength=num_trained)
-        features = torch.zeros(len(count), said.shape[1]).index_add_(0, item, others)
-        features = features / count.clamp(min=1).sqrt()[:, None]
-        known, new = features[:num_trained], features[num_trained:]
-        return [new @ _ridge(known, table.weight[:num_trained], count[:num_trained]) for table in tables]
+    user, item = (torch.from_numpy(np.asarray(one, dtype=np.int64)) for one in (users, items))
+    count = max(num_trained, int(item.max()) + 1 if len(item) else 0)
+    tables = []
+    for _, module in model.tables():
+        rows = module.weight.detach()[:num_trained]
+        rows = F.normalize(rows, dim=-1) if module is model.item_table else rows
+        tables.append(torch.cat([rows, rows.new_zeros(count - num_trained, rows.shape[1])]))
+    maps: list[list[torch.Tensor]] = []
+    basis = torch.empty(0)
+    unknown = torch.arange(count) >= num_trained
+    while unknown.any():
+        sides = _sides(model, tables, user, item)
+        features, known_of = zip(*(_mean_features(side, item, count) for side in sides))
+        if not maps:
+            maps = [
+                [_ridge(x[:num_trained], table[:num_trained], n[:num_trained]) for x, n in zip(features, known_of)]
+                for table in tables
+            ]
+            basis = torch.linalg.eigh(sides[0].T @ sides[0])[1]
+            # Which of two opposite directions it returns is up to the library.
+            basis = basis * basis.sum(dim=0).sign()
+        reached = unknown & (known_of[0] + known_of[1] > 0)
+        if not reached.any():
+            break
+        for number, (table, (_, module)) in enumerate(zip(tables, model.tables())):
+            is_target = module is model.item_table
+            best, other = (0, 1) if is_target else (1, 0)
+            estimates = [x @ w for x, w in zip(features, maps[number])]
+            enough = (2 * known_of[best] >= known_of[other])[:, None]
+            found = torch.where(enough, estimates[best], estimates[other])[reached]
+            table[reached] = _lengthened(found, basis) if is_target else found
+        unknown &= ~reached
+    return [table[num_trained:] for table in tables]
 
 
 def align(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
@@ -123,6 +148,69 @@ def align(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     """
     u, _, v = torch.linalg.svd(new.double().T @ old.double())
     return (u @ v).to(new.dtype)
+
+
+def _sides(model: FISMModel, tables, users, items) -> tuple[torch.Tensor, torch.Tensor]:
+    """What comes before each interaction, as p, and what comes after it, as a mean q: `[n, d]` each, of length 1 or 0."""
+    config = model.config
+    said, targets = tables[0], tables[1]
+    if config.half_life is None:
+        rests = []
+        for table in (said, targets):
+            own = table[items]
+            total = own.new_zeros(int(users.max()) + 1, own.shape[1]).index_add_(0, users, own)
+            rest = total[users] - own
+            # What rounding leaves of nothing is nothing.
+            rests.append(rest * (rest.norm(dim=1, keepdim=True) > 1e-5 * total[users].norm(dim=1, keepdim=True)))
+        before, after = rests
+    else:
+        places = torch.arange(len(users)) - torch.searchsorted(users, users)
+        lengths = torch.bincount(users)[users]
+        before = _decayed_sums(said[items], places, config.half_life)
+        if model.recent_table is not None:
+            before += _decayed_sums(tables[2][items], places, config.recent_half_life)
+        backwards = _decayed_sums(targets[items].flip(0), (lengths - 1 - places).flip(0), config.half_life)
+        after = backwards.flip(0)
+    return F.normalize(before, dim=-1), F.normalize(after, dim=-1)
+
+
+def _decayed_sums(rows: torch.Tensor, places: torch.Tensor, half_life: float) -> torch.Tensor:
+    """For each row, the sum of those before it in its history, n places ago counting 2^(-(n - 1) / half_life): `[n, d]`.
+
+    Args:
+        rows: `[n, d]`, a history after the other.
+        places: of each row in its history, from 0, `[n]`.
+    """
+    later = (places >= 1).nonzero().flatten()
+    sums = torch.zeros_like(rows).index_copy_(0, later, rows[later - 1])
+    span = 1
+    while len(later := (places >= span).nonzero().flatten()):
+        # Sums over the last 2 * span, from those over the last span.
+        sums.index_add_(0, later, sums[later - span], alpha=2 ** (-span / half_life))
+        span *= 2
+    return sums
+
+
+def _mean_features(side, items, count) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum of a side of the interactions of each item over the root of their number, `[count, d]`, and this number."""
+    known = side.abs().sum(dim=1) > 0
+    number = torch.bincount(items[known], minlength=count)
+    total = torch.zeros(count, side.shape[1]).index_add_(0, items, side)
+    return total / number.clamp(min=1).sqrt()[:, None], number
+
+
+def _lengthened(vectors: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """Vectors `[n, d]` of length 1 whose products with users are about those of the given ones.
+
+    Args:
+        vectors: longer ones stay as they are.
+        basis: orthonormal columns `[d, d]`, those in which users differ least first.
+    """
+    # The mirror image, so that items that are alike stay alike: what is large where users differ most, where they differ least.
+    mirrored = (vectors @ basis).flip(1) @ basis.T
+    along = F.normalize(vectors, dim=-1)
+    away = F.normalize(mirrored - (mirrored * along).sum(dim=1, keepdim=True) * along, dim=-1)
+    return vectors + (1 - vectors.square().sum(dim=1, keepdim=True)).clamp(min=0).sqrt() * away
 
 
 def _calibrate(vectors, rows, ready) -> dict[str, torch.Tensor]:

@@ -26,7 +26,7 @@ from transformers import AutoConfig
 
 from .configuration_collaborative import FISMConfig
 from .embedding_store import EmbeddingStore
-from .fold_in import align, fold_in, fold_in_history_tables
+from .fold_in import align, fold_in, fold_in_items
 from .history_encoder import HistoryEncoder
 from .id_index import IdIndex, load_indexes, save_indexes
 from .interaction_matrix import InteractionMatrix
@@ -41,6 +41,14 @@ ADDITIONS = "additions.json"
 # Of the epochs that the collaborative model was first trained for.
 RETRAIN_SHARE = 0.25
 VECTOR_COLUMNS = ("vector", "embedding", "embeddings")
+_NO_INTERACTIONS = (
+    "the store of {folder} knows no interactions of users (a repository that was pushed without users has none), so nobody can be "
+    "folded in; supply vectors instead."
+)
+_UNREACHED = (
+    "new {kind} {id!r} has no interaction that leads to a known item, so nothing can be said about it; supply a vector or leave it "
+    "out."
+)
 
 
 @dataclass
@@ -155,15 +163,14 @@ def add_to_repository(
         recorded = 0
         if interactions is not None:
             pairs = interactions["user_id"][:], interactions["item_id"][:]
-            supplied = changed.get("user", [])
             encoder = HistoryEncoder.from_pretrained(folder)
-            pooled = _pool(space, encoder, *pairs, supplied)
-            folded = _fold_in(space, *pairs)
+            if encoder is None:
+                found = _fold_in(space, *pairs)
+            else:
+                found = _fold_in_histories(space, encoder, *pairs, changed.get("user", []), staged)
+            for kind, ids in found.items():
+                changed[kind] = list(dict.fromkeys(changed.get(kind, []) + ids))
             recorded = _record(space.store, *pairs)
-            if encoder is not None and (grown := _with_new_items(space, encoder, staged)) is not None:
-                pooled = _pool(space, grown, *pairs, supplied)
-            changed["user"] = list(dict.fromkeys(supplied + pooled + folded.get("user", [])))
-            changed["item"] = changed.get("item", []) + folded.get("item", [])
         if retrain:
             _retrain(space, staged)
             changed = {kind: space.store.ids(kind) for kind in ("user", "item")}
@@ -256,59 +263,88 @@ def _unknown(store: EmbeddingStore, kind: str, ids: Sequence[str]) -> list[str]:
     return [one for one, known in zip(ids, store.contains(kind, ids)) if not known]
 
 
-def _pool(
-    space: _Space, encoder: HistoryEncoder | None, users: Sequence[str], items: Sequence[str], supplied: Sequence[str]
-) -> list[str]:
-    """Gives users, known ones and new ones, the vectors that FISM makes of all their items; returns their ids.
+def _fold_in_histories(
+    space: _Space,
+    encoder: HistoryEncoder,
+    users: Sequence[str],
+    items: Sequence[str],
+    supplied: Sequence[str],
+    staged: Path,
+) -> dict[str, list[str]]:
+    """With FISM: new items get vectors, and all users named that of everything they have had; returns their ids.
 
     Users whose vectors were `supplied` keep them.
     """
+    new_items = _unknown(space.store, "item", items)
+    encoder = _with_new_items(space, encoder, users, items, staged)
     kept = set(supplied)
     names = [user for user in dict.fromkeys(users) if user not in kept]
-    if encoder is None or not names:
-        return []
+    if not names:
+        return {"user": [], "item": new_items}
     histories = {user: dict.fromkeys(seen) for user, seen in zip(names, space.store.seen(names))}
     for user, item in zip(users, items):
         if user in histories:
             histories[user].setdefault(item)
     vectors, known = encoder.encode([list(history) for history in histories.values()])
+    known &= (vectors != 0).any(dim=1).numpy()
     pooled = [user for user, useful in zip(names, known) if useful]
+    if lost := [user for user in _unknown(space.store, "user", names) if user not in set(pooled)]:
+        raise ValueError(_UNREACHED.format(kind="user", id=lost[0]))
     if pooled:
         space.store.upsert("user", pooled, space.lifted("user", vectors[torch.from_numpy(known)]))
-    return pooled
+    return {"user": pooled, "item": new_items}
 
 
-def _with_new_items(space: _Space, encoder: HistoryEncoder, staged: Path) -> HistoryEncoder | None:
-    """Stages a FISM that also knows what the items that came after its training say of those who have had them.
+def _with_new_items(
+    space: _Space, encoder: HistoryEncoder, users: Sequence[str], items: Sequence[str], staged: Path
+) -> HistoryEncoder:
+    """Puts new items into the store and stages a FISM that knows all items of after its training that anybody has had.
 
-    None where no such item has been had by anybody, or where the histories of the training, from which alone it could be
-    learned what items say, are not here.
+    Those of earlier additions, too, say of their users what the interactions by now make of it; their vectors in the store stay.
     """
     store, former = space.store, load_indexes(space.folder / "collaborative" / "ids.safetensors")
     trained = len(encoder.items) - encoder.model.config.num_folded_items
-    known, names = encoder.items.ids()[:trained], store.ids("item")
-    rows = IdIndex(known, "item").rows(names)
-    if (rows >= 0).all() or not len(former["user"]):
-        return None
-    indptr, seen = _seen_rows(store, store.ids("user"))
-    new = np.flatnonzero((rows < 0) & (np.bincount(seen, minlength=len(rows)) > 0))
-    if not len(new):
-        return None
-    rows[new] = trained + np.arange(len(new))
-    lengths = np.diff(indptr)
-    ages = np.repeat(indptr[1:], lengths) - 1 - np.arange(len(seen))
-    said = fold_in_history_tables(encoder.model, np.repeat(np.arange(len(lengths)), lengths), rows[seen], ages, trained)
+    trained_ids, new_items = encoder.items.ids()[:trained], _unknown(store, "item", items)
+    names = [*store.ids("item"), *new_items]
+    rows = IdIndex(trained_ids, "item").rows(names)
+    if not len(former["user"]) and new_items:
+        raise ValueError(_NO_INTERACTIONS.format(folder=space.folder))
+    if not len(former["user"]) or (rows >= 0).all():
+        return encoder
+    user_rows, item_rows = _all_interactions(store, users, items, names)
+    newcomers = np.flatnonzero((rows < 0) & (np.bincount(item_rows, minlength=len(rows)) > 0))
+    rows[newcomers] = trained + np.arange(len(newcomers))
+    tables = fold_in_items(encoder.model, user_rows, rows[item_rows], trained)
+    stored = newcomers < store.count("item")
+    tables[1][torch.from_numpy(stored)] = space.plain("item")[torch.from_numpy(newcomers[stored])]
+    if (lost := (tables[1] == 0).all(dim=1).numpy()).any():
+        raise ValueError(_UNREACHED.format(kind="item", id=names[newcomers[lost][0]]))
+    if new_items:
+        store.upsert("item", new_items, tables[1][torch.from_numpy(~stored)])
     old = encoder.model
-    config = {**old.config.to_dict(), "num_items": trained + len(new), "num_folded_items": len(new)}
-    model = FISMModel(FISMConfig.from_dict(config))
+    sizes = {"num_items": trained + len(newcomers), "num_folded_items": len(newcomers)}
+    model = FISMModel(FISMConfig.from_dict({**old.config.to_dict(), **sizes}))
     model.edge_users, model.edge_items = old.edge_users, old.edge_items
-    added = [said[0], space.plain("item")[torch.from_numpy(new)], *said[1:]]
     with torch.no_grad():
-        for (_, table), (_, previous), more in zip(model.tables(), old.tables(), added):
+        for (_, table), (_, previous), more in zip(model.tables(), old.tables(), tables):
             table.weight.copy_(torch.cat([previous.weight[:trained], more]))
-    items = [*known, *(names[row] for row in new)]
-    _save_collaborative(model, {"user": former["user"].ids(), "item": items}, staged / "collaborative")
-    return HistoryEncoder(model.eval(), IdIndex(items, "item"))
+    ids = [*trained_ids, *(names[row] for row in newcomers)]
+    _save_collaborative(model, {"user": former["user"].ids(), "item": ids}, staged / "collaborative")
+    return HistoryEncoder(model.eval(), IdIndex(ids, "item"))
+
+
+def _all_interactions(
+    store: EmbeddingStore, users: Sequence[str], items: Sequence[str], item_names: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """User and item row of what users have seen and of further interactions, each pair once, by user and then in time order."""
+    known = store.ids("user")
+    indptr, seen = _seen_rows(store, known)
+    index = IdIndex([*known, *_unknown(store, "user", users)], "user")
+    user_rows = np.concatenate([np.repeat(np.arange(len(known)), np.diff(indptr)), index.rows(users)])
+    item_rows = np.concatenate([seen, IdIndex(item_names, "item").rows(items)])
+    first = np.sort(np.unique(user_rows * len(item_names) + item_rows, return_index=True)[1])
+    order = first[np.argsort(user_rows[first], kind="stable")]
+    return user_rows[order], item_rows[order]
 
 
 def _fold_in(space: _Space, users: Sequence[str], items: Sequence[str]) -> dict[str, list[str]]:
@@ -320,10 +356,7 @@ def _fold_in(space: _Space, users: Sequence[str], items: Sequence[str]) -> dict[
     known = store.ids("user")
     indptr, seen = _seen_rows(store, known)
     if not len(seen):
-        raise ValueError(
-            f"the store of {space.folder} knows no interactions of users (a repository that was pushed without users has none), "
-            "so nobody can be folded in; supply vectors instead."
-        )
+        raise ValueError(_NO_INTERACTIONS.format(folder=space.folder))
     rows = {"user": np.repeat(np.arange(len(known)), np.diff(indptr)), "item": seen}
     for kind, ids in (("user", users), ("item", items)):
         index = IdIndex([*store.ids(kind), *new[kind]], kind)

@@ -433,8 +433,8 @@ class TokenRecTokenizer(TokenizersBackend):
             one = one[:-1]
         if one and self.on_unknown == "error":
             raise KeyError(
-                f"the text names {kind} {one!r}, which is unknown to this tokenizer; give it codes with add_{kind}s, or set "
-                "on_unknown='keep' to leave such words as they are."
+                f"the text names {kind} {one!r}, which is unknown to this tokenizer; add it with `tokenrec add`, "
+                f"give it codes with add_{kind}s, or set on_unknown='keep' to leave such words as they are."
             )
 
     def _find(self, mentions: set[tuple[str, str]]) -> dict[tuple[str, str], tuple[str, str]]:
