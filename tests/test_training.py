@@ -18,8 +18,9 @@ from tokenrec_hf.interactions import leave_one_out
 from tokenrec_hf.modeling_collaborative import FISMModel, LightGCNModel, augment_norm
 from tokenrec_hf.modeling_mq_tokenizer import MQTokenizerModel
 from tokenrec_hf.modeling_t5_retrieval import T5ForGenerativeRetrieval
-from tokenrec_hf.newcomers import add_to_repository, remove_from_repository
+from tokenrec_hf.newcomers import add_to_repository
 from tokenrec_hf.recipes import load_recipe
+from tokenrec_hf.removals import remove_from_repository
 from tokenrec_hf.tokenization_tokenrec import TokenRecTokenizer
 from tokenrec_hf.training import build_collator, build_retrieval_model, index_splits, load_splits, train
 

@@ -232,7 +232,7 @@ def _add(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _remove(arguments: argparse.Namespace) -> dict[str, Any]:
-    from .newcomers import remove_from_repository
+    from .removals import remove_from_repository
 
     if not (arguments.users or arguments.items):
         raise UsageError("there is nothing to remove: give --users or --items.")

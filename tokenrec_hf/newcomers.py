@@ -2,14 +2,13 @@
 
 Only vectors change: they are supplied, folded in from interactions, or come from a collaborative model that is trained on
 and turned back into the old space. The frozen MQ-Tokenizers make codes of them; T5 stays as it is, to the last byte. Store,
-code table and seen items change together or not at all. Also how users and items leave.
+code table and seen items change together or not at all.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,15 +21,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
-from transformers import AutoConfig
 
+from .collaborative_files import load_collaborative, resized, save_collaborative
 from .configuration_collaborative import FISMConfig
 from .embedding_store import EmbeddingStore
 from .fold_in import align, fold_in, fold_in_items
 from .history_encoder import HistoryEncoder
-from .id_index import IdIndex, load_indexes, save_indexes
+from .id_index import IdIndex, load_indexes
 from .interaction_matrix import InteractionMatrix
-from .modeling_collaborative import COLLABORATIVE_MODELS, FISMModel, augment_norm
+from .modeling_collaborative import FISMModel, augment_norm
 from .modeling_mq_tokenizer import MQTokenizerModel
 from .recipes import load_recipe
 from .repository import check_repository
@@ -186,48 +185,6 @@ def add_to_repository(
     }
 
 
-def remove_from_repository(
-    folder: str | os.PathLike, *, users: Sequence[str] = (), items: Sequence[str] = ()
-) -> dict[str, int]:
-    """Deletes users with everything that is known of them, and withdraws items from sale.
-
-    Of a user no id, vector, code, seen item or interaction is left in any file of the repository, those of the training
-    included; what the weights of T5 and the MQ-Tokenizers have learned from many users stays. An item that is withdrawn is
-    never recommended again, also not when interactions with it are added later; histories may go on to name it.
-
-    Args:
-        folder: a trained repository in a local folder.
-        users: ids of users.
-        items: ids of items.
-
-    Returns:
-        How many `users` and `items` it was.
-
-    Raises:
-        FileNotFoundError: the folder is no finished repository.
-        ValueError: an id is not in the store; then nothing has changed.
-    """
-    check_repository(folder)
-    folder = Path(folder)
-    with repository_update(folder) as staged:
-        store = EmbeddingStore.open(staged / "store")
-        for kind, ids in (("user", users), ("item", items)):
-            missing = [one for one, known in zip(ids, store.contains(kind, ids)) if not known]
-            if missing:
-                raise ValueError(f"{kind} {missing[0]!r} is not in the store of {folder}; nothing was removed.")
-        if items:
-            store.withdraw(items)
-        if users:
-            # First, so that whoever stops in between leaves users that are still known here, to be removed again.
-            _forget_selection(folder, users)
-            store.delete("user", users)
-            _forget_codes(folder, staged, users)
-            _forget_collaborative(folder, staged, users)
-            _forget_interactions(folder, staged, users)
-        store.save_pretrained(staged / "store")
-    return {"users": len(set(users)), "items": len(set(items))}
-
-
 class _Space:
     """The store of a repository and how its vectors are made of those of the collaborative model."""
 
@@ -329,7 +286,7 @@ def _with_new_items(
         for (_, table), (_, previous), more in zip(model.tables(), old.tables(), tables):
             table.weight.copy_(torch.cat([previous.weight[:trained], more]))
     ids = [*trained_ids, *(names[row] for row in newcomers)]
-    _save_collaborative(model, {"user": former["user"].ids(), "item": ids}, staged / "collaborative")
+    save_collaborative(model, {"user": former["user"].ids(), "item": ids}, staged / "collaborative")
     return HistoryEncoder(model.eval(), IdIndex(ids, "item"))
 
 
@@ -412,13 +369,13 @@ def _retrain(space: _Space, staged: Path) -> None:
     ids = {kind: store.ids(kind) for kind in ("user", "item")}
     indptr, seen = _seen_rows(store, ids["user"])
     matrix = InteractionMatrix(np.repeat(np.arange(len(indptr) - 1), np.diff(indptr)), seen, *map(len, ids.values()))
-    old = _load_collaborative(source)
+    old = load_collaborative(source)
     former = load_indexes(source / "ids.safetensors")
     if not len(former["user"]):
         raise ValueError(
             f"{space.folder} was pushed without users, so its collaborative model would forget them; add without retraining."
         )
-    model = _resized(old, matrix)
+    model = resized(old, matrix)
     if isinstance(model, FISMModel):
         model.config.num_folded_items = 0
     with torch.no_grad():
@@ -442,22 +399,7 @@ def _retrain(space: _Space, staged: Path) -> None:
             table.weight.copy_(table.weight @ rotation)
     for kind, new in (("user", model.user_embeddings()), ("item", model.item_embeddings())):
         store.upsert(kind, ids[kind], space.lifted(kind, new))
-    _save_collaborative(model, ids, staged / "collaborative")
-
-
-def _load_collaborative(folder: Path) -> Any:
-    kind = AutoConfig.from_pretrained(folder).model_type.removeprefix("tokenrec_")
-    return COLLABORATIVE_MODELS[kind].from_pretrained(folder)
-
-
-def _resized(model: Any, matrix: InteractionMatrix) -> Any:
-    """A fresh model of the same kind for other users, items and interactions."""
-    return type(model).from_interactions(type(model.config).from_dict(model.config.to_dict()), matrix)
-
-
-def _save_collaborative(model: Any, ids: dict[str, list[str]], folder: Path) -> None:
-    model.save_pretrained(folder)
-    save_indexes({kind: IdIndex(names, kind) for kind, names in ids.items()}, folder / "ids.safetensors")
+    save_collaborative(model, ids, staged / "collaborative")
 
 
 def _give_codes(folder: Path, staged: Path, store: EmbeddingStore, changed: dict[str, list[str]]) -> dict[str, float]:
@@ -488,53 +430,3 @@ def _note_additions(folder: Path, staged: Path, added: dict[str, int], errors: d
             "reconstruction_error": total / (before["count"] + count),
         }
     (staged / ADDITIONS).write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-
-
-def _forget_selection(folder: Path, users: Sequence[str]) -> None:
-    """Takes users out of the repository of the selection run, which has been trained on them too."""
-    selection = folder / "training" / "selection"
-    if (selection / "store").is_dir():
-        known = EmbeddingStore.open(selection / "store").contains("user", users)
-        remove_from_repository(selection, users=[one for one, there in zip(users, known) if there])
-
-
-def _forget_codes(folder: Path, staged: Path, users: Sequence[str]) -> None:
-    tokenizer = TokenRecTokenizer.from_pretrained(folder)
-    tokenizer.remove("user", users)
-    tokenizer.save_codes(staged)
-
-
-def _forget_collaborative(folder: Path, staged: Path, users: Sequence[str]) -> None:
-    """Takes users' embeddings and edges out of the collaborative model."""
-    source = folder / "collaborative"
-    if not source.is_dir():
-        return
-    if not (source / "ids.safetensors").is_file():
-        shutil.rmtree(source)
-        return
-    former = load_indexes(source / "ids.safetensors")
-    keep = np.ones(len(former["user"]), dtype=bool)
-    rows = former["user"].rows(users)
-    keep[rows[rows >= 0]] = False
-    old = _load_collaborative(source)
-    edges: tuple[np.ndarray, np.ndarray] = (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
-    if hasattr(old, "edge_users"):
-        of_users, of_items = old.edge_users.numpy(), old.edge_items.numpy()
-        edges = (np.cumsum(keep) - 1)[of_users[keep[of_users]]], of_items[keep[of_users]]
-    model = _resized(old, InteractionMatrix(*edges, int(keep.sum()), len(former["item"])))
-    with torch.no_grad():
-        for (kind, table), (_, previous) in zip(model.tables(), old.tables()):
-            table.weight.copy_(previous.weight[torch.from_numpy(keep)] if kind == "user" else previous.weight)
-    names = {"user": former["user"].kept(keep).ids(), "item": former["item"].ids()}
-    _save_collaborative(model, names, staged / "collaborative")
-
-
-def _forget_interactions(folder: Path, staged: Path, users: Sequence[str]) -> None:
-    """Takes users out of the interactions that the repository was trained and evaluated on."""
-    gone = pa.array(users)
-    for path in (folder / "training" / "interactions").glob("*.parquet"):
-        table = pq.read_table(path)
-        left = table.filter(pc.invert(pc.is_in(table["user_id"], gone)))
-        target = staged / path.relative_to(folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(left, target)

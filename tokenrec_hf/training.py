@@ -26,12 +26,13 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import TrainingArguments, set_seed
 from transformers.dynamic_module_utils import custom_object_save
 
+from .collaborative_files import save_collaborative
 from .configuration_mq_tokenizer import MQTokenizerConfig
 from .configuration_t5_retrieval import T5GenerativeRetrievalConfig
 from .data_collator import DataCollatorForGenerativeRetrieval
 from .embedding_store import EmbeddingStore
 from .evaluation import evaluate_baselines, evaluate_retrieval
-from .id_index import IdIndex, save_indexes
+from .id_index import IdIndex
 from .interaction_matrix import InteractionMatrix
 from .model_card import write_model_card
 from .modeling_collaborative import COLLABORATIVE_MODELS, FISMModel, augment_norm
@@ -416,10 +417,8 @@ class _Run:
         return outcome
 
     def _save_collaborative(self, model, data: IndexedSplits) -> None:
-        model.save_pretrained(self.folder / "collaborative")
         # The model knows rows; whoever goes on training it must know whose they are.
-        indexes = {"user": IdIndex(data.user_ids), "item": IdIndex(data.item_ids)}
-        save_indexes(indexes, self.folder / "collaborative" / "ids.safetensors")
+        save_collaborative(model, {"user": data.user_ids, "item": data.item_ids}, self.folder / "collaborative")
         # Remote code is looked for in the root, even when a model in a subfolder is loaded.
         custom_object_save(model, self.folder)
 
