@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from tokenrec_hf import fold_in as module
 from tokenrec_hf.configuration_collaborative import FISMConfig
-from tokenrec_hf.fold_in import align, fold_in, fold_in_items
+from tokenrec_hf.fold_in import align, fold_in, fold_in_items, smooth_tables
 from tokenrec_hf.modeling_collaborative import FISMModel
 
 
@@ -154,18 +154,17 @@ def naive_sides(histories, trained, half_life, a, q, b):
     """The p of what comes before each interaction, and the direction of the q that come after it, history by history."""
     for history in histories:
         for place, item in enumerate(history):
+            earlier = [one for one in history[:place] if one < trained][::-1]
+            later = [one for one in history[place + 1 :] if one < trained]
+            if half_life is None:
+                rest = earlier + later
+                yield item, unit(sum(a[rest], np.zeros(a.shape[1]))), unit(sum(q[rest], np.zeros(a.shape[1])))
+                continue
             before, after = np.zeros(a.shape[1]), np.zeros(a.shape[1])
-            for other, one in enumerate(history):
-                if one >= trained or other == place:
-                    continue
-                if half_life is None:
-                    before += a[one]
-                    after += q[one]
-                elif other < place:
-                    age = place - 1 - other
-                    before += a[one] * 2 ** (-age / half_life) + b[one] * 2 ** (-age / 0.5)
-                else:
-                    after += q[one] * 2 ** (-(other - place - 1) / half_life)
+            for age, one in enumerate(earlier):
+                before += a[one] * 2 ** (-age / half_life) + b[one] * 2 ** (-age / 0.5)
+            for distance, one in enumerate(later):
+                after += q[one] * 2 ** (-distance / half_life)
             yield item, unit(before), unit(after)
 
 
@@ -177,36 +176,69 @@ def naive_lengthened(vector, gram):
     return vector + np.sqrt(max(0, 1 - vector @ vector)) * away
 
 
+def naive_side_features(histories, trained, count, half_life, a, q, b):
+    """Features of both sides `[2, count, d]`, of how many interactions they are, and the second moments of what comes before."""
+    d = a.shape[1]
+    features, numbers, gram = np.zeros((2, count, d)), np.zeros((2, count), dtype=int), np.zeros((d, d))
+    for item, *sides in naive_sides(histories, trained, half_life, a, q, b):
+        for side, value in enumerate(sides):
+            features[side, item] += value
+            numbers[side, item] += bool(value.any())
+        gram += np.outer(sides[0], sides[0])
+    return features / np.sqrt(np.maximum(numbers, 1))[..., None], numbers, gram
+
+
+def naive_tables(model, count):
+    """a, q of length 1, and b or None, of the first items."""
+    a, q, *b = (table.weight.detach()[:count].double().numpy() for _, table in model.tables())
+    return a, np.array([unit(row) for row in q]), b[0] if b else None
+
+
+@pytest.mark.parametrize("chunk", [7, 1000])
 @pytest.mark.parametrize("half_life", [None, 3])
-def test_new_items_are_found_from_what_comes_before_and_after_them(half_life):
+def test_new_items_are_found_from_what_comes_before_and_after_them(half_life, chunk, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", chunk)
     torch.manual_seed(0)
     trained, d = 40, 6
     model = FISMModel(FISMConfig(num_items=trained + 2, embedding_dim=d, half_life=half_life, recent_half_life=0.5))
     histories = random_histories(0, 90, trained + 4, trained)
     found = fold_in_items(model, *flat(histories), num_trained=trained)
-    a, q, *b = (table.weight.detach()[:trained].double().numpy() for _, table in model.tables())
-    q = np.array([unit(row) for row in q])
-    features, numbers = np.zeros((2, trained + 5, d)), np.zeros((2, trained + 5), dtype=int)
-    gram = np.zeros((d, d))
-    for item, *sides in naive_sides(histories, trained, half_life, a, q, *b or [None]):
-        for side, value in enumerate(sides):
-            features[side, item] += value
-            numbers[side, item] += bool(value.any())
-        gram += np.outer(sides[0], sides[0])
-    features /= np.sqrt(np.maximum(numbers, 1))[..., None]
+    a, q, b = naive_tables(model, trained)
+    features, numbers, gram = naive_side_features(histories, trained, trained + 5, half_life, a, q, b)
     # Nothing comes after the last of the newcomers.
     assert numbers[1, -1] == (0 if half_life else numbers[0, -1])
     assert len(found) == len(model.tables())
     known = features[:, :trained]
-    for number, (table, rows) in enumerate(zip([a, q, *b], found)):
+    for number, (table, rows) in enumerate(zip([a, q, b], found)):
         maps = [naive_ridge(known[side], table) for side in (0, 1)]
         best = 0 if number == 1 else 1
         for newcomer, row in enumerate(rows, start=trained):
-            side = best if 2 * numbers[best, newcomer] >= numbers[1 - best, newcomer] else 1 - best
-            expected = features[side, newcomer] @ maps[side]
+            if numbers[best, newcomer]:
+                expected = features[best, newcomer] @ maps[best]
+            else:
+                expected = features[1 - best, newcomer] @ maps[1 - best] * (1 if number == 1 else module.FAINT)
             if number == 1:
                 expected = naive_lengthened(expected, gram)
             np.testing.assert_allclose(row, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("half_life", [None, 3])
+def test_smoothing_moves_rows_to_what_their_neighbours_say(half_life):
+    torch.manual_seed(0)
+    config = FISMConfig(num_items=41, embedding_dim=4, half_life=half_life, recent_half_life=0.5)
+    config.history_smoothing, config.item_smoothing = 0.75, 0.25
+    model = FISMModel(config)
+    a, q, b = naive_tables(model, 41)
+    histories = [[item for item in one if item < 40] for one in random_histories(0, 60, 44, 40)]
+    features, numbers, _ = naive_side_features(histories, 41, 41, half_life, a, q, b)
+    both = np.concatenate(features, axis=1)
+    had = numbers.any(axis=0)
+    assert not had[40]  # nobody has had it: it stays
+    smooth_tables(model, *flat(histories))
+    for (_, table), before, share in zip(model.tables(), (a, q, b), (0.75, 0.25, 0.75)):
+        expected = (1 - share) * before + share * both @ naive_ridge(both[had], before[had])
+        np.testing.assert_allclose(table.weight.detach()[had], expected[had], rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(table.weight.detach()[40], before[40], rtol=1e-5)
 
 
 def test_items_that_only_newcomers_lead_to_come_second_and_others_not_at_all():

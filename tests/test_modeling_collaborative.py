@@ -333,7 +333,8 @@ def test_a_saved_fism_loads_bit_for_bit_with_its_histories(interactions, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "settings", [{"half_life": 0}, {"dropout_rate": 1.0}, {"temperature": 0}, {"embedding_dim": 0}]
+    "settings",
+    [{"half_life": 0}, {"dropout_rate": 1.0}, {"temperature": 0}, {"embedding_dim": 0}, {"item_smoothing": 1.5}],
 )
 def test_impossible_fism_settings_are_named(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):

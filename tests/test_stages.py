@@ -11,8 +11,10 @@ from tokenrec_hf.configuration_t5_retrieval import T5GenerativeRetrievalConfig
 from tokenrec_hf.data_collator import DataCollatorForGenerativeRetrieval
 from tokenrec_hf.data_sources import demo_interactions
 from tokenrec_hf.embedding_store import EmbeddingStore
+from tokenrec_hf.fold_in import smooth_tables
 from tokenrec_hf.interaction_matrix import InteractionMatrix
 from tokenrec_hf.interactions import leave_one_out
+from tokenrec_hf.metrics import evaluate_embeddings
 from tokenrec_hf.modeling_t5_retrieval import T5ForGenerativeRetrieval
 from tokenrec_hf.recipes import load_recipe
 from tokenrec_hf.stages import (
@@ -223,6 +225,21 @@ def test_a_stage_that_was_cut_off_after_its_last_step_does_not_train_on(run_stag
     again = run_stage(stage, tmp_path, **options)
     assert again.epochs == first.epochs
     assert_equal_weights(weights(first), weights(again))
+
+
+def test_fism_is_smoothed_after_its_training_and_measured_then(data, tmp_path):
+    settings = {**COLLABORATIVE, "model": "fism", "config": {"embedding_dim": 8, "half_life": 4}}
+    plain = train_collaborative(data.interactions, settings, tmp_path / "plain", holdout=data.holdout, seed=1)
+    settings["config"].update(history_smoothing=0.5, item_smoothing=0.25)
+    found = train_collaborative(data.interactions, settings, tmp_path / "smooth", holdout=data.holdout, seed=1)
+    plain.model.config.history_smoothing, plain.model.config.item_smoothing = 0.5, 0.25
+    smooth_tables(plain.model, data.interactions.users, data.interactions.items)
+    assert_equal_weights(weights(plain), weights(found))
+    users, items = found.model.user_embeddings()[data.holdout.users], found.model.item_embeddings()
+    seen = data.interactions.of_users(data.holdout.users)
+    expected = evaluate_embeddings(users, items, data.holdout.targets, *seen, cosine=False)
+    assert {name: found.metrics[name] for name in expected} == expected
+    assert found.metrics["ndcg@20"] != plain.metrics["ndcg@20"]
 
 
 def test_resumption_reads_the_checkpoint(run_stage, interrupt_at, tmp_path, monkeypatch):

@@ -77,6 +77,8 @@ class FISMConfig(PreTrainedConfig):
         recent_half_life: the same of a second table, of what an item says about the very next ones. None, or without
             `half_life`: there is no such table.
         dropout_rate: of the elements of the items of a history, while training.
+        history_smoothing, item_smoothing: how far the rows that histories are made of, and those of q, are moved after the
+            training to what is expected of items with such neighbours (`smooth_tables`), from 0 to 1.
         initializer_range: standard deviation of the initial embeddings.
     """
 
@@ -91,6 +93,8 @@ class FISMConfig(PreTrainedConfig):
     half_life: float | int | None = None
     recent_half_life: float | int | None = None
     dropout_rate: float | int = 0.3
+    history_smoothing: float | int = 0.0
+    item_smoothing: float | int = 0.0
     initializer_range: float | int = 0.1
 
     def __post_init__(self, **kwargs):
@@ -99,6 +103,9 @@ class FISMConfig(PreTrainedConfig):
             raise ValueError(f"embedding_dim is {self.embedding_dim} but must be at least 1.")
         if self.temperature <= 0:
             raise ValueError(f"temperature is {self.temperature} but must be above 0.")
+        for name in ("history_smoothing", "item_smoothing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)} but must be from 0 to 1.")
         for name in ("half_life", "recent_half_life"):
             value = getattr(self, name)
             if value is not None and value <= 0:

@@ -11,6 +11,8 @@ them. `fold_in_items` finds both.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,10 @@ from .modeling_collaborative import FISMModel
 
 # Of the mean eigenvalue of X^T X. On LastFM with a fifth of the users, or of the items, left out, 1e-4 to 3e-2 were alike.
 RIDGE = 1e-2
+# How much an item counts in a history that nothing known came after.
+FAINT = 1e-3
+# Interactions that are looked at at once.
+CHUNK = 1 << 18
 
 
 def fold_in(
@@ -82,8 +88,9 @@ def fold_in_items(model: FISMModel, users: np.ndarray, items: np.ndarray, num_tr
     had before i, x_i = sum_u p_{u<i} / sqrt(d_i) over the d_i users who had something before says where q_i is, and
     y_i = sum_u q_{u>i} / sqrt(d'_i), with q_{u>i} of length 1 along sum_j 2^(-n_j / half_life) q_j, j having come n_j items after i,
     says what i says of its users. So q_i is x_i W and the rows of the other tables are y_i W', ridge regressions of the rows of the
-    items of the training on their features. Where the other side is known of more than twice as many users, it is
-    taken instead. Without a `half_life`, both sides are the rest of the history.
+    items of the training on their features. An item that nothing known came after speaks of its users by what came before it, but
+    so faintly that it is heard only by those who have nothing else. Without a `half_life`, both sides are the rest of the
+    history.
 
     x_i W is shorter than 1 by what it does not know of the item, and its products with users are of the right size; by cosine
     it would be too large and the item recommended to too many. So q_i is made as long as the others in those directions in
@@ -103,21 +110,20 @@ def fold_in_items(model: FISMModel, users: np.ndarray, items: np.ndarray, num_tr
     count = max(num_trained, int(item.max()) + 1 if len(item) else 0)
     tables = []
     for _, module in model.tables():
-        rows = module.weight.detach()[:num_trained]
+        rows = module.weight.detach().cpu()[:num_trained]
         rows = F.normalize(rows, dim=-1) if module is model.item_table else rows
         tables.append(torch.cat([rows, rows.new_zeros(count - num_trained, rows.shape[1])]))
     maps: list[list[torch.Tensor]] = []
     basis = torch.empty(0)
     unknown = torch.arange(count) >= num_trained
     while unknown.any():
-        sides = _sides(model, tables, user, item)
-        features, known_of = zip(*(_mean_features(side, item, count) for side in sides))
+        features, known_of, gram = _features(model, tables, ~unknown, user, item)
         if not maps:
             maps = [
                 [_ridge(x[:num_trained], table[:num_trained], n[:num_trained]) for x, n in zip(features, known_of)]
                 for table in tables
             ]
-            basis = torch.linalg.eigh(sides[0].T @ sides[0])[1]
+            basis = torch.linalg.eigh(gram)[1]
             # Which of two opposite directions it returns is up to the library.
             basis = basis * basis.sum(dim=0).sign()
         reached = unknown & (known_of[0] + known_of[1] > 0)
@@ -127,11 +133,43 @@ def fold_in_items(model: FISMModel, users: np.ndarray, items: np.ndarray, num_tr
             is_target = module is model.item_table
             best, other = (0, 1) if is_target else (1, 0)
             estimates = [x @ w for x, w in zip(features, maps[number])]
-            enough = (2 * known_of[best] >= known_of[other])[:, None]
-            found = torch.where(enough, estimates[best], estimates[other])[reached]
+            instead = estimates[other] if is_target else FAINT * estimates[other]
+            found = torch.where((known_of[best] > 0)[:, None], estimates[best], instead)[reached]
             table[reached] = _lengthened(found, basis) if is_target else found
         unknown &= ~reached
     return [table[num_trained:] for table in tables]
+
+
+def smooth_tables(model: FISMModel, users: np.ndarray, items: np.ndarray) -> None:
+    """Moves the rows of items some of the way to what is expected of items with such neighbours in the histories.
+
+    With x_i and y_i as in [`fold_in_items`], z_i = (x_i, y_i) W'' is the ridge regression of a table's rows on both features. Rows
+    become a mean of the trained one and z_i, in which z_i has the weight `history_smoothing` of the model's configuration, and
+    `item_smoothing` in the table of q. Rows of rare items are trained from a few examples; the regression has
+    seen all items.
+
+    Args:
+        model: changed in place.
+        users: user row of each interaction, sorted and each user's in time order, int64 `[n]`: those of the training.
+        items: item row of each interaction, int64 `[n]`.
+    """
+    user, item = (torch.from_numpy(np.asarray(one, dtype=np.int64)) for one in (users, items))
+    tables = [
+        F.normalize(module.weight.detach().cpu(), dim=-1)
+        if module is model.item_table
+        else module.weight.detach().cpu()
+        for _, module in model.tables()
+    ]
+    everything = torch.ones(len(tables[0]), dtype=torch.bool)
+    features, numbers, _ = _features(model, tables, everything, user, item)
+    both = torch.cat(features, dim=1)  # [num_items, 2d]
+    had = (numbers[0] + numbers[1]) > 0
+    with torch.no_grad():
+        for table, (_, module) in zip(tables, model.tables()):
+            is_target = module is model.item_table
+            share = model.config.item_smoothing if is_target else model.config.history_smoothing
+            expected = both @ _ridge(both, table, had)
+            module.weight.copy_(torch.where(had[:, None], torch.lerp(table, expected, share), table))
 
 
 def align(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
@@ -150,53 +188,87 @@ def align(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     return (u @ v).to(new.dtype)
 
 
-def _sides(model: FISMModel, tables, users, items) -> tuple[torch.Tensor, torch.Tensor]:
-    """What comes before each interaction, as p, and what comes after it, as a mean q: `[n, d]` each, of length 1 or 0."""
-    config = model.config
+def _sides(model: FISMModel, tables, known, users, items) -> tuple[torch.Tensor, torch.Tensor]:
+    """What comes before each interaction, as p, and what comes after it, as a mean q: `[n, d]` each, of length 1 or 0.
+
+    Items that are not `known` are passed over, as if they were not there.
+    """
+    config, inside = model.config, known[items]
     said, targets = tables[0], tables[1]
     if config.half_life is None:
-        rests = []
-        for table in (said, targets):
-            own = table[items]
-            total = own.new_zeros(int(users.max()) + 1, own.shape[1]).index_add_(0, users, own)
-            rest = total[users] - own
-            # What rounding leaves of nothing is nothing.
-            rests.append(rest * (rest.norm(dim=1, keepdim=True) > 1e-5 * total[users].norm(dim=1, keepdim=True)))
-        before, after = rests
+        before, after = (_rests(table[items], users) for table in (said, targets))
     else:
-        places = torch.arange(len(users)) - torch.searchsorted(users, users)
-        lengths = torch.bincount(users)[users]
-        before = _decayed_sums(said[items], places, config.half_life)
+        there = items[inside]
+        before = _decayed_sums(said[there], users, inside, config.half_life)
         if model.recent_table is not None:
-            before += _decayed_sums(tables[2][items], places, config.recent_half_life)
-        backwards = _decayed_sums(targets[items].flip(0), (lengths - 1 - places).flip(0), config.half_life)
-        after = backwards.flip(0)
+            before += _decayed_sums(tables[2][there], users, inside, config.recent_half_life)
+        backwards = targets[there].flip(0), users.max() - users.flip(0), inside.flip(0)
+        after = _decayed_sums(*backwards, config.half_life).flip(0)
     return F.normalize(before, dim=-1), F.normalize(after, dim=-1)
 
 
-def _decayed_sums(rows: torch.Tensor, places: torch.Tensor, half_life: float) -> torch.Tensor:
-    """For each row, the sum of those before it in its history, n places ago counting 2^(-(n - 1) / half_life): `[n, d]`.
+def _rests(rows: torch.Tensor, users: torch.Tensor) -> torch.Tensor:
+    """For each row the sum of the others of its user, `[n, d]`."""
+    total = rows.new_zeros(int(users.max()) + 1, rows.shape[1]).index_add_(0, users, rows)
+    rest = total[users] - rows
+    # What rounding leaves of nothing is nothing.
+    return rest * (rest.norm(dim=1, keepdim=True) > 1e-5 * total[users].norm(dim=1, keepdim=True))
+
+
+def _decayed_sums(rows: torch.Tensor, users: torch.Tensor, inside: torch.Tensor, half_life: float) -> torch.Tensor:
+    """For each interaction the sum of the rows before it, n of them ago counting 2^(-(n - 1) / half_life): `[n, d]`.
 
     Args:
-        rows: `[n, d]`, a history after the other.
-        places: of each row in its history, from 0, `[n]`.
+        rows: of the interactions that are `inside`, in their order, `[m, d]`.
+        users: of all interactions, ascending, `[n]`.
+        inside: which interactions have a row, bool `[n]`.
+        half_life: in rows.
     """
-    later = (places >= 1).nonzero().flatten()
-    sums = torch.zeros_like(rows).index_copy_(0, later, rows[later - 1])
-    span = 1
+    owners = users[inside]
+    places = torch.arange(len(owners)) - torch.searchsorted(owners, owners)
+    # Of a row and those before it: of the last span of them, then of the last 2 * span.
+    sums, span = rows.clone(), 1
     while len(later := (places >= span).nonzero().flatten()):
-        # Sums over the last 2 * span, from those over the last span.
         sums.index_add_(0, later, sums[later - span], alpha=2 ** (-span / half_life))
         span *= 2
-    return sums
+    latest = inside.long().cumsum(0) - inside.long() - 1
+    result = rows.new_zeros(len(users), rows.shape[1])
+    found = (latest >= 0).nonzero().flatten()
+    found = found[owners[latest[found]] == users[found]]
+    result[found] = sums[latest[found]]
+    return result
 
 
-def _mean_features(side, items, count) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum of a side of the interactions of each item over the root of their number, `[count, d]`, and this number."""
-    known = side.abs().sum(dim=1) > 0
-    number = torch.bincount(items[known], minlength=count)
-    total = torch.zeros(count, side.shape[1]).index_add_(0, items, side)
-    return total / number.clamp(min=1).sqrt()[:, None], number
+def _features(
+    model: FISMModel,
+    tables: Sequence[torch.Tensor],
+    known: torch.Tensor,
+    users: torch.Tensor,
+    items: torch.Tensor,
+) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+    """What of the `known` items (bool `[num_items]`) comes before and after items.
+
+    Returns:
+        For both sides the sum over the interactions of each item, over the root of the number of those where there is anything on
+        this side, `[num_items, d]`; these numbers, `[num_items]`; and the second moments `[d, d]` of what comes before.
+    """
+    count, width = tables[0].shape
+    totals, numbers = (
+        [torch.zeros(count, width) for _ in range(2)],
+        [torch.zeros(count, dtype=torch.long) for _ in range(2)],
+    )
+    gram = torch.zeros(width, width)
+    # Whole users, as many as make up a chunk.
+    firsts = torch.searchsorted(users, users[::CHUNK].contiguous())
+    bounds = [*firsts.unique().tolist(), len(users)]
+    for start, end in zip(bounds, bounds[1:]):
+        part = items[start:end]
+        sides = _sides(model, tables, known, users[start:end] - users[start], part)
+        gram += sides[0].T @ sides[0]
+        for side, total, number in zip(sides, totals, numbers):
+            total.index_add_(0, part, side)
+            number += torch.bincount(part[(side != 0).any(dim=1)], minlength=count)
+    return [total / number.clamp(min=1).sqrt()[:, None] for total, number in zip(totals, numbers)], numbers, gram
 
 
 def _lengthened(vectors: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:

@@ -32,6 +32,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .configuration_mq_tokenizer import MQTokenizerConfig
 from .data_collator import DataCollatorForGenerativeRetrieval, PromptDataset
+from .fold_in import smooth_tables
 from .interaction_matrix import InteractionMatrix
 from .metrics import evaluate_embeddings
 from .modeling_collaborative import COLLABORATIVE_MODELS, FISMModel, MatrixFactorizationModel
@@ -158,7 +159,7 @@ def train_collaborative(
         users, items = torch.from_numpy(prediction.predictions), model.item_embeddings().cpu()
         return evaluate_embeddings(users, items, holdout.targets, *interactions.of_users(holdout.users), cosine=False)
 
-    return _fit(
+    result = _fit(
         model,
         settings,
         folder,
@@ -176,6 +177,17 @@ def train_collaborative(
         epochs=epochs,
         seed=seed,
     )
+    if isinstance(model, FISMModel) and (model.config.history_smoothing or model.config.item_smoothing):
+        smooth_tables(model, interactions.users, interactions.items)
+        if holdout is not None:
+            result.metrics |= evaluate_embeddings(
+                model.user_embeddings().cpu()[holdout.users],
+                model.item_embeddings().cpu(),
+                holdout.targets,
+                *interactions.of_users(holdout.users),
+                cosine=False,
+            )
+    return result
 
 
 def train_mq_tokenizer(
