@@ -519,6 +519,28 @@ def test_the_collaborative_model_tells_whose_its_rows_are(trained_repository):
     assert {kind: index.ids() for kind, index in ids.items()} == {kind: store.ids(kind) for kind in ("user", "item")}
 
 
+@pytest.mark.parametrize(("gain", "chosen"), [(0.01, None), (0.05, 8)])
+def test_order_counts_only_where_that_is_better_by_a_standard_error(gain, chosen, demo_splits, tmp_path, monkeypatch):
+    """With 400 users and NDCG@20 = 0.2 that is at most 0.02."""
+    stage = training.train_collaborative
+
+    def measured(interactions, settings, folder, **options):
+        result = stage(interactions, settings, folder, **options)
+        result.metrics["ndcg@20"] = 0.2 + gain * (settings["config"]["half_life"] is not None)
+        return result
+
+    monkeypatch.setattr(training, "train_collaborative", measured)
+    recipe = load_recipe("cpu", overrides=TINY)
+    recipe["collaborative"] = load_recipe("best")["collaborative"]
+    recipe["collaborative"]["config"]["embedding_dim"] = 8
+    recipe["collaborative"]["training"]["num_train_epochs"] = 2
+    recipe["mq_tokenizer"]["training"]["max_steps"] = 5
+    recipe["retrieval"]["training"]["num_train_epochs"] = 1
+    train(demo_splits, recipe, tmp_path, refit=False)
+    assert load_recipe(config=tmp_path / "recipe.yaml")["collaborative"]["config"]["half_life"] == chosen
+    assert FISMModel.from_pretrained(tmp_path / "collaborative").config.half_life == chosen
+
+
 def test_whether_order_counts_is_chosen_on_validation_and_newcomers_get_histories_too(tmp_path, monkeypatch, capsys):
     """Everybody goes round the same circle of items, so that the last one tells the next, and the set of them nothing."""
     users, items = np.meshgrid(np.arange(60), np.arange(12), indexing="ij")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -385,9 +386,19 @@ class _Run:
             return
         for half_life in self.half_lives:
             self._stage(f"half_life_{half_life}", partial(self._collaborative, data, holdout, {"half_life": half_life}))
-        # The first of equally good ones, whose model is the one that was kept.
-        best = max((self.record[f"half_life_{one}"] for one in self.half_lives), key=_quality)
-        self.record.setdefault("collaborative", {**best, "seconds": 0.0})
+        # Its model is the one that was kept.
+        chosen = self._chosen(len(data.holdout.users))
+        assert chosen is not None
+        self.record.setdefault("collaborative", {**chosen, "seconds": 0.0})
+
+    def _chosen(self, num_users: int) -> Mapping[str, Any] | None:
+        """The outcome of the half-life to take, of those tried so far: the first one that none after it clearly beats."""
+        chosen = None
+        for half_life in self.half_lives:
+            entry = self.record.get(f"half_life_{half_life}")
+            if entry is not None and (chosen is None or _clearly_better(entry, chosen, num_users)):
+                chosen = entry
+        return chosen
 
     def _collaborative(self, data, holdout, config, checkpoints):
         settings = self.recipe["collaborative"]
@@ -411,8 +422,9 @@ class _Run:
             **config,
             "trained_on": fingerprint(users, items),
         }
-        tried = [entry for name, entry in self.record.items() if name.startswith("half_life_")]
-        if all(_quality(outcome) > _quality(entry) for entry in tried):
+        count = len(data.holdout.users)
+        former = self._chosen(count)
+        if former is None or _clearly_better(outcome, former, count):
             self._save_collaborative(result.model, data)
         return outcome
 
@@ -490,9 +502,13 @@ class _Run:
         return {"metrics": results}
 
 
-def _quality(outcome: Mapping[str, Any]) -> float:
-    """What a collaborative model is chosen by."""
-    return outcome["metrics"][SELECT_BY]
+def _clearly_better(outcome: Mapping[str, Any], former: Mapping[str, Any], num_users: int) -> bool:
+    """Whether a collaborative model is better than a simpler one by more than a standard error.
+
+    That of a mean m of n numbers from 0 to 1 is sqrt(m (1 - m) / n) at most.
+    """
+    new, old = (one["metrics"][SELECT_BY] for one in (outcome, former))
+    return new - old > math.sqrt(old * (1 - old) / num_users)
 
 
 def _claim(training: Path, splits: DatasetDict, recipe: Mapping[str, Any], refit: bool) -> None:
