@@ -59,6 +59,10 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
         "without the shortcut": {"retrieval.config.user_shortcut": False},
         "nor residual codes": {"mq_tokenizer.config.residual": False, "retrieval.config.user_shortcut": False},
         "4 codes a user": {"mq_tokenizer.user_codebooks": 4},
+        "without smoothing": {
+            "collaborative.config.history_smoothing": 0.0,
+            "collaborative.config.item_smoothing": 0.0,
+        },
         "without what is said of the very next": {"collaborative.config.recent_half_life": None},
         "without prompts of a history only": {"prompts.history_only": 0.0},
     },

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "paper" / "unseen_users.py"
+FOLDER = Path(__file__).parents[2] / "examples" / "paper"
+SCRIPT = FOLDER / "unseen_users.py"
 
 
 @pytest.mark.slow
@@ -24,3 +25,22 @@ def test_unseen_users_and_items_are_served(kind, tmp_path):
     assert groups["seen"]["hr@20"] > 0.14
     assert groups["unseen"]["hr@20"] > 0
     assert "unseen" in run.stdout
+
+
+def test_new_items_are_ranked_nearly_as_if_they_had_been_trained(fism_repository):
+    command = [sys.executable, str(FOLDER / "new_items.py"), "--repository", str(fism_repository)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    lines = [line for line in run.stdout.splitlines() if " / " in line and "HR" not in line]
+    found = {line[:22].strip(): [float(one) for one in line[22:].replace("/", " ").split()] for line in lines}
+    assert list(found) == ["as trained", "not there", "propagated", "folded in"]
+    overall = {name: numbers[1] for name, numbers in found.items()}
+    assert found["not there"][3] < 0.05
+    assert overall["folded in"] > overall["not there"]
+    assert overall["folded in"] > 0.7 * overall["as trained"]
+
+
+def test_new_items_asks_for_fism(trained_repository):
+    command = [sys.executable, str(FOLDER / "new_items.py"), "--repository", str(trained_repository)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 2 and "has no FISM; train it with --recipe best" in run.stderr

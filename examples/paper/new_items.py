@@ -1,0 +1,105 @@
+"""What folding in new items costs: by vectors alone, so that many items can be new at once.
+
+    tokenrec train --dataset beauty --recipe best --output_dir beauty
+    python examples/paper/new_items.py --repository beauty --share 0.3
+
+The rows that FISM has learned of a random share of the items are forgotten and made anew from the histories that these items are
+in, as `tokenrec add` does it. The validation items are ranked among all items, by cosine, for users whose target is one of the new
+items and for those whose target is not. Compared with the rows as they were trained, with the propagation that
+newcomers of other collaborative models get (`fold_in`; what new items say of their users is then not known), and with leaving
+new items out. What is left of the training has seen the interactions with the new items, which favours all ways alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from tokenrec_hf import HistoryEncoder, evaluate_embeddings
+from tokenrec_hf.fold_in import fold_in, fold_in_items
+from tokenrec_hf.training import IndexedSplits, index_splits, load_splits
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--repository", required=True, type=Path, help="trained with recipe `best`")
+    parser.add_argument("--share", type=float, default=0.3, help="of the items that are new (default: 0.3)")
+    parser.add_argument("--seed", type=int, default=0, help="of their choice")
+    arguments = parser.parse_args()
+    selection = arguments.repository / "training" / "selection"
+    encoder = HistoryEncoder.from_pretrained(selection if selection.is_dir() else arguments.repository)
+    if encoder is None:
+        parser.error(f"{arguments.repository} has no FISM; train it with --recipe best.")
+    data = index_splits(load_splits(arguments.repository), "validation")
+    print(f"{'':22} {'HR@20':>7} {'NDCG@20':>8}   new targets, HR@20 / NDCG@20   others")
+    for name, (users, items), is_new in ways(encoder, data, arguments.share, arguments.seed):
+        groups = [slice(None), is_new, ~is_new]
+        found = [measure(users, items, data, group) for group in groups]
+        print(
+            f"{name:22} {found[0][0]:7.4f} {found[0][1]:8.4f}   "
+            + "   ".join(f"{a:.4f} / {b:.4f}" for a, b in found[1:])
+        )
+
+
+def ways(encoder: HistoryEncoder, data: IndexedSplits, share: float, seed: int):
+    """Name, vectors of users and items, and whose validation item is new, for each way to know new items."""
+    model, interactions = encoder.model, data.interactions
+    count = len(data.item_ids)
+    new = np.zeros(count, dtype=bool)
+    new[np.random.default_rng(seed).permutation(count)[: round(share * count)]] = True
+    # Items in an order in which the new ones come last.
+    order = np.argsort(new, kind="stable")
+    place = np.argsort(order)
+    known = count - int(new.sum())
+    rows = torch.from_numpy(encoder.items.rows([data.item_ids[item] for item in order]))
+    trained = [module.weight.detach()[rows] for _, module in model.tables()]
+    trained[1] = F.normalize(trained[1], dim=-1)
+    with torch.no_grad():
+        for (_, module), table in zip(model.tables(), trained):
+            module.weight.copy_(table)
+    users, items = interactions.users, place[interactions.items]
+    folded = fold_in_items(model, users, items, known)
+    silent = [torch.cat([table[:known], torch.zeros_like(table[known:])]) for table in trained]
+    found = [
+        torch.cat([table[:known], rows, torch.zeros(count - known - len(rows), table.shape[1])])
+        for table, rows in zip(trained, folded)
+    ]
+    quiet_users = _users(model, silent, interactions, items)
+    _, propagated = fold_in(quiet_users, silent[1][:known], users, items)
+    is_new = new[data.holdout.targets]
+    # Nobody is near an item whose vector is the opposite of them all.
+    absent = torch.cat([silent[1][:known], -quiet_users.mean(dim=0).repeat(count - known, 1)])
+    spread = torch.cat([silent[1][:known], propagated, torch.zeros(count - known - len(propagated), absent.shape[1])])
+    yield "as trained", (_users(model, trained, interactions, items), trained[1][place]), is_new
+    yield "not there", (quiet_users, absent[place]), is_new
+    yield "propagated", (quiet_users, spread[place]), is_new
+    yield "folded in", (_users(model, found, interactions, items), found[1][place]), is_new
+
+
+def _users(model, tables, interactions, items) -> torch.Tensor:
+    """p of all users, `[num_users, d]`, of these tables."""
+    with torch.no_grad():
+        for (_, module), table in zip(model.tables(), tables):
+            module.weight.copy_(table)
+    lengths = interactions.lengths
+    ages = np.repeat(interactions.indptr[1:], lengths) - 1 - np.arange(len(items))
+    users, items, ages = (torch.from_numpy(np.asarray(one)).long() for one in (interactions.users, items, ages))
+    with torch.no_grad():
+        return model.pool(users, items, ages, interactions.num_users)
+
+
+def measure(users: torch.Tensor, items: torch.Tensor, data: IndexedSplits, group) -> tuple[float, float]:
+    """HR@20 and NDCG@20 of a group of the users of the holdout."""
+    rows, targets = data.holdout.users[group], data.holdout.targets[group]
+    seen = data.interactions.of_users(rows)
+    found = evaluate_embeddings(users[torch.from_numpy(rows)], items, targets, *seen, cosine=True)
+    return found["hr@20"], found["ndcg@20"]
+
+
+if __name__ == "__main__":
+    main()
