@@ -305,6 +305,17 @@ def test_info_counts_newcomers_and_tells_when_to_train_anew(repository):
     assert "100 items were added to 300" in describe_repository(repository)["retraining_due"]
 
 
+def test_codes_of_new_items_do_not_tell_of_fism_when_to_train_anew(fism_repository, tmp_path):
+    folder = shutil.copytree(fism_repository, tmp_path / "repository")
+    store = EmbeddingStore.open(folder)
+    far = torch.randn(2, 16, generator=torch.Generator().manual_seed(0)) * 30
+    add_to_repository(folder, items=NewVectors(["far-1", "far-2"], far))
+    assert describe_repository(folder)["additions"]["item"]["reconstruction_error"] > 1
+    assert describe_repository(folder)["retraining_due"] == []
+    add_to_repository(folder, users=NewVectors(["far"], 30 * store.vectors("user")[:1]))
+    assert describe_repository(folder)["retraining_due"][0].startswith("the codes of new users lose")
+
+
 def test_the_error_of_the_training_vectors_is_that_of_the_training(trained_repository):
     store = EmbeddingStore.open(trained_repository)
     codes = json.loads((trained_repository / "metrics.json").read_text())["codes"]

@@ -31,6 +31,7 @@ def describe_repository(folder: str | os.PathLike) -> dict[str, Any]:
             "metrics": "metrics.json",
             "additions": "additions.json",
             "run": "training/run.json",
+            "collaborative": "collaborative/config.json",
         }.items()
     }
     if not found["run"] and "codebooks" not in found["tokenizer"]:
@@ -49,7 +50,9 @@ def describe_repository(folder: str | os.PathLike) -> dict[str, Any]:
         "codebooks": found["tokenizer"].get("codebooks"),
         "space_ids": found["model"].get("space_ids") or found["tokenizer"].get("space_ids"),
         "additions": found["additions"] or None,
-        "retraining_due": _retraining_due(found["additions"], metrics),
+        "retraining_due": _retraining_due(
+            found["additions"], metrics, is_fism=found["collaborative"].get("model_type") == "tokenrec_fism"
+        ),
         **{name: metrics.get(name) for name in ("codes", "epochs", "seconds", "validation", "test")},
         "bytes": _size(folder) - _size(folder / "training"),
         "training_bytes": _size(folder / "training"),
@@ -64,14 +67,18 @@ def describe_repository(folder: str | os.PathLike) -> dict[str, Any]:
     return document
 
 
-def _retraining_due(additions: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[str]:
-    """Why the repository should be trained anew, if it should: newcomers that are too many, or that its codes describe badly."""
+def _retraining_due(additions: Mapping[str, Any], metrics: Mapping[str, Any], is_fism: bool) -> list[str]:
+    """Why the repository should be trained anew, if it should: newcomers that are too many, or that its codes describe badly.
+
+    With FISM new items get part of their length in directions that codes need not describe, see `fold_in_items`.
+    """
     reasons = []
     for kind, added in additions.items():
         trained, error = metrics[f"{kind}s"], metrics["codes"][kind]["reconstruction_error"]
         if added["count"] > DUE_SHARE * trained:
             reasons.append(f"{added['count']} {kind}s were added to {trained}")
-        if added["reconstruction_error"] > DUE_ERROR * max(error, DUE_FLOOR):
+        told_by_codes = kind == "user" or not is_fism
+        if told_by_codes and added["reconstruction_error"] > DUE_ERROR * max(error, DUE_FLOOR):
             reasons.append(
                 f"the codes of new {kind}s lose {added['reconstruction_error']:.0%} of the variance, in training {error:.0%}"
             )
