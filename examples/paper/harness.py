@@ -31,7 +31,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "tokenrec-paper-small": {
         "retrieval.backbone": None,
         "retrieval.config": {"d_model": 128, "d_kv": 32, "num_heads": 4, "d_ff": 512, "num_layers": 1},
-        "retrieval.training": {"num_train_epochs": 200, "learning_rate": 0.002, "warmup_steps": 100},
+        "retrieval.training": {"num_train_epochs": 500, "learning_rate": 0.002, "warmup_steps": 100},
+        "retrieval.evaluate_every": 5,
+        "retrieval.patience": 20,
+        "retrieval.most_steps": 14000,
         "prompts.train_history": 30,
     }
 }
