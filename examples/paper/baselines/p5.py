@@ -27,7 +27,7 @@ from tokenrec_hf.prompts import HISTORY_TEMPLATES
 from tokenrec_hf.t5_vocabulary import load_t5_tokenizer
 from tokenrec_hf.training_data import Holdout
 
-from .base import Baseline, train_epochs
+from .base import Baseline, product_type, train_epochs
 from .beam_search import IdTrie, beam_search
 from .item_ids import BASE, collaborative_ids, numbers_as_symbols, random_ids, sequential_ids
 
@@ -152,7 +152,7 @@ class P5(Baseline):
         def run_epoch(epoch: int) -> None:
             for batch in self.batches(epoch):
                 optimizer.zero_grad()
-                with torch.autocast("cpu", torch.bfloat16):
+                with torch.autocast("cpu", torch.bfloat16, enabled=product_type() == torch.bfloat16):
                     loss = self.network.loss(*batch)
                 loss.backward()
                 nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)

@@ -16,7 +16,7 @@ from torch import nn
 from tokenrec_hf.interaction_matrix import InteractionMatrix
 from tokenrec_hf.training_data import Holdout
 
-from .base import Baseline, train_epochs
+from .base import Baseline, product_type, train_epochs
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -24,7 +24,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets):
-        low, low_weight = hidden.bfloat16(), weight.bfloat16()
+        dtype = product_type()
+        low, low_weight = hidden.to(dtype), weight.to(dtype)
         hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight)
         loss = hidden.new_zeros(())
         for start in range(0, len(hidden), 128):
@@ -35,7 +36,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             exponentials = logits.sub_(largest).exp_()
             total = exponentials.sum(dim=1, keepdim=True, dtype=torch.float32)
             loss += (total.log() - target_logits).sum()
-            grad = exponentials.mul_(total.reciprocal().bfloat16())
+            grad = exponentials.mul_(total.reciprocal().to(dtype))
             grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
             hidden_grad[start : start + 128] = grad @ low_weight
             weight_grad += grad.T @ block
@@ -49,9 +50,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """`cross_entropy(hidden @ weight.T, targets)` over a whole catalogue, with products in bfloat16.
+    """`cross_entropy(hidden @ weight.T, targets)` over a whole catalogue, with products in `product_type()`.
 
-    On one CPU core it takes a sixth of the time of the plain expression.
+    On one CPU core it takes a sixth of the time of the plain expression in bfloat16 (AMX), half in float32.
 
     Args:
         hidden: `[P, d]`.
