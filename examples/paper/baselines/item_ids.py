@@ -94,7 +94,8 @@ def spectral_clusters(graph: sp.csr_array, num_clusters: int, random: np.random.
         return at_random
     scale = 1 / np.sqrt(np.maximum(graph.sum(axis=1), 1))
     normalized = sp.diags_array(scale) @ graph @ sp.diags_array(scale)
-    _, vectors = eigsh(normalized, k=num_clusters, which="LA", v0=random.random(size), tol=1e-4)
+    # To full precision: a looser tolerance misses some of the equal eigenvalues of a graph in several pieces.
+    _, vectors = eigsh(normalized, k=num_clusters, which="LA", v0=random.random(size))
     rows = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     _, found = kmeans2(rows, num_clusters, minit="++", rng=random, missing="warn")
     names, parts = np.unique(found, return_inverse=True)
