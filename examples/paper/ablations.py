@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import Fits, Job
+from report import table_line
 
 from tokenrec_hf import load_recipe
 
@@ -131,8 +132,8 @@ def study(dataset: str, name: str, seeds: int, fits) -> dict[str, dict[str, list
 def markdown(rows: Mapping[str, Mapping[str, Sequence[float]]], title: str) -> str:
     """The table: mean and standard deviation over seeds."""
     columns = list(next(iter(rows.values())))
-    lines = [f"## {title}", "", _line(["", *columns]), _line(["---", *["---:"] * len(columns)])]
-    lines += [_line([name, *(_cell(row[column]) for column in columns)]) for name, row in rows.items()]
+    lines = [f"## {title}", "", table_line(["", *columns]), table_line(["---", *["---:"] * len(columns)])]
+    lines += [table_line([name, *(_cell(row[column]) for column in columns)]) for name, row in rows.items()]
     runs = len(next(iter(rows.values()))[columns[0]])
     lines += [
         "",
@@ -176,10 +177,6 @@ def _spread(values: Sequence[float]) -> float:
 
 def _cell(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.4f} ± {_spread(values):.4f}"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from report import METRICS
+from report import METRICS, table_line
 
 HERE = Path(__file__).parent
 PAGES = (HERE.parents[1] / "docs" / "results.md", HERE.parents[1] / "README.md")
@@ -51,12 +51,12 @@ def rows(dataset: str, tables: Path) -> list[str]:
     found = _read(dataset, tables)
     best = {metric: max(row["summary"][metric]["mean"] for row in found) for metric in METRICS}
     header = ["", *(metric.upper() for metric in METRICS), "seeds", "validation HR@20 / NDCG@20", "settings tried"]
-    lines = [_line([*header, "fit, s"]), _line(["---"] * (len(header) + 1))]
+    lines = [table_line([*header, "fit, s"]), table_line(["---"] * (len(header) + 1))]
     for row in found:
         cells = [_metric(row["summary"][metric], best[metric]) for metric in METRICS]
         fit = f"{statistics.fmean(row['fit_seconds']):.0f}"
         lines.append(
-            _line([_title(row), *cells, len(row["test"]), _pair(row["validation"]), row["trials"], fit]),
+            table_line([_title(row), *cells, len(row["test"]), _pair(row["validation"]), row["trials"], fit]),
         )
     return lines
 
@@ -70,8 +70,8 @@ def summary_rows(tables: Path) -> list[str]:
             if row["model"] in SUMMARY_MODELS:
                 titles[row["title"]] = _title(row)
                 cells.setdefault(row["title"], {})[dataset] = _pair(row["test"])
-    lines = [_line(["HR@20 / NDCG@20, test", *SUMMARY.values()]), _line(["---"] * (1 + len(SUMMARY)))]
-    return lines + [_line([titles[one], *(cells[one].get(dataset, "-") for dataset in SUMMARY)]) for one in titles]
+    lines = [table_line(["HR@20 / NDCG@20, test", *SUMMARY.values()]), table_line(["---"] * (1 + len(SUMMARY)))]
+    return lines + [table_line([titles[one], *(cells[one].get(dataset, "-") for dataset in SUMMARY)]) for one in titles]
 
 
 def _read(dataset: str, tables: Path) -> list[dict]:
@@ -94,10 +94,6 @@ def _metric(value: dict, best: float) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.4f}".removeprefix("0")
-
-
-def _line(cells: Sequence) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
 
 
 def main() -> None:

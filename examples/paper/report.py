@@ -51,17 +51,20 @@ def summary(row: dict) -> dict[str, dict[str, float | None]]:
 def markdown(rows: Sequence[dict], title: str, notes: Sequence[str] = ()) -> str:
     """The table, the notes, and what was chosen for each row."""
     header = ["", *(metric.upper() for metric in METRICS), "runs", "fit, s", "peak, MB"]
-    lines = [f"## {title}", "", _line(header), _line(["---", *["---:"] * (len(header) - 1)])]
+    lines = [f"## {title}", "", table_line(header), table_line(["---", *["---:"] * (len(header) - 1)])]
     for row in rows:
         cells = [_cell(**value) for value in summary(row).values()]
         fit, peak = (statistics.fmean(row[name]) for name in ("fit_seconds", "peak_bytes"))
-        lines.append(_line([row["title"], *cells, len(row["test"]), f"{fit:.1f}", f"{peak / 1e6:.0f}"]))
+        lines.append(table_line([row["title"], *cells, len(row["test"]), f"{fit:.1f}", f"{peak / 1e6:.0f}"]))
     lines += ["", *(line for note in notes for line in (note, ""))]
-    lines += [_line(["", "settings", "of", "epochs", "validation HR@20", "validation NDCG@20"]), _line(["---"] * 6)]
+    lines += [
+        table_line(["", "settings", "of", "epochs", "validation HR@20", "validation NDCG@20"]),
+        table_line(["---"] * 6),
+    ]
     for row in rows:
         validation = [f"{statistics.fmean(one[metric] for one in row['validation']):.4f}" for metric in _PLOTTED]
         epochs = ", ".join("-" if one is None else _epochs(one) for one in row["epochs"])
-        lines.append(_line([row["title"], row["settings"], row["trials"], epochs, *validation]))
+        lines.append(table_line([row["title"], row["settings"], row["trials"], epochs, *validation]))
     return "\n".join(lines) + "\n"
 
 
@@ -101,7 +104,8 @@ def _epochs(epochs: int | dict) -> str:
     return str(epochs)
 
 
-def _line(cells: Sequence) -> str:
+def table_line(cells: Sequence) -> str:
+    """A row of a table in Markdown."""
     return f"| {' | '.join(map(str, cells))} |"
 
 

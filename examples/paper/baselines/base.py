@@ -61,10 +61,7 @@ class Baseline:
 
 
 def product_type() -> torch.dtype:
-    """bfloat16 where the processor has instructions for its products (AMX): they take a third of the time. Elsewhere float32.
-
-    Without such instructions bfloat16 takes three times as long as float32.
-    """
+    """bfloat16 where the processor has instructions for its products (AMX); elsewhere float32, which is faster there."""
     return torch.bfloat16 if torch.cpu.get_capabilities().get("amx_bf16") else torch.float32
 
 
