@@ -52,6 +52,14 @@ def test_stable_topk_takes_the_first_columns_of_thousands_of_equal_scores():
     assert columns.tolist() == [list(range(50))] * 3
 
 
+def test_stable_topk_makes_nothing_on_another_device_than_that_of_the_scores():
+    scores = torch.randn(3, 20_000)
+    # A tensor made without a device would be on meta, and could not be used with the scores: on a GPU it fails likewise.
+    with torch.device("meta"):
+        columns, _ = stable_topk(scores, 10)
+    assert columns.tolist() == scores.topk(10).indices.tolist()
+
+
 def test_stable_topk_ranks_finite_scores_above_masked_ones():
     scores = torch.tensor([[-torch.inf, 1.0, -torch.inf, 2.0, -torch.inf]])
     columns, values = stable_topk(scores, 3)

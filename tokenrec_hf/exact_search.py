@@ -136,8 +136,8 @@ def _topk(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     # The best k lie in the k groups with the highest maxima (equal ones: the first): else each of these had a better one.
     groups = scores[:, :width].unflatten(1, (-1, GROUP))  # [B, width / GROUP, GROUP]
     chosen = _plain_topk(groups.amax(dim=2), k)[0].sort(dim=1).values  # [B, k]
-    columns = (chosen[:, :, None] * GROUP + torch.arange(GROUP)).flatten(1)  # [B, k * GROUP]
-    rest = torch.arange(width, scores.shape[1]).expand(len(scores), -1)
+    columns = (chosen[:, :, None] * GROUP + torch.arange(GROUP, device=chosen.device)).flatten(1)  # [B, k * GROUP]
+    rest = torch.arange(width, scores.shape[1], device=scores.device).expand(len(scores), -1)
     columns = torch.cat([columns, rest], dim=1)
     best, values = _plain_topk(scores.gather(1, columns), k)
     return columns.gather(1, best), values

@@ -38,6 +38,8 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--work", required=True, type=Path)
     arguments = parser.parse_args()
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")  # products in TF32
     record = fit_one(arguments.job, arguments.work)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     temporary = arguments.output.with_suffix(f".{os.getpid()}.tmp")

@@ -25,8 +25,13 @@ from baselines.registry import BASELINES, load_baseline
 from tokenrec_hf import load_recipe
 from tokenrec_hf.training import VARIANTS
 
-TOKENREC = {**{f"tokenrec-{recipe}": recipe for recipe in ("paper", "best", "cpu")}, "tokenrec-paper-small": "paper"}
-# The recipe `paper` where there is neither a GPU nor T5-small: its vectors, codes and loss, with a T5 of one layer from scratch.
+TOKENREC = {
+    **{f"tokenrec-{recipe}": recipe for recipe in ("paper", "best", "cpu")},
+    "tokenrec-paper-small": "paper",
+    "tokenrec-paper-scratch": "paper",
+}
+# The recipe `paper` where T5-small's weights are not at hand: its vectors, codes and loss, with a T5 from scratch of one layer
+# (small), or of the sizes of T5-small (scratch), which wants a GPU.
 CHANGES: dict[str, dict[str, Any]] = {
     "tokenrec-paper-small": {
         "retrieval.backbone": None,
@@ -36,8 +41,14 @@ CHANGES: dict[str, dict[str, Any]] = {
         "retrieval.patience": 20,
         "retrieval.most_steps": 14000,
         "prompts.train_history": 30,
-    }
+    },
+    "tokenrec-paper-scratch": {
+        "retrieval.backbone": None,
+        "retrieval.most_steps": 4000,
+        "prompts.train_history": 30,
+    },
 }
+_CALLED = {"tokenrec-paper-small": ", small T5", "tokenrec-paper-scratch": ", T5-small from scratch"}
 MODELS = (*BASELINES, *TOKENREC)
 VECTORS = "collaborative_cosine"
 _SUFFIXES = dict(
@@ -173,7 +184,7 @@ def _recipe(model: str) -> dict[str, Any]:
 
 def _name(model: str) -> str:
     """How a table calls a recipe, and what is changed in it."""
-    return TOKENREC[model] + ", small T5" * (model in CHANGES)
+    return TOKENREC[model] + _CALLED.get(model, "")
 
 
 def _study_tokenrec(dataset: str, model: str, seeds: int, fits: Callable[[Job], dict]) -> list[dict]:
@@ -188,15 +199,19 @@ def _study_tokenrec(dataset: str, model: str, seeds: int, fits: Callable[[Job], 
 
 
 def _row(model: str, title: str, validation: Sequence, test: Sequence, records: Sequence) -> dict[str, Any]:
-    """A row's measurements: metrics by name, one dictionary a seed, and what the fits of the tested models took."""
+    """A row's measurements: metrics by name, one dictionary a seed, and what the fits of the tested models took.
+
+    Time and memory are those of the fits without a GPU, where there are any: the others cannot be compared with them.
+    """
+    timed = [one for one in records if not one["accelerator"]] or records
     return {
         "model": model,
         "title": title,
         "validation": validation,
         "test": test,
         "epochs": [one["job"]["epochs"] or one["epochs"] for one in records],
-        "fit_seconds": [one["fit"].get("cpu_seconds", one["fit"]["seconds"]) for one in records],
-        "peak_bytes": [one["peak_bytes"] for one in records],
+        "fit_seconds": [one["fit"].get("cpu_seconds", one["fit"]["seconds"]) for one in timed],
+        "peak_bytes": [one["peak_bytes"] for one in timed],
         "data": sorted({one["data"] for one in records}),
         "threads": sorted({one["threads"] for one in records}),
         "accelerators": sorted({one["accelerator"] or "none" for one in records}),

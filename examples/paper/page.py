@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from report import METRICS, table_line
+from report import METRICS, fit_cell, table_line
 
 HERE = Path(__file__).parent
 PAGES = (HERE.parents[1] / "docs" / "results.md", HERE.parents[1] / "README.md")
@@ -54,10 +54,8 @@ def rows(dataset: str, tables: Path) -> list[str]:
     lines = [table_line([*header, "fit, s"]), table_line(["---"] * (len(header) + 1))]
     for row in found:
         cells = [_metric(row["summary"][metric], best[metric]) for metric in METRICS]
-        fit = f"{statistics.fmean(row['fit_seconds']):.0f}"
-        lines.append(
-            table_line([_title(row), *cells, len(row["test"]), _pair(row["validation"]), row["trials"], fit]),
-        )
+        others = [len(row["test"]), _pair(row["validation"]), row["trials"], fit_cell(row)]
+        lines.append(table_line([_title(row), *cells, *others]))
     return lines
 
 

@@ -54,8 +54,8 @@ def markdown(rows: Sequence[dict], title: str, notes: Sequence[str] = ()) -> str
     lines = [f"## {title}", "", table_line(header), table_line(["---", *["---:"] * (len(header) - 1)])]
     for row in rows:
         cells = [_cell(**value) for value in summary(row).values()]
-        fit, peak = (statistics.fmean(row[name]) for name in ("fit_seconds", "peak_bytes"))
-        lines.append(table_line([row["title"], *cells, len(row["test"]), f"{fit:.1f}", f"{peak / 1e6:.0f}"]))
+        peak = statistics.fmean(row["peak_bytes"]) / 1e6
+        lines.append(table_line([row["title"], *cells, len(row["test"]), fit_cell(row, 1), f"{peak:.0f}"]))
     lines += ["", *(line for note in notes for line in (note, ""))]
     lines += [
         table_line(["", "settings", "of", "epochs", "validation HR@20", "validation NDCG@20"]),
@@ -102,6 +102,12 @@ def _epochs(epochs: int | dict) -> str:
     if isinstance(epochs, dict):
         return " + ".join(f"{length:g}" for length in epochs.values())
     return str(epochs)
+
+
+def fit_cell(row: dict, digits: int = 0) -> str:
+    """Mean seconds of a fit; with a remark where all of them had a GPU."""
+    remark = "" if "none" in row["accelerators"] else " (GPU)"
+    return f"{statistics.fmean(row['fit_seconds']):.{digits}f}{remark}"
 
 
 def table_line(cells: Sequence) -> str:

@@ -71,7 +71,8 @@ def main() -> int:
     notes = [
         "Test items, ranked among all items that a user has not seen; mean ± standard deviation over runs with different "
         "seeds. Settings are chosen by validation NDCG@20 with seed 0, among as many as the column `of` says. "
-        "Time is CPU seconds of the last fit (by the clock for TokenRec); peak memory is the whole process's."
+        "Time is CPU seconds of the last fit (by the clock for TokenRec), without a GPU where there is such a fit; peak memory is the "
+        "whole process's."
     ]
     if failed:
         notes.append(f"Failed, and missing here: {', '.join(failed)}.")

@@ -14,7 +14,7 @@ import torch
 from baselines import registry
 from baselines.base import Baseline
 from harness import FitError, Fits, Job, study
-from report import markdown, summary, write_report
+from report import fit_cell, markdown, summary, write_report
 
 from tokenrec_hf.training import index_splits
 
@@ -220,7 +220,29 @@ def row(*hit_rates, **changes):
     test = [{f"{name}@{k}": value for name in ("hr", "ndcg") for k in (10, 20, 30)} for value in hit_rates]
     usual = {"model": "m", "title": "M", "settings": "a=1", "trials": 2, "validation": test, "test": test}
     measured = {"epochs": [None] * len(test), "fit_seconds": [1.0], "peak_bytes": [2e8], "data": ["d"]}
+    measured["accelerators"] = ["none"]
     return {**usual, **measured, **changes}
+
+
+def test_times_are_those_without_a_gpu_where_there_are_any(spied, tmp_path):
+    fits = InProcess(tmp_path / "results", tmp_path)
+
+    def with_gpu(phase, seeds):
+        for path in (tmp_path / "results/demo/spy").glob(f"{phase}-*"):
+            record = json.loads(path.read_text())
+            if record["job"]["seed"] in seeds:
+                record = {**record, "accelerator": "A GPU", "fit": {"seconds": 1.0, "cpu_seconds": 1000.0}}
+            path.write_text(json.dumps(record))
+
+    study("demo", "spy", 2, fits)
+    with_gpu("test", [1])
+    (mixed,) = study("demo", "spy", 2, fits)
+    assert len(mixed["test"]) == 2 and len(mixed["fit_seconds"]) == len(mixed["peak_bytes"]) == 1
+    assert mixed["fit_seconds"][0] < 1000
+    assert fit_cell(mixed).isdigit()
+    with_gpu("test", [0, 1])
+    (on_gpu,) = study("demo", "spy", 2, fits)
+    assert fit_cell(on_gpu, 1) == "1000.0 (GPU)"
 
 
 def test_the_spread_is_the_sample_standard_deviation_and_one_run_has_none():

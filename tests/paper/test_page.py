@@ -18,6 +18,7 @@ def made_up(model: str, title: str, *hit_rates: float) -> dict:
     return one | {
         "fit_seconds": [2.4] * count,
         "peak_bytes": [1e9] * count,
+        "accelerators": ["none"],
         "settings": "x",
         "trials": 4,
         "data": ["d"],

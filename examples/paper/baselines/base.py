@@ -60,8 +60,13 @@ class Baseline:
         raise NotImplementedError
 
 
+def device() -> torch.device:
+    """Where what is trained by gradient is trained and evaluated: a GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def product_type() -> torch.dtype:
-    """bfloat16 where the processor has instructions for its products (AMX); elsewhere float32, which is faster there."""
+    """On a CPU, bfloat16 where it has instructions for such products (AMX); elsewhere float32, which is faster there."""
     return torch.bfloat16 if torch.cpu.get_capabilities().get("amx_bf16") else torch.float32
 
 
@@ -114,6 +119,7 @@ def train_epochs(
         every: epochs between evaluations.
         patience: evaluations without a better NDCG@20 that end the training.
     """
+    module.to(device())
     best, best_state, waited = -1.0, None, 0
     for epoch in range(max_epochs if epochs is None else epochs):
         module.train()

@@ -47,6 +47,11 @@ class IdTrie:
         # Items below each node; a leaf counts more than once where its id is short.
         self.sizes = np.bincount(self.paths.ravel(), minlength=count)
 
+    def to(self, device: torch.device) -> IdTrie:
+        """Itself, with what the search reads on `device`."""
+        self.children, self.items = self.children.to(device), self.items.to(device)
+        return self
+
     def open_nodes(self, num_rows: int, rows: np.ndarray, items: np.ndarray) -> torch.Tensor:
         """Which nodes lead to an item that is left, bool `[num_rows, num_nodes]`.
 
@@ -57,7 +62,7 @@ class IdTrie:
         rows, items = np.divmod(np.unique(rows * len(self.paths) + items), len(self.paths))
         nodes = rows[:, None] * len(self.sizes) + self.paths[items]
         gone = np.bincount(nodes.ravel(), minlength=num_rows * len(self.sizes)).reshape(num_rows, -1)
-        return torch.from_numpy(gone < self.sizes)
+        return torch.from_numpy(gone < self.sizes).to(self.items.device)
 
 
 def beam_search(
@@ -75,8 +80,8 @@ def beam_search(
         Items, int64 `[B, W]`, best first, and the log-probabilities of their ids; -1 and `-inf` where none are left.
     """
     rows = len(open_nodes)
-    nodes, totals = torch.zeros(rows, 1, dtype=torch.long), torch.zeros(rows, 1)
-    prefixes = torch.zeros(rows, 1, 0, dtype=torch.long)
+    nodes, prefixes = (torch.zeros(rows, 1, *shape, dtype=torch.long, device=open_nodes.device) for shape in ((), (0,)))
+    totals = torch.zeros(rows, 1, device=open_nodes.device)
     for _ in range(trie.depth):
         following = trie.children[nodes]  # [B, W, num_symbols]
         flat = following.clamp(min=0).flatten(1)  # [B, W * num_symbols]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from .base import device
 from .sequence import SequenceBaseline, linear_cross_entropy, padded
 
 
@@ -28,10 +29,10 @@ def cloze_mask(lengths: torch.Tensor, longest: int, probability: float, last_onl
     Returns:
         boolean `[B, T]`.
     """
-    position = torch.arange(longest)
+    position = torch.arange(longest, device=lengths.device)
     last = position == lengths[:, None] - 1
-    drawn = (torch.rand(len(lengths), longest) < probability) & (position < lengths[:, None])
-    alone = (torch.rand(len(lengths), 1) < last_only) | ~drawn.any(dim=1, keepdim=True)
+    drawn = (torch.rand(len(lengths), longest, device=lengths.device) < probability) & (position < lengths[:, None])
+    alone = (torch.rand(len(lengths), 1, device=lengths.device) < last_only) | ~drawn.any(dim=1, keepdim=True)
     return torch.where(alone, last, drawn)
 
 
@@ -54,7 +55,7 @@ class BERT4Rec(SequenceBaseline):
         """The loss of predicting the masked items of the windows."""
         items = padded(self.train.items, starts, ends, self.padding)
         masked = cloze_mask(
-            torch.from_numpy(ends - starts),
+            torch.from_numpy(ends - starts).to(device()),
             items.shape[1],
             self.settings["mask_probability"],
             self.settings["last_only"],
@@ -66,7 +67,7 @@ class BERT4Rec(SequenceBaseline):
     def scores(self, users: np.ndarray) -> torch.Tensor:
         """See [`Baseline.scores`]."""
         items, lengths = self.histories(users, self.settings["max_length"] - 1)
-        items = torch.cat([items, torch.full((len(items), 1), self.padding)], dim=1)
-        rows = torch.arange(len(items))
+        items = torch.cat([items, items.new_full((len(items), 1), self.padding)], dim=1)
+        rows = torch.arange(len(items), device=items.device)
         items[rows, lengths] = self.padding + 1
         return self.encoder(items)[rows, lengths] @ self.encoder.items.weight[: self.padding].T

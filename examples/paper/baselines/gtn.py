@@ -30,13 +30,13 @@ class GTNModel(LightGCNModel):
 
     def incidence(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Delta `[interactions, users + items]` and its transpose, sparse CSR; degrees count a loop at each node."""
-        if self._incidence is None:
+        if self._incidence is None or self._incidence[0].device != self.edge_users.device:
             ends = torch.cat([self.edge_users, self.edge_items + self.config.num_users]).long()
             size = self.config.num_users + self.config.num_items
             scale = (torch.bincount(ends, minlength=size) + 1).float().rsqrt()[ends]
             edges = len(self.edge_users)
             scale[edges:] *= -1
-            rows = torch.arange(edges).repeat(2)
+            rows = torch.arange(edges, device=ends.device).repeat(2)
             delta = torch.sparse_coo_tensor(torch.stack([rows, ends]), scale, (edges, size), check_invariants=False)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
@@ -47,7 +47,7 @@ class GTNModel(LightGCNModel):
         """Final representations of users `[num_users, d]` and items `[num_items, d]`, with gradient."""
         delta, transposed = self.incidence()
         start = torch.cat([self.user_table.weight, self.item_table.weight])
-        embeddings, dual, limit = start, torch.zeros(()), self.config.smoothness
+        embeddings, dual, limit = start, start.new_zeros(()), self.config.smoothness
         for _ in range(self.config.num_layers):
             differences = _Propagation.apply(delta, transposed, embeddings)  # [interactions, d]
             dual = torch.add(dual, differences, alpha=0.5).clamp(-limit, limit)

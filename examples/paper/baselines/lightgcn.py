@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from tokenrec_hf import LightGCNConfig, LightGCNModel
 
+from .base import device
 from .mf_bpr import MFBPR
 
 
@@ -34,6 +35,6 @@ class LightGCN(MFBPR):
         if config.loss_type == "bpr":
             return super().loss(train, rows, epoch)
         users, items = (F.normalize(vectors, dim=-1) for vectors in self.model.representations())
-        competitors, labels = torch.from_numpy(train.items[rows]).unique(return_inverse=True)
-        user = F.embedding(torch.from_numpy(train.users[rows]), users)  # [B, d]
+        competitors, labels = torch.from_numpy(train.items[rows]).to(device()).unique(return_inverse=True)
+        user = F.embedding(torch.from_numpy(train.users[rows]).to(device()), users)  # [B, d]
         return F.cross_entropy(user @ F.embedding(competitors, items).T / config.temperature, labels)

@@ -8,7 +8,7 @@ import torch
 from tokenrec_hf import MatrixFactorizationConfig, MatrixFactorizationModel
 from tokenrec_hf.interaction_matrix import InteractionMatrix
 
-from .base import Baseline, train_epochs
+from .base import Baseline, device, train_epochs
 
 
 class MFBPR(Baseline):
@@ -65,7 +65,7 @@ class MFBPR(Baseline):
         """Of the interactions numbered `rows`."""
         users, items = train.users[rows], train.items[rows]
         negatives = train.sample_negatives(users, 1, seed=self.seed, epoch=epoch, examples=rows)
-        return self.model(*map(torch.from_numpy, (users, items, negatives))).loss
+        return self.model(*(torch.from_numpy(rows).to(device()) for rows in (users, items, negatives))).loss
 
     def _keep_vectors(self):
         # So that LightGCN propagates once, and not for each batch of users scored.

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .base import Baseline, train_epochs
+from .base import Baseline, device, train_epochs
 
 
 class NeuMFModel(nn.Module):
@@ -83,8 +83,9 @@ class NeuMF(Baseline):
                 negatives = train.sample_negatives(
                     users, settings["negatives"], seed=self.seed, epoch=epoch, examples=rows
                 )
-                items = torch.from_numpy(np.concatenate([train.items[rows, None], negatives], axis=1))  # [B, 1 + m]
-                logits = model(torch.from_numpy(users)[:, None].expand_as(items), items)
+                pairs = np.concatenate([train.items[rows, None], negatives], axis=1)
+                items = torch.from_numpy(pairs).to(device())  # [B, 1 + m]
+                logits = model(torch.from_numpy(users).to(device())[:, None].expand_as(items), items)
                 labels = torch.zeros_like(logits)
                 labels[:, 0] = 1
                 loss = F.binary_cross_entropy_with_logits(logits, labels)
@@ -105,4 +106,4 @@ class NeuMF(Baseline):
         )
 
     def scores(self, users):  # noqa: D102
-        return self.model.all_logits(torch.from_numpy(users))
+        return self.model.all_logits(torch.from_numpy(users).to(device()))

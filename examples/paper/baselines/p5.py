@@ -27,7 +27,7 @@ from tokenrec_hf.prompts import HISTORY_TEMPLATES
 from tokenrec_hf.t5_vocabulary import load_t5_tokenizer
 from tokenrec_hf.training_data import Holdout
 
-from .base import Baseline, product_type, train_epochs
+from .base import Baseline, device, product_type, train_epochs
 from .beam_search import IdTrie, beam_search
 from .item_ids import BASE, collaborative_ids, numbers_as_symbols, random_ids, sequential_ids
 
@@ -178,7 +178,7 @@ class P5(Baseline):
         ]
         self.pad_token_id, self.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
         self.codes = self.item_ids(train)  # [num_items, L]
-        self.trie = IdTrie(self.codes)
+        self.trie = IdTrie(self.codes).to(device())
         self.user_tokens = len(tokenizer) + numbers_as_symbols(np.arange(train.num_users))
         first = len(tokenizer) + BASE
         self.item_tokens = np.where(self.codes >= 0, first + self.codes, self.pad_token_id)
@@ -214,13 +214,13 @@ class P5(Baseline):
             inside = positions < indptr[users[rows] + 1][:, None]
             targets = np.where(inside[..., None], self.codes[self.train.items[np.where(inside, positions, 0)]], -1)
             wording = int(random.integers(len(self.wordings)))
-            yield *self.prompts(users[rows], start[rows], cut[rows], wording), torch.from_numpy(targets)
+            yield *self.prompts(users[rows], start[rows], cut[rows], wording), torch.from_numpy(targets).to(device())
 
     def prompts(self, users: np.ndarray, starts: np.ndarray, ends: np.ndarray, wording: int = 0):
         """Prompts of the histories `train.items[start:end]`.
 
         Returns:
-            Tokens and the word that each belongs to (0 for text, 1 for the user, then the items), LongTensors `[B, T]`.
+            Tokens and the word that each belongs to (0 for text, 1 for the user, then the items), LongTensors `[B, T]` on the device.
         """
         rows = len(users)
         before, between, behind = (np.broadcast_to(part, (rows, len(part))) for part in self.wordings[wording])
@@ -238,17 +238,17 @@ class P5(Baseline):
         order = np.argsort(tokens == self.pad_token_id, axis=1, kind="stable")
         order = order[:, : (tokens != self.pad_token_id).sum(axis=1).max()]
         tokens = np.take_along_axis(tokens, order, axis=1)
-        return torch.from_numpy(tokens), torch.from_numpy(np.concatenate(words)[order])
+        return torch.from_numpy(tokens).to(device()), torch.from_numpy(np.concatenate(words)[order]).to(device())
 
     def scores(self, users: np.ndarray) -> torch.Tensor:
         """See [`Baseline.scores`]; `-inf` outside the beams."""
-        result = torch.full((len(users), self.train.num_items), -torch.inf)
+        result = torch.full((len(users), self.train.num_items), -torch.inf, device=device())
         order = np.argsort(self.train.lengths[users], kind="stable")
         for start in range(0, len(users), 64):
             rows = order[start : start + 64]
             items, scores = self.recommend(users[rows])
             # Where fewer items are left than beams, -1 is a column of its own.
-            table = torch.full((len(rows), self.train.num_items + 1), -torch.inf)
+            table = result.new_full((len(rows), self.train.num_items + 1), -torch.inf)
             result[rows] = table.scatter_(1, items % table.shape[1], scores)[:, :-1]
         return result
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .base import device
 from .bert4rec import cloze_mask
 from .sasrec import SASRec
 from .sequence import linear_cross_entropy, padded
@@ -39,7 +40,7 @@ class S3Rec(SASRec):
     def pretrain(self) -> None:
         """Trains the encoder, with attention to both sides, by the two objectives."""
         dim = self.settings["dim"]
-        self.segment_weights = nn.Linear(dim, dim, bias=False)
+        self.segment_weights = nn.Linear(dim, dim, bias=False).to(device())
         parameters = [*self.encoder.parameters(), *self.segment_weights.parameters()]
         optimizer = torch.optim.Adam(parameters, lr=self.settings["learning_rate"])
         self.encoder.causal = False
@@ -53,18 +54,18 @@ class S3Rec(SASRec):
         # The windows are SASRec's, of one item more than there are positions.
         starts = np.maximum(starts, ends - self.settings["max_length"])
         items = padded(self.train.items, starts, ends, self.padding)
-        lengths = torch.from_numpy(ends - starts)
+        lengths = torch.from_numpy(ends - starts).to(device())
         masked = cloze_mask(lengths, items.shape[1], MASK_PROBABILITY, last_only=0.0)
         hidden = self.encoder(items.masked_fill(masked, self.padding + 1))[masked]
         loss = linear_cross_entropy(hidden, self.encoder.items.weight[: self.padding], items[masked])
 
         first, length = segments(lengths)
-        position = torch.arange(items.shape[1])
+        position = torch.arange(items.shape[1], device=items.device)
         cut = (position >= first[:, None]) & (position < (first + length)[:, None])
-        rows = torch.arange(len(items))
+        rows = torch.arange(len(items), device=items.device)
         around = self.encoder(items.masked_fill(cut, self.padding + 1))[rows, lengths - 1]  # [B, d]
-        segment_starts = starts + first.numpy()
-        inside = padded(self.train.items, segment_starts, segment_starts + length.numpy(), self.padding)
+        segment_starts = starts + first.cpu().numpy()
+        inside = padded(self.train.items, segment_starts, segment_starts + length.cpu().numpy(), self.padding)
         segment = self.encoder(inside)[rows, length - 1]  # [B, d]
         logits = self.segment_weights(around) @ segment.T / around.shape[1] ** 0.5
         return loss + self.settings["segment_weight"] * F.cross_entropy(logits, rows)
@@ -72,5 +73,5 @@ class S3Rec(SASRec):
 
 def segments(lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A random segment of each row, of one item to half of them: its first position and its length, int64 `[B]` each."""
-    length = 1 + (torch.rand(len(lengths)) * (lengths // 2).clamp(min=1)).long()
-    return (torch.rand(len(lengths)) * (lengths - length + 1)).long(), length
+    length = 1 + (torch.rand(len(lengths), device=lengths.device) * (lengths // 2).clamp(min=1)).long()
+    return (torch.rand(len(lengths), device=lengths.device) * (lengths - length + 1)).long(), length

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .base import device
 from .sequence import SequenceBaseline, linear_cross_entropy, padded
 
 
@@ -45,13 +46,13 @@ class SASRec(SequenceBaseline):
         negatives = self.train.sample_negatives(
             self.train.users[examples], 1, seed=self.seed, epoch=epoch, examples=examples
         )
-        chosen = torch.stack([targets, torch.from_numpy(negatives[:, 0])], dim=1)
+        chosen = torch.stack([targets, torch.from_numpy(negatives[:, 0]).to(device())], dim=1)
         logits = torch.einsum("pd,pcd->pc", hidden, F.embedding(chosen, table))
-        return F.binary_cross_entropy_with_logits(logits, torch.tensor([1.0, 0.0]).expand_as(logits))
+        return F.binary_cross_entropy_with_logits(logits, logits.new_tensor([1.0, 0.0]).expand_as(logits))
 
     @torch.no_grad()
     def scores(self, users: np.ndarray) -> torch.Tensor:
         """See [`Baseline.scores`]."""
         items, lengths = self.histories(users, self.settings["max_length"])
-        last = self.encoder(items)[torch.arange(len(items)), lengths - 1]
+        last = self.encoder(items)[torch.arange(len(items), device=items.device), lengths - 1]
         return last @ self.encoder.items.weight[: self.padding].T
