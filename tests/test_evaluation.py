@@ -99,6 +99,21 @@ def test_evaluation_agrees_with_a_loop_over_users_through_text(trained, monkeypa
     assert 0 < results["hr@20"] < 1
 
 
+def test_prompts_are_encoded_on_an_accelerator_where_there_is_one(trained, monkeypatch):
+    # There is none here: a device that every machine has stands for it.
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
+    devices = []
+
+    def encode(model, collator, users, *others):
+        devices.append(model.device.type)
+        return torch.ones(len(users), model.config.embedding_dim)
+
+    monkeypatch.setattr(evaluation, "encode_prompts", encode)
+    evaluate_retrieval(trained.folder, trained.data, trained.recipe)
+    assert devices == ["meta"]
+
+
 def test_the_baselines_agree_with_a_loop_over_users(trained):
     data = trained.data
     users, items = trained.store.get("user", data.user_ids), trained.store.get("item", data.item_ids)

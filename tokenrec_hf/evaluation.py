@@ -66,7 +66,7 @@ def evaluate_retrieval(
     variant: str = "tokenrec",
     store: EmbeddingStore | None = None,
 ) -> dict[str, float]:
-    """The trained recommender of `folder` on held-out items.
+    """The trained recommender of `folder` on held-out items, on a GPU where there is one.
 
     Args:
         folder: a trained repository.
@@ -86,7 +86,8 @@ def evaluate_retrieval(
         templates = HISTORY_TEMPLATES
         tokenizer.add_users(_vectors_of_histories(encoder, data))
     collator = evaluation_collator(tokenizer, data, recipe, templates)
-    model = T5ForGenerativeRetrieval.from_pretrained(folder)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    model = T5ForGenerativeRetrieval.from_pretrained(folder).to(device or "cpu")
     batch_size = recipe["retrieval"]["training"]["per_device_eval_batch_size"]
     queries = encode_prompts(model, collator, data.holdout.users, batch_size, variant)
     return evaluate_embeddings(
