@@ -35,11 +35,18 @@ TOKENREC = {
 CHANGES: dict[str, dict[str, Any]] = {
     "tokenrec-paper-small": {
         "retrieval.backbone": None,
-        "retrieval.config": {"d_model": 128, "d_kv": 32, "num_heads": 4, "d_ff": 512, "num_layers": 1},
-        "retrieval.training": {"num_train_epochs": 500, "learning_rate": 0.002, "warmup_steps": 100},
+        "retrieval.config": {
+            "d_model": 256,
+            "d_kv": 64,
+            "num_heads": 4,
+            "d_ff": 512,
+            "num_layers": 1,
+            "projection_dim": 1024,
+        },
+        "retrieval.training": {"num_train_epochs": 120},
         "retrieval.evaluate_every": 5,
         "retrieval.patience": 20,
-        "retrieval.most_steps": 14000,
+        "retrieval.most_steps": 7000,
         "prompts.train_history": 30,
     },
     "tokenrec-paper-scratch": {
