@@ -66,8 +66,9 @@ def device() -> torch.device:
 
 
 def product_type() -> torch.dtype:
-    """On a CPU, bfloat16 where it has instructions for such products (AMX); elsewhere float32, which is faster there."""
-    return torch.bfloat16 if torch.cpu.get_capabilities().get("amx_bf16") else torch.float32
+    """On a CPU, bfloat16 where it has instructions for such products; elsewhere float32, which is faster there."""
+    found = torch.cpu.get_capabilities()
+    return torch.bfloat16 if found.get("amx_bf16") or found.get("avx512_bf16") else torch.float32
 
 
 def evaluate(

@@ -30,6 +30,7 @@ from tokenrec_hf.training_data import Holdout
 from .base import Baseline, device, product_type, train_epochs
 from .beam_search import IdTrie, beam_search
 from .item_ids import BASE, collaborative_ids, numbers_as_symbols, random_ids, sequential_ids
+from .sequence import FastDropout
 
 IGNORED = -100
 T5_SIZES = ("d_model", "d_kv", "num_heads", "d_ff", "num_layers", "num_decoder_layers")
@@ -47,6 +48,10 @@ class IdGenerator(nn.Module):
     def __init__(self, config: T5Config, num_symbols: int, max_words: int):
         super().__init__()
         self.t5 = T5ForConditionalGeneration(config)
+        for module in list(self.t5.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, nn.Dropout):
+                    setattr(module, name, FastDropout(child.p))
         self.words = nn.Embedding(max_words, config.d_model)
         nn.init.normal_(self.words.weight, std=0.1)
         self.first_symbol = config.vocab_size - num_symbols
