@@ -195,6 +195,18 @@ def test_several_beginnings_are_decoded_as_transformers_decodes_each(demo):
         torch.testing.assert_close(ours[:, beam], theirs, atol=1e-4, rtol=1e-4)
 
 
+def test_t5_drops_the_share_it_is_told_to_in_training_only(demo):
+    network = untrained(P5SID, demo.interactions, dropout=0.25).network
+    layers = [layer for name, layer in network.t5.named_modules() if name.endswith("dropout")]
+    assert layers
+    ones = torch.ones(1001, 301)
+    for layer in layers:
+        dropped = layer.train()(ones)
+        assert (dropped == 0).float().mean().item() == pytest.approx(0.25, abs=0.01)
+        assert dropped.mean().item() == pytest.approx(1, abs=0.01)
+        assert torch.equal(layer.eval()(ones), ones)
+
+
 def test_a_prompt_holds_the_history_before_its_target(demo):
     train = demo.interactions
     baseline = untrained(P5SID, train, targets=3, max_history=5)

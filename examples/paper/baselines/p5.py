@@ -48,6 +48,7 @@ class IdGenerator(nn.Module):
     def __init__(self, config: T5Config, num_symbols: int, max_words: int):
         super().__init__()
         self.t5 = T5ForConditionalGeneration(config)
+        # nn.Dropout draws its masks slowly on a CPU.
         for module in list(self.t5.modules()):
             for name, child in module.named_children():
                 if isinstance(child, nn.Dropout):
