@@ -7,7 +7,6 @@ items of their histories. The models know rows, not ids, and nothing about token
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 import torch
@@ -137,15 +136,50 @@ def _with_edges(model_class, config, interactions: InteractionMatrix):
     return model
 
 
+@dataclass(frozen=True)
+class _SparseMatrix:
+    """A sparse matrix to be multiplied by dense ones, its entries in the order of their rows.
+
+    The product is a weighted `embedding_bag`, which a CPU does in about a third of the time that a sparse CSR tensor takes.
+
+    Args:
+        columns: of the entries, int32, `[n]`.
+        offsets: where each row begins, and the end of the last one, int32, `[num_rows + 1]`.
+        values: of the entries, `[n]`.
+    """
+
+    columns: torch.Tensor
+    offsets: torch.Tensor
+    values: torch.Tensor
+
+    @classmethod
+    def from_entries(
+        cls, rows: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, num_rows: int
+    ) -> _SparseMatrix:
+        """The matrix with `values[n]` at (`rows[n]`, `columns[n]`); entries at the same place add up."""
+        order = (rows * (columns.max() + 1) + columns).argsort() if len(rows) else rows
+        offsets = F.pad(torch.bincount(rows, minlength=num_rows).cumsum(0), (1, 0))
+        return cls(columns[order].int(), offsets.int(), values[order])
+
+    def __matmul__(self, dense: torch.Tensor) -> torch.Tensor:
+        """The product with `dense` `[num_columns, d]`, `[num_rows, d]`; always float32, also under mixed precision."""
+        return F.embedding_bag(
+            self.columns,
+            dense.float(),
+            self.offsets,
+            mode="sum",
+            per_sample_weights=self.values,
+            include_last_offset=True,
+        )
+
+
 class _Propagation(torch.autograd.Function):
     """A sparse matrix times a dense one, with the transposed product as its backward pass."""
 
     @staticmethod
     def forward(ctx, matrix, transposed, dense):
         ctx.transposed = transposed
-        # Sparse products know float32 only, also under mixed precision.
-        with torch.autocast(dense.device.type, enabled=False):
-            return matrix @ dense.float()
+        return matrix @ dense
 
     @staticmethod
     def backward(ctx, grad):
@@ -170,31 +204,22 @@ class LightGCNModel(MatrixFactorizationModel):
         super().__init__(config)
         self.register_buffer("edge_users", torch.zeros(config.num_interactions, dtype=torch.int32))
         self.register_buffer("edge_items", torch.zeros(config.num_interactions, dtype=torch.int32))
-        self._adjacency: torch.Tensor | None = None
+        self._adjacency: _SparseMatrix | None = None
 
     @classmethod
     def from_interactions(cls, config: LightGCNConfig, interactions: InteractionMatrix) -> LightGCNModel:
         """A fresh model over the graph of `interactions` (the training interactions only)."""
         return _with_edges(cls, config, interactions)
 
-    def adjacency(self) -> torch.Tensor:
-        """The symmetrically normalised adjacency matrix, sparse CSR `[num_users + num_items] * 2`, built once."""
-        if self._adjacency is None or self._adjacency.device != self.edge_users.device:
+    def adjacency(self) -> _SparseMatrix:
+        """The symmetrically normalised adjacency matrix, `[num_users + num_items] * 2`, built once."""
+        if self._adjacency is None or self._adjacency.values.device != self.edge_users.device:
             size = self.config.num_users + self.config.num_items
             users, items = self.edge_users.long(), self.edge_items.long() + self.config.num_users
             rows, columns = torch.cat([users, items]), torch.cat([items, users])
             degree = torch.bincount(rows, minlength=size).clamp(min=1).float()
-            values = (degree[rows] * degree[columns]).rsqrt()
-            coo = torch.sparse_coo_tensor(torch.stack([rows, columns]), values, (size, size), check_invariants=False)
-            with warnings.catch_warnings():
-                # That torch calls this layout a beta version tells whoever trains or evaluates nothing.
-                warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-                self._adjacency = coo.coalesce().to_sparse_csr()
+            self._adjacency = _SparseMatrix.from_entries(rows, columns, (degree[rows] * degree[columns]).rsqrt(), size)
         return self._adjacency
-
-    def __getstate__(self):
-        # A sparse CSR tensor can be neither copied nor pickled; it is built again from the edges.
-        return {**self.__dict__, "_adjacency": None}
 
     def representations(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Final representations of users `[num_users, d]` and items `[num_items, d]`, with gradient."""

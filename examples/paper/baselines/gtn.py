@@ -8,12 +8,10 @@ gamma = 1 and beta = 1/2) are the layers of the network.
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 
 from tokenrec_hf import LightGCNConfig, LightGCNModel
-from tokenrec_hf.modeling_collaborative import _Propagation
+from tokenrec_hf.modeling_collaborative import _Propagation, _SparseMatrix
 
 from .lightgcn import LightGCN
 
@@ -23,24 +21,19 @@ class GTNModel(LightGCNModel):
 
     def __init__(self, config: LightGCNConfig):
         super().__init__(config)
-        self._incidence: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._incidence: tuple[_SparseMatrix, _SparseMatrix] | None = None
 
-    def __getstate__(self):
-        return {**super().__getstate__(), "_incidence": None}
-
-    def incidence(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Delta `[interactions, users + items]` and its transpose, sparse CSR; degrees count a loop at each node."""
-        if self._incidence is None or self._incidence[0].device != self.edge_users.device:
+    def incidence(self) -> tuple[_SparseMatrix, _SparseMatrix]:
+        """Delta `[interactions, users + items]` and its transpose; degrees count a loop at each node."""
+        if self._incidence is None or self._incidence[0].values.device != self.edge_users.device:
             ends = torch.cat([self.edge_users, self.edge_items + self.config.num_users]).long()
             size = self.config.num_users + self.config.num_items
             scale = (torch.bincount(ends, minlength=size) + 1).float().rsqrt()[ends]
             edges = len(self.edge_users)
             scale[edges:] *= -1
             rows = torch.arange(edges, device=ends.device).repeat(2)
-            delta = torch.sparse_coo_tensor(torch.stack([rows, ends]), scale, (edges, size), check_invariants=False)
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-                self._incidence = delta.coalesce().to_sparse_csr(), delta.t().coalesce().to_sparse_csr()
+            delta = _SparseMatrix.from_entries(rows, ends, scale, edges)
+            self._incidence = delta, _SparseMatrix.from_entries(ends, rows, scale, size)
         return self._incidence
 
     def representations(self) -> tuple[torch.Tensor, torch.Tensor]:
