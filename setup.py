@@ -11,6 +11,7 @@ MILVUS = ["pymilvus>=3", "milvus-lite>=3.2"]
 PAPER = ["implicit>=0.7.2", "matplotlib>=3.9", "scipy>=1.13"]
 TEST = [
     "pytest>=8",
+    "pytest-xdist>=3.6",
     "hypothesis>=6",
     "sentencepiece>=0.2",
     "tensorboard>=2.18",
