@@ -157,7 +157,7 @@ class _SparseMatrix:
         cls, rows: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, num_rows: int
     ) -> _SparseMatrix:
         """The matrix with `values[n]` at (`rows[n]`, `columns[n]`); entries at the same place add up."""
-        order = (rows * (columns.max() + 1) + columns).argsort() if len(rows) else rows
+        order = rows.argsort(stable=True)
         offsets = F.pad(torch.bincount(rows, minlength=num_rows).cumsum(0), (1, 0))
         return cls(columns[order].int(), offsets.int(), values[order])
 

@@ -206,7 +206,7 @@ def evaluations(random: np.random.Generator) -> tuple[Callable, Callable, Callab
 
 def propagations(random: np.random.Generator) -> tuple[Callable, Callable]:
     """Two functions with the same result: the normalised adjacency matrix times a matrix of embeddings."""
-    items = np.concatenate([random.permutation(NUM_ITEMS)[: HISTORY // 2] for _ in range(NUM_USERS)])
+    items = np.concatenate([np.sort(random.permutation(NUM_ITEMS)[: HISTORY // 2]) for _ in range(NUM_USERS)])
     interactions = InteractionMatrix(np.repeat(np.arange(NUM_USERS), HISTORY // 2), items, NUM_USERS, NUM_ITEMS)
     adjacency = LightGCNModel.from_interactions(LightGCNConfig(embedding_dim=DIM), interactions).adjacency()
     size = NUM_USERS + NUM_ITEMS
