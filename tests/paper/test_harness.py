@@ -256,3 +256,34 @@ def test_the_spread_is_the_sample_standard_deviation_and_one_run_has_none():
 def test_rows_of_different_data_make_no_table(tmp_path):
     with pytest.raises(ValueError, match=r"not all measured on the same data \(m: d; m: e\)"):
         write_report([row(0.1), row(0.1, data=["e"])], "t", [], tmp_path, "t")
+
+
+@pytest.mark.parametrize(
+    "model, dtype, expected",
+    [
+        ("tokenrec-paper-small", torch.bfloat16, True),
+        ("tokenrec-paper-small", torch.float32, False),
+        ("tokenrec-cpu", torch.bfloat16, False),
+    ],
+)
+def test_a_t5_of_its_own_is_trained_in_bfloat16_where_the_cpu_can(
+    model, dtype, expected, monkeypatch, tmp_path, demo_splits
+):
+    asked = []
+
+    def train(splits, recipe, folder, **options):
+        asked.append(recipe)
+        measured = dict.fromkeys((*harness.VARIANTS, harness.VECTORS), {"hr@20": 0.1})
+        return {"validation": measured, "codes": {}, "epochs": {}, "seconds": {"selection": {"evaluation": 1.0}}}
+
+    monkeypatch.setattr(fit_one, "train", train)
+    monkeypatch.setattr(fit_one, "audit", lambda folder: [])
+    monkeypatch.setattr(fit_one, "product_type", lambda: dtype)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    settings = harness._recipe(model)
+    record = fit_one.fit_tokenrec(asdict(Job("demo", model, "validation", 0, settings)), demo_splits, tmp_path)
+    assert record["bf16"] is expected
+    training = asked[0]["retrieval"]["training"]
+    assert training == settings["retrieval"]["training"] | ({"bf16": True, "use_cpu": True} if expected else {})
+    # The settings by which the record is found are the same on all machines.
+    assert settings == harness._recipe(model)
