@@ -259,15 +259,16 @@ def test_rows_of_different_data_make_no_table(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "model, dtype, expected",
+    "model, dtype, cuda, expected",
     [
-        ("tokenrec-paper-small", torch.bfloat16, True),
-        ("tokenrec-paper-small", torch.float32, False),
-        ("tokenrec-cpu", torch.bfloat16, False),
+        ("tokenrec-paper-small", torch.bfloat16, False, True),
+        ("tokenrec-paper-small", torch.float32, False, False),
+        ("tokenrec-paper-small", torch.bfloat16, True, False),
+        ("tokenrec-cpu", torch.bfloat16, False, False),
     ],
 )
 def test_a_t5_of_its_own_is_trained_in_bfloat16_where_the_cpu_can(
-    model, dtype, expected, monkeypatch, tmp_path, demo_splits
+    model, dtype, cuda, expected, monkeypatch, tmp_path, demo_splits
 ):
     asked = []
 
@@ -279,7 +280,7 @@ def test_a_t5_of_its_own_is_trained_in_bfloat16_where_the_cpu_can(
     monkeypatch.setattr(fit_one, "train", train)
     monkeypatch.setattr(fit_one, "audit", lambda folder: [])
     monkeypatch.setattr(fit_one, "product_type", lambda: dtype)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     settings = harness._recipe(model)
     record = fit_one.fit_tokenrec(asdict(Job("demo", model, "validation", 0, settings)), demo_splits, tmp_path)
     assert record["bf16"] is expected
