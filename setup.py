@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 
@@ -29,8 +29,8 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=["tokenrec_hf"],
-    package_data={"tokenrec_hf": ["py.typed", "assets/*", "assets/recipes/*", "evaluate_modules/*/*"]},
+    packages=find_packages(include=["tokenrec_hf", "tokenrec_hf.*"]),
+    package_data={"tokenrec_hf": ["py.typed", "assets/*", "assets/recipes/*", "evaluation/modules/*/*"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",
@@ -56,7 +56,7 @@ setup(
         "paper": PAPER,
         "dev": [*TEST, "ruff>=0.15", "mypy>=1.15", "types-PyYAML"],
     },
-    entry_points={"console_scripts": ["tokenrec=tokenrec_hf.cli:main"]},
+    entry_points={"console_scripts": ["tokenrec=tokenrec_hf.cli.app:main"]},
     classifiers=[
         "Programming Language :: Python :: 3",
         "Operating System :: OS Independent",

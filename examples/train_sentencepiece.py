@@ -15,7 +15,7 @@ import string
 
 import sentencepiece
 
-from tokenrec_hf.prompts import SEEN_TEMPLATES, UNSEEN_TEMPLATE, render
+from tokenrec_hf.models.prompts import SEEN_TEMPLATES, UNSEEN_TEMPLATE, render
 
 
 def _words(text: str) -> list[str]:

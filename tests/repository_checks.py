@@ -3,7 +3,7 @@
 from datasets import Dataset
 
 from tokenrec_hf import EmbeddingStore, TokenRecTokenizer
-from tokenrec_hf.modeling_mq_tokenizer import MQTokenizerModel
+from tokenrec_hf.models.modeling_mq_tokenizer import MQTokenizerModel
 
 
 def contents(folder):

@@ -15,28 +15,29 @@ import types
 __version__ = "0.1.0"
 
 _MODULES = {
-    "interactions": ("load_interactions", "leave_one_out"),
-    "interaction_matrix": ("InteractionMatrix",),
-    "configuration_collaborative": ("FISMConfig", "LightGCNConfig", "MatrixFactorizationConfig"),
-    "modeling_collaborative": ("FISMModel", "LightGCNModel", "MatrixFactorizationModel"),
-    "history_encoder": ("HistoryEncoder",),
-    "embedding_store": ("EmbeddingStore",),
-    "configuration_mq_tokenizer": ("MQTokenizerConfig",),
-    "modeling_mq_tokenizer": ("MQTokenizerModel",),
-    "tokenization_tokenrec": ("TokenRecTokenizer",),
-    "prompts": ("PromptTemplate", "SEEN_TEMPLATES", "UNSEEN_TEMPLATE", "render"),
-    "data_collator": ("DataCollatorForGenerativeRetrieval", "PromptDataset"),
-    "configuration_t5_retrieval": ("T5GenerativeRetrievalConfig",),
-    "modeling_t5_retrieval": ("T5ForGenerativeRetrieval",),
-    "metrics": ("RankingMetrics", "evaluate_embeddings"),
-    "recipes": ("load_recipe",),
-    "recommender": ("Recommender",),
-    "embedding_store_milvus": ("MilvusEmbeddingStore",),
-    "newcomers": ("NewVectors", "add_to_repository", "read_vectors"),
-    "removals": ("remove_from_repository",),
-    "pipeline_generative_retrieval": ("GenerativeRetrievalPipeline",),
-    "stages": ("SetEpoch",),
-    "training": ("train",),
+    "data.interactions": ("load_interactions",),
+    "data.splits": ("leave_one_out",),
+    "data.interaction_matrix": ("InteractionMatrix",),
+    "data.collator": ("DataCollatorForGenerativeRetrieval", "PromptDataset"),
+    "models.configuration_collaborative": ("FISMConfig", "LightGCNConfig", "MatrixFactorizationConfig"),
+    "models.modeling_collaborative": ("FISMModel", "LightGCNModel", "MatrixFactorizationModel"),
+    "models.history_encoder": ("HistoryEncoder",),
+    "models.embedding_store": ("EmbeddingStore",),
+    "models.configuration_mq_tokenizer": ("MQTokenizerConfig",),
+    "models.modeling_mq_tokenizer": ("MQTokenizerModel",),
+    "models.tokenization_tokenrec": ("TokenRecTokenizer",),
+    "models.prompts": ("PromptTemplate", "SEEN_TEMPLATES", "UNSEEN_TEMPLATE", "render"),
+    "models.configuration_t5_retrieval": ("T5GenerativeRetrievalConfig",),
+    "models.modeling_t5_retrieval": ("T5ForGenerativeRetrieval",),
+    "models.recommender": ("Recommender",),
+    "models.pipeline_generative_retrieval": ("GenerativeRetrievalPipeline",),
+    "evaluation.metrics": ("RankingMetrics", "evaluate_embeddings"),
+    "training.recipe": ("load_recipe",),
+    "training.stages": ("SetEpoch",),
+    "store.milvus": ("MilvusEmbeddingStore",),
+    "repository.cold_start": ("NewVectors", "add_to_repository", "read_vectors"),
+    "repository.removals": ("remove_from_repository",),
+    "repository.build": ("train",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = sorted(_HOME)
@@ -82,7 +83,7 @@ def _register_tokenizers(module) -> None:
 
 def _register_pipeline(module) -> None:
     module.PIPELINE_REGISTRY.supported_tasks["generative-retrieval"] = {
-        "impl": f"{__name__}.pipeline_generative_retrieval.GenerativeRetrievalPipeline",
+        "impl": f"{__name__}.models.pipeline_generative_retrieval.GenerativeRetrievalPipeline",
         "pt": (module.AutoModel,),
         "type": "text",
     }

@@ -24,8 +24,9 @@ from datasets import DatasetDict
 from harness import CHANGES, TOKENREC, VECTORS
 
 from tokenrec_hf import leave_one_out, load_interactions, train
-from tokenrec_hf.audit import audit
-from tokenrec_hf.training import SPLITS, VARIANTS, index_splits
+from tokenrec_hf.data.splits import SPLITS, index_splits
+from tokenrec_hf.repository.audit import audit
+from tokenrec_hf.repository.build import VARIANTS
 
 # ru_maxrss is in bytes on macOS and in KiB everywhere else.
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024

@@ -23,7 +23,7 @@ from baselines.base import SELECT_BY, TRIALS
 from baselines.registry import BASELINES, load_baseline
 
 from tokenrec_hf import load_recipe
-from tokenrec_hf.training import VARIANTS
+from tokenrec_hf.repository.build import VARIANTS
 
 TOKENREC = {
     **{f"tokenrec-{recipe}": recipe for recipe in ("paper", "best", "cpu")},

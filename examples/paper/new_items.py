@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 
 from tokenrec_hf import HistoryEncoder, evaluate_embeddings
-from tokenrec_hf.fold_in import fold_in, fold_in_items
-from tokenrec_hf.training import IndexedSplits, index_splits, load_splits
+from tokenrec_hf.data.splits import IndexedSplits, index_splits
+from tokenrec_hf.repository.build import load_splits
+from tokenrec_hf.training.closed_forms import fold_in, fold_in_items
 
 
 def main() -> None:

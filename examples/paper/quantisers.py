@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 from tokenrec_hf import FISMModel, MQTokenizerModel, leave_one_out, load_interactions, load_recipe
-from tokenrec_hf.metrics import evaluate_embeddings
-from tokenrec_hf.stages import train_collaborative, train_mq_tokenizer
-from tokenrec_hf.training import IndexedSplits, index_splits
+from tokenrec_hf.data.splits import IndexedSplits, index_splits
+from tokenrec_hf.evaluation.metrics import evaluate_embeddings
+from tokenrec_hf.training.stages import train_collaborative, train_mq_tokenizer
 
 HERE = Path(__file__).parent
 # Of recipe `best` before its codebooks were residual.

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from tokenrec_hf import LightGCNModel, RankingMetrics, leave_one_out, load_interactions, load_recipe
-from tokenrec_hf.interaction_matrix import InteractionMatrix
-from tokenrec_hf.stages import train_collaborative
-from tokenrec_hf.training import index_splits
+from tokenrec_hf.data.interaction_matrix import InteractionMatrix
+from tokenrec_hf.data.splits import index_splits
+from tokenrec_hf.training.stages import train_collaborative
 
 TABLES = Path(__file__).parent / "tables"
 SHOWN = ("hr@10", "hr@20", "ndcg@20")

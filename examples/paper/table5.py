@@ -36,7 +36,8 @@ from tokenrec_hf import (
     load_interactions,
     load_recipe,
 )
-from tokenrec_hf.training import IndexedSplits, build_retrieval_model, index_splits
+from tokenrec_hf.data.splits import IndexedSplits, index_splits
+from tokenrec_hf.repository.build import build_retrieval_model
 
 TOP_K = BEAMS = 20
 HISTORY = 100

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tokenrec_hf.cli import main
+from tokenrec_hf.cli.app import main
 
 TOKENREC = Path(sys.executable).with_name("tokenrec.exe" if os.name == "nt" else "tokenrec")
 
@@ -50,7 +50,7 @@ def work(tmp_path_factory):
 
 
 def command(*argv, python_module=False):
-    start = [sys.executable, "-m", "tokenrec_hf.cli"] if python_module else [str(TOKENREC)]
+    start = [sys.executable, "-m", "tokenrec_hf.cli.app"] if python_module else [str(TOKENREC)]
     return [*start, *map(str, argv)]
 
 

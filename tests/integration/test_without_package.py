@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tokenrec_hf import Recommender
-from tokenrec_hf.hub import push_repository
+from tokenrec_hf.repository.hub import push_repository
 
 CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 BATCH = 4

@@ -5,7 +5,7 @@ import pytest
 from harness import Job
 
 from tokenrec_hf import load_recipe
-from tokenrec_hf.training import check_settings
+from tokenrec_hf.repository.build import check_settings
 
 
 def recorded(job):

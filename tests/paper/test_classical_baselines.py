@@ -14,8 +14,8 @@ from baselines.popularity import Popularity
 from baselines.registry import BASELINES, load_baseline
 from baselines.sparse import binary_matrix
 
-from tokenrec_hf.interaction_matrix import InteractionMatrix
-from tokenrec_hf.training import index_splits
+from tokenrec_hf.data.interaction_matrix import InteractionMatrix
+from tokenrec_hf.data.splits import index_splits
 
 LEARNERS = (ItemKNN, EASE, IALS, MFBPR, NeuMF, LightGCN)
 

@@ -8,8 +8,8 @@ from baselines.gtn import GTN
 from baselines.ltgnn import LTGNN
 from baselines.popularity import Popularity
 
-from tokenrec_hf.interaction_matrix import InteractionMatrix
-from tokenrec_hf.training import index_splits
+from tokenrec_hf.data.interaction_matrix import InteractionMatrix
+from tokenrec_hf.data.splits import index_splits
 
 USERS, ITEMS = 20, 12
 

@@ -16,7 +16,7 @@ from baselines.base import Baseline
 from harness import FitError, Fits, Job, study
 from report import fit_cell, markdown, summary, write_report
 
-from tokenrec_hf.training import index_splits
+from tokenrec_hf.data.splits import index_splits
 
 TABLE = Path(harness.__file__).with_name("table2.py")
 

@@ -9,9 +9,8 @@ from baselines.p5 import P5CID, P5RID, P5SID
 from baselines.pod import POD
 from baselines.popularity import Popularity
 
-from tokenrec_hf.interaction_matrix import InteractionMatrix
-from tokenrec_hf.training import index_splits
-from tokenrec_hf.training_data import Holdout
+from tokenrec_hf.data.interaction_matrix import InteractionMatrix
+from tokenrec_hf.data.splits import Holdout, index_splits
 
 TINY_T5 = {"d_model": 32, "d_kv": 16, "num_heads": 2, "d_ff": 64, "num_layers": 1, "num_decoder_layers": 2}
 FAMILY = (P5RID, P5SID, P5CID, POD, CoLLM)

@@ -5,7 +5,7 @@ import quantisers
 import torch
 
 from tokenrec_hf import load_recipe
-from tokenrec_hf.training import index_splits
+from tokenrec_hf.data.splits import index_splits
 
 
 def test_codewords_that_add_up_are_found_where_there_are_any():

@@ -12,9 +12,8 @@ from baselines.s3rec import S3Rec, segments
 from baselines.sasrec import SASRec
 from baselines.sequence import FastDropout, linear_cross_entropy, padded, windows
 
-from tokenrec_hf.interaction_matrix import InteractionMatrix
-from tokenrec_hf.training import index_splits
-from tokenrec_hf.training_data import Holdout
+from tokenrec_hf.data.interaction_matrix import InteractionMatrix
+from tokenrec_hf.data.splits import Holdout, index_splits
 
 KINDS = (SASRec, BERT4Rec, S3Rec)
 SMALL = {"dim": 32, "dropout": 0.0, "learning_rate": 3e-3, "batch_size": 32}

@@ -3,7 +3,7 @@ import pytest
 import slips
 import torch
 
-from tokenrec_hf.interaction_matrix import InteractionMatrix
+from tokenrec_hf.data.interaction_matrix import InteractionMatrix
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 import table5
 import torch
 
-from tokenrec_hf.training import index_splits
+from tokenrec_hf.data.splits import index_splits
 
 TINY = {"d_model": 32, "d_kv": 16, "num_heads": 2, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 2}
 

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from tokenrec_hf.interaction_matrix import InteractionMatrix
-from tokenrec_hf.metrics import RankingMetrics
-from tokenrec_hf.training_data import Holdout
+from tokenrec_hf.data.interaction_matrix import InteractionMatrix
+from tokenrec_hf.data.splits import Holdout
+from tokenrec_hf.evaluation.metrics import RankingMetrics
 
 SELECT_BY = "ndcg@20"
 # Settings tried of each method that has anything to choose: the same budget for all.

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from tokenrec_hf import load_recipe
-from tokenrec_hf.stages import train_collaborative
+from tokenrec_hf.training.stages import train_collaborative
 
 from .p5 import P5SID, IdGenerator
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from tokenrec_hf import LightGCNConfig, LightGCNModel
-from tokenrec_hf.modeling_collaborative import _Propagation, _SparseMatrix
+from tokenrec_hf.models.modeling_collaborative import _Propagation, _SparseMatrix
 
 from .lightgcn import LightGCN
 

@@ -10,7 +10,7 @@ import scipy.sparse as sp
 from scipy.cluster.vq import kmeans2
 from scipy.sparse.linalg import eigsh
 
-from tokenrec_hf.interaction_matrix import InteractionMatrix
+from tokenrec_hf.data.interaction_matrix import InteractionMatrix
 
 BASE = 100
 

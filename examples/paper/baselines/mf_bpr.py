@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from tokenrec_hf import MatrixFactorizationConfig, MatrixFactorizationModel
-from tokenrec_hf.interaction_matrix import InteractionMatrix
+from tokenrec_hf.data.interaction_matrix import InteractionMatrix
 
 from .base import Baseline, device, train_epochs
 

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tokenrec_hf.interaction_matrix import InteractionMatrix
-from tokenrec_hf.training_data import Holdout
+from tokenrec_hf.data.interaction_matrix import InteractionMatrix
+from tokenrec_hf.data.splits import Holdout
 
 from .base import Baseline, device, product_type, train_epochs
 

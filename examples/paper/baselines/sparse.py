@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from tokenrec_hf.interaction_matrix import InteractionMatrix
+from tokenrec_hf.data.interaction_matrix import InteractionMatrix
 
 
 def binary_matrix(interactions: InteractionMatrix) -> csr_matrix:

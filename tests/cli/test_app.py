@@ -1,0 +1,565 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tokenrec_hf import EmbeddingStore, Recommender
+from tokenrec_hf.cli import app as cli
+from tokenrec_hf.cli.app import main
+from tokenrec_hf.cli.output import LABELS
+from tokenrec_hf.repository.info import STAGES
+
+COMMANDS = ("quickstart", "train", "evaluate", "recommend", "add", "remove", "push", "info")
+VARIANTS = {
+    "tokenrec": [],
+    "tokenrec_user_id_only": ["--user-id-only"],
+    "tokenrec_unseen_prompt": ["--unseen-prompt"],
+    "tokenrec_history_only": ["--history-only"],
+}
+
+
+def run(capsys, *argv):
+    """Exit status, stdout and stderr of a command, run in this process."""
+    try:
+        status = main([str(argument) for argument in argv])
+    except SystemExit as exit:
+        status = exit.code
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def document(capsys, *argv):
+    status, out, err = run(capsys, *argv, "--json")
+    assert status == 0, err
+    return json.loads(out)
+
+
+def assert_fails(capsys, *argv, says, status=1):
+    found, out, err = run(capsys, *argv)
+    assert (found, out) == (status, "")
+    last = err.splitlines()[-1]
+    assert last.startswith("tokenrec: error: " if status == 1 else f"tokenrec {argv[0]}: error: ")
+    assert says in last
+    assert "Traceback" not in err
+    if status == 1:
+        assert len(err.splitlines()) == 1
+
+
+@pytest.fixture
+def repository(trained_repository, tmp_path):
+    """A copy of the trained repository, to be changed."""
+    return shutil.copytree(trained_repository, tmp_path / "repository")
+
+
+@pytest.fixture
+def csv(tmp_path):
+    """Five users with six items each, and columns of no usual names."""
+    rows = [f"p{user},m{item},{item % 5 + 1},{item}" for user in range(5) for item in range(6)]
+    path = tmp_path / "private" / "table.csv"
+    path.parent.mkdir()
+    path.write_text("person,movie,stars,when\n" + "\n".join(rows) + "\n")
+    return path
+
+
+@pytest.fixture
+def trained_with(monkeypatch, trained_repository):
+    """What `train` was called with; it trains nothing."""
+    calls = {}
+
+    def train(splits, recipe, output_dir, **settings):
+        calls.update(settings, splits=splits, recipe=recipe, output_dir=output_dir)
+        print("a library that talks")
+        return json.loads((trained_repository / "metrics.json").read_text())
+
+    monkeypatch.setattr("tokenrec_hf.repository.build.train", train)
+    return calls
+
+
+# Usage ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_each_command_shows_an_example(capsys, command):
+    status, out, _ = run(capsys, command, "--help")
+    assert status == 0
+    assert "example" in out and f"tokenrec {command}" in out.split("example")[1]
+
+
+def test_help_imports_neither_torch_nor_transformers():
+    script = (
+        "import sys, tokenrec_hf.cli.app as cli\n"
+        "try: cli.main(['train', '--help'])\n"
+        "except SystemExit: pass\n"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'datasets', 'numpy')))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], stdout=subprocess.DEVNULL).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["fly"], ["train", "--dataset", "demo"], ["info"], ["recommend", "out"], ["train", "--recipe", "x"]]
+)
+def test_wrong_usage_exits_with_2(capsys, argv):
+    status, out, err = run(capsys, *argv)
+    assert (status, out) == (2, "")
+    assert "usage: tokenrec" in err
+
+
+@pytest.mark.parametrize("flag", ["--lerning_rate", "--retrieval.config.los_type", "--retrieval.epochs", "--top-k"])
+def test_an_unknown_argument_is_named_and_nothing_is_written(capsys, tmp_path, flag):
+    argv = ("train", "--dataset", "demo", "--output_dir", tmp_path / "out", flag, "1")
+    assert_fails(capsys, *argv, says=flag.lstrip("-"), status=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_train_takes_settings(capsys):
+    assert_fails(capsys, "info", "out", "--learning_rate", "1", says="--learning_rate", status=2)
+
+
+def test_a_value_without_a_name_is_refused(capsys, tmp_path):
+    argv = ("train", "--dataset", "demo", "--output_dir", tmp_path / "out", "--fp16=true", "stray")
+    assert_fails(capsys, *argv, says="stray", status=2)
+
+
+def test_two_kinds_of_prompts_exclude_each_other(capsys):
+    assert_fails(capsys, "evaluate", "out", "--unseen-prompt", "--user-id-only", says="not allowed", status=2)
+
+
+# Train ----------------------------------------------------------------------------------------------------------------
+
+
+def test_settings_reach_the_recipe_in_every_spelling(capsys, trained_with, tmp_path):
+    argv = "--learning-rate 1e-3 --num_train_epochs=3 --loss_type cosine_ranking --seed 7 --no_refit --retrieval.patience=2"
+    argv += " --mq-tokenizer.config.codebook-size 32 --save_strategy no --log_on_each_node --output-dir"
+    status, _, err = run(capsys, "train", "--dataset", "demo", *argv.split(), tmp_path / "out")
+    assert status == 0, err
+    recipe, training = trained_with["recipe"], trained_with["recipe"]["retrieval"]["training"]
+    assert training["learning_rate"] == 0.001 and training["num_train_epochs"] == 3
+    assert training["save_strategy"] == "no" and training["log_on_each_node"] is True
+    assert recipe["retrieval"]["config"]["loss_type"] == "cosine_ranking"
+    assert recipe["collaborative"]["config"]["loss_type"] == "bpr"
+    assert recipe["mq_tokenizer"]["config"]["codebook_size"] == 32
+    assert (recipe["seed"], recipe["retrieval"]["patience"], recipe["recipe"]) == (7, 2, "cpu")
+    assert trained_with["refit"] is False
+    assert trained_with["output_dir"] == str(tmp_path / "out")
+
+
+def test_arguments_win_over_the_file_and_the_file_over_the_recipe(capsys, trained_with, tmp_path):
+    config = tmp_path / "recipe.yaml"
+    config.write_text("seed: 3\nprompts: {max_history: 9, train_history: 8}\n")
+    argv = ("--recipe", "quickstart", "--config", config, "--prompts.train_history", "4")
+    assert run(capsys, "train", "--dataset", "demo", "--output_dir", tmp_path / "out", *argv)[0] == 0
+    recipe = trained_with["recipe"]
+    assert (recipe["recipe"], recipe["seed"]) == ("quickstart", 3)
+    assert (recipe["prompts"]["max_history"], recipe["prompts"]["train_history"]) == (9, 4)
+
+
+def test_the_table_is_read_by_the_columns_named_and_recorded_without_its_folder(capsys, trained_with, csv, tmp_path):
+    argv = "--user_column person --item_column movie --rating_column stars --timestamp_column when --min_rating 2 --k_core 2"
+    assert run(capsys, "train", "--dataset", csv, "--output_dir", tmp_path / "out", *argv.split())[0] == 0
+    splits = trained_with["splits"]
+    # Items 0 and 5 are rated 1.
+    assert splits["train"]["item_id"][:] == ["m1", "m2"] * 5
+    assert splits["test"]["item_id"][:] == ["m4"] * 5
+    assert trained_with["dataset_name"] == "table.csv"
+
+
+def test_a_folder_named_like_a_data_set_is_not_that_data_set(capsys, trained_with, tmp_path):
+    folder = tmp_path / "demo"
+    folder.mkdir()
+    (folder / "train.txt").write_text("u1 a b c d\nu2 a b c d\n")
+    assert run(capsys, "train", "--dataset", folder, "--output_dir", tmp_path / "out")[0] == 0
+    assert trained_with["dataset_name"] == "demo/"
+
+
+def test_json_is_one_document_whatever_libraries_print(capsys, trained_with, tmp_path):
+    found = document(capsys, "train", "--dataset", "demo", "--output_dir", tmp_path / "out")
+    assert found["repository"] == str(tmp_path / "out")
+    assert found["test"]["tokenrec"]["ndcg@20"] > found["test"]["popularity"]["ndcg@20"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("--mq_tokenizer.config.num_codebooks=0", "num_codebooks is 0"),
+        ("--mq_tokenizer.config.codebook_size=0", "codebook_size is 0"),
+        ("--retrieval.config.d_model=wide", "d_model is 'wide' but must be a number"),
+        ("--learning_rate=fast", "learning_rate is 'fast' but must be a number"),
+        ("--retrieval.config.pooling=max", "pooling is 'max'"),
+        ("--dataset=nothing", "'nothing' is neither a file, a folder nor a known data set"),
+        ("--config=nothing.yaml", "nothing.yaml"),
+    ],
+)
+def test_impossible_settings_are_found_before_anything_is_written(capsys, tmp_path, setting, says):
+    out = tmp_path / "out"
+    assert_fails(capsys, "train", "--dataset", "demo", "--output_dir", out, setting, says=says)
+    assert not out.exists()
+
+
+def test_an_unknown_setting_in_a_file_is_named(capsys, tmp_path):
+    config = tmp_path / "recipe.yaml"
+    config.write_text("retrieval: {config: {los_type: softmax}}\n")
+    argv = ("train", "--dataset", "demo", "--output_dir", tmp_path / "out", "--config", config)
+    assert_fails(capsys, *argv, says="retrieval.config.los_type")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "is empty"),
+        ("user_id,item_id\n", "holds no interactions"),
+        ("user_id,film\n1,2\n", "has no item column"),
+        ("user_id,item_id\n1,a\n1,b\n2,a\n", "no user has 3 interactions"),
+    ],
+)
+def test_a_table_that_cannot_be_used_is_refused(capsys, tmp_path, content, says):
+    path = tmp_path / "table.csv"
+    path.write_text(content)
+    assert_fails(capsys, "train", "--dataset", path, "--output_dir", tmp_path / "out", says=says)
+
+
+def test_a_missing_column_is_named(capsys, csv, tmp_path):
+    argv = ("train", "--dataset", csv, "--output_dir", tmp_path / "out", "--user_column", "who")
+    assert_fails(capsys, *argv, says="has no column 'who'")
+
+
+def test_interruption_tells_how_to_go_on(capsys, monkeypatch, tmp_path):
+    def train(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tokenrec_hf.repository.build.train", train)
+    status, out, err = run(capsys, "train", "--dataset", "demo", "--output_dir", tmp_path / "out")
+    assert (status, out) == (130, "")
+    assert err == "tokenrec: interrupted; the same command goes on where this one stopped.\n"
+
+
+def test_programming_errors_are_not_hidden(monkeypatch, tmp_path):
+    def train(*args, **kwargs):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr("tokenrec_hf.repository.build.train", train)
+    with pytest.raises(TypeError, match="a bug"):
+        main(["train", "--dataset", "demo", "--output_dir", str(tmp_path / "out")])
+
+
+def test_debugging_keeps_the_traceback_of_every_error(monkeypatch, tmp_path):
+    monkeypatch.setenv("TOKENREC_DEBUG", "1")
+    with pytest.raises(FileNotFoundError):
+        main(["info", str(tmp_path / "nothing")])
+
+
+# Quickstart -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_quickstart_is_shown_again(capsys, monkeypatch, repository, tiny_recipe):
+    monkeypatch.setattr(cli, "load_recipe", lambda name: {"quickstart": tiny_recipe}[name])
+    before = (repository / "model.safetensors").stat().st_mtime_ns
+    status, out, err = run(capsys, "quickstart", "--output_dir", repository)
+    assert (status, err) == (0, "")
+    metrics = json.loads((repository / "metrics.json").read_text())
+    for method in ("popularity", "collaborative", "tokenrec"):
+        row = next(line for line in out.splitlines() if line.startswith(LABELS[method]))
+        for split in ("validation", "test"):
+            for key in ("hr@10", "hr@20", "ndcg@20"):
+                assert f"{metrics[split][method][key]:.4f}" in row
+    assert "user_u001 = <u1-" in out and "<v1-" in out and "  The " in out
+    assert f"tokenrec recommend {repository} --user u001" in out
+    assert (repository / "model.safetensors").stat().st_mtime_ns == before
+
+
+# Evaluate -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_evaluation_gives_the_numbers_that_training_recorded(capsys, trained_repository, split, variant):
+    recorded = json.loads((trained_repository / "metrics.json").read_text())[split]
+    found = document(capsys, "evaluate", trained_repository, "--split", split, *VARIANTS[variant])
+    names = ("popularity", "collaborative", "collaborative_cosine", variant)
+    assert found["metrics"] == {name: pytest.approx(recorded[name], abs=1e-6) for name in names}
+    assert (found["split"], found["variant"], found["users"]) == (split, variant, 400)
+
+
+def test_evaluation_without_refit_takes_the_only_model(capsys, trained_repository, tmp_path):
+    folder = shutil.copytree(trained_repository / "training" / "selection", tmp_path / "single")
+    shutil.copytree(trained_repository / "training" / "interactions", folder / "training" / "interactions")
+    settings = json.loads((trained_repository / "training" / "run.json").read_text())
+    (folder / "training" / "run.json").write_text(json.dumps({**settings, "refit": False}))
+    for name in ("metrics.json", "recipe.yaml"):
+        shutil.copy(trained_repository / name, folder)
+    recorded = json.loads((folder / "metrics.json").read_text())["validation"]["tokenrec"]
+    found = document(capsys, "evaluate", folder, "--split", "validation")
+    assert found["metrics"]["tokenrec"] == pytest.approx(recorded, abs=1e-6)
+
+
+def test_evaluation_shows_every_metric(capsys, trained_repository):
+    status, out, _ = run(capsys, "evaluate", trained_repository)
+    assert status == 0
+    recorded = json.loads((trained_repository / "metrics.json").read_text())["test"]["tokenrec"]
+    for name, value in recorded.items():
+        assert next(line for line in out.splitlines() if line.startswith(name)).endswith(f"{value:.4f}")
+
+
+def test_a_repository_without_interactions_cannot_be_evaluated(capsys, repository):
+    shutil.rmtree(repository / "training")
+    assert_fails(capsys, "evaluate", repository, says="nothing to evaluate on")
+
+
+# Recommend ------------------------------------------------------------------------------------------------------------
+
+
+def test_recommendations_are_those_of_the_recommender(capsys, trained_repository):
+    recommender = Recommender.from_pretrained(trained_repository)
+    found = document(capsys, "recommend", trained_repository, "--user", "u007", "--top-k", "4")
+    expected = recommender.recommend(["u007"], top_k=4)[0]
+    assert [{"item": row["item"], "score": row["score"]} for row in found["recommendations"]] == expected
+    assert [row["rank"] for row in found["recommendations"]] == [1, 2, 3, 4]
+    assert found["history"] == recommender.store.seen(["u007"])[0]
+
+
+def test_tokens_are_those_of_the_prompt(capsys, trained_repository):
+    tokenizer = Recommender.from_pretrained(trained_repository).tokenizer
+    found = document(capsys, "recommend", trained_repository, "--user", "u007", "--top-k", "2")
+    for kind, one, tokens in [("user", "u007", found["tokens"])] + [
+        ("item", row["item"], row["tokens"]) for row in found["recommendations"]
+    ]:
+        assert tokenizer.decode(tokenizer(f"{kind}_{one}").input_ids, resolve_ids=False) == f"{kind}_{tokens}</s>"
+
+
+def test_a_given_history_replaces_the_known_one(capsys, trained_repository):
+    argv = ("recommend", trained_repository, "--user", "u007")
+    history = document(capsys, *argv, "--history", "f001", "f002")
+    alone = document(capsys, *argv, "--history")
+    assert (history["history"], alone["history"]) == (["f001", "f002"], [])
+    assert history["recommendations"] != alone["recommendations"]
+
+
+def test_a_history_alone_is_recommended_to(capsys, fism_repository):
+    recommender = Recommender.from_pretrained(fism_repository)
+    argv = ("recommend", fism_repository, "--history", "f001", "f002", "--top-k", "3")
+    found = document(capsys, *argv)
+    assert (found["user"], found["tokens"], found["history"]) == (None, None, ["f001", "f002"])
+    expected = recommender.recommend([None], [["f001", "f002"]], top_k=3)[0]
+    assert [{"item": row["item"], "score": row["score"]} for row in found["recommendations"]] == expected
+    assert run(capsys, *argv)[1].startswith("a history of 2 items\n")
+    assert_fails(capsys, "recommend", fism_repository, says="nobody to recommend to: give --user, --history", status=2)
+
+
+def test_seen_items_come_back_when_asked_for(capsys, trained_repository):
+    seen = set(EmbeddingStore.open(trained_repository).seen(["u007"])[0])
+    argv = ("recommend", trained_repository, "--user", "u007", "--top-k", "300")
+    without, all_items = document(capsys, *argv), document(capsys, *argv, "--include-seen")
+    assert {row["item"] for row in all_items["recommendations"]} - {
+        row["item"] for row in without["recommendations"]
+    } == seen
+
+
+def test_recommendations_are_shown_with_tokens_and_titles(capsys, trained_repository):
+    found = document(capsys, "recommend", trained_repository, "--user", "u007", "--top-k", "1")
+    best = found["recommendations"][0]
+    _, out, _ = run(capsys, "recommend", trained_repository, "--user", "u007", "--top-k", "1")
+    assert out.splitlines()[0] == f"user_u007 = {found['tokens']}"
+    assert out.splitlines()[2].split(maxsplit=4) == [
+        "1",
+        best["item"],
+        f"{best['score']:.4f}",
+        best["tokens"],
+        best["title"],
+    ]
+    assert best["title"].startswith("The ")
+
+
+def test_items_of_other_data_have_no_titles(capsys, repository):
+    metrics = json.loads((repository / "metrics.json").read_text())
+    (repository / "metrics.json").write_text(json.dumps({**metrics, "dataset": "table.csv"}))
+    assert document(capsys, "recommend", repository, "--user", "u007")["recommendations"][0]["title"] is None
+    assert "title" not in run(capsys, "recommend", repository, "--user", "u007")[1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--user", "nobody"], "'nobody'"),
+        (["--user", "u007", "--history", "f001", "zz"], "'zz'"),
+        (["--user", "u007", "--top-k", "0"], "top_k is 0"),
+        (["--history", "zz"], "'zz'"),
+    ],
+)
+def test_unknown_ids_and_impossible_numbers_are_named(capsys, trained_repository, argv, says):
+    assert_fails(capsys, "recommend", trained_repository, *argv, says=says)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "recommend"])
+def test_damaged_weights_are_refused(capsys, repository, command):
+    weights = repository / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    argv = ["--user", "u007"] if command == "recommend" else []
+    assert_fails(capsys, command, repository, *argv, says="model.safetensors")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "recommend"])
+def test_a_store_of_other_mq_tokenizers_is_refused(capsys, repository, command):
+    store = EmbeddingStore.open(repository)
+    store.space_ids["item"] = "0123456789abcdef"
+    store.save_pretrained(repository / "store")
+    argv = ["--user", "u007"] if command == "recommend" else []
+    assert_fails(capsys, command, repository, *argv, says="0123456789abcdef")
+
+
+# Info -----------------------------------------------------------------------------------------------------------------
+
+
+def test_info_tells_what_the_repository_holds(capsys, trained_repository):
+    found = document(capsys, "info", trained_repository)
+    metrics = json.loads((trained_repository / "metrics.json").read_text())
+    assert found["finished"] is True
+    assert (found["counts"], found["embedding_dim"]) == ({"user": 400, "item": 300}, 16 + 1)  # one more for the norm
+    assert found["codebooks"] == {"user": [3, 32], "item": [3, 32]}
+    assert found["space_ids"] == EmbeddingStore.open(trained_repository).space_ids
+    for name in ("dataset", "recipe", "seed", "codes", "epochs", "validation", "test"):
+        assert found[name] == metrics[name]
+    total = sum(path.stat().st_size for path in trained_repository.rglob("*") if path.is_file())
+    assert found["bytes"] + found["training_bytes"] == total
+    _, out, _ = run(capsys, "info", trained_repository)
+    assert "400 users, 300 items, 8054 interactions, 17 dimensions" in out
+    assert f"K = 3, L = 32, MQ-Tokenizer {found['space_ids']['user']}" in out
+
+
+def test_info_of_a_repository_without_records_is_short(capsys, repository):
+    shutil.rmtree(repository / "training")
+    (repository / "metrics.json").unlink()
+    found = document(capsys, "info", repository)
+    assert found["finished"] is True and found["test"] is None
+    assert run(capsys, "info", repository)[0] == 0
+
+
+def test_info_of_an_unfinished_run_lists_the_stages_done(capsys, repository):
+    for name in ("metrics.json", "config.json"):
+        (repository / name).unlink()
+    record = json.loads((repository / "training" / "refit.json").read_text())
+    (repository / "training" / "refit.json").write_text(json.dumps({"collaborative": record["collaborative"]}))
+    found = document(capsys, "info", repository)
+    assert found["finished"] is False
+    assert found["stages"] == {"selection": list(STAGES), "refit": ["collaborative"]}
+    assert "goes on" in run(capsys, "info", repository)[1]
+    assert_fails(capsys, "recommend", repository, "--user", "u007", says="training has not finished")
+
+
+def test_info_of_any_other_folder_fails(capsys, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    assert_fails(capsys, "info", tmp_path, says="is no trained repository")
+    assert_fails(capsys, "info", tmp_path / "nothing", says="there is no folder")
+
+
+def test_a_damaged_record_is_named(capsys, repository):
+    (repository / "metrics.json").write_text("{")
+    assert_fails(capsys, "info", repository, says="metrics.json is damaged")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes of POSIX")
+def test_a_reader_that_has_enough_gets_no_traceback(trained_repository):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "tokenrec_hf.cli.app", "info", str(trained_repository)]
+    finished = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (finished.returncode, finished.stderr) == (1, b"")
+
+
+# Newcomers ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def today(tmp_path, demo_splits):
+    """Interactions of today: a new user with known items and a new item."""
+    items = demo_splits["train"]["item_id"][:4]
+    users = demo_splits["train"]["user_id"][:]
+    rows = [f"newbie,{item}" for item in items] + ["newbie,nova", f"{users[0]},nova", f"{users[-1]},nova"]
+    path = tmp_path / "today.csv"
+    path.write_text("user_id,item_id\n" + "\n".join(rows) + "\n")
+    return path
+
+
+def test_newcomers_are_added_shown_recommended_and_removed(capsys, repository, today):
+    weights = (repository / "model.safetensors").read_bytes()
+    added = document(capsys, "add", repository, "--interactions", today)
+    assert (added["users"], added["items"], added["interactions"]) == (1, 1, 7)
+    found = document(capsys, "recommend", repository, "--user", "newbie", "--top-k", "400")
+    assert len(found["recommendations"]) == 301 - 5 and "nova" not in [row["item"] for row in found["recommendations"]]
+    # The users of `nova` have seen it; somebody else may be recommended it.
+    other = EmbeddingStore.open(repository).ids("user")[5]
+    found = document(capsys, "recommend", repository, "--user", other, "--top-k", "400")
+    assert "nova" in [row["item"] for row in found["recommendations"]]
+    told = document(capsys, "info", repository)
+    assert told["counts"] == {"user": 401, "item": 301}
+    assert told["additions"]["user"]["count"] == told["additions"]["item"]["count"] == 1
+    assert document(capsys, "remove", repository, "--users", "newbie", "--items", "nova")["users"] == 1
+    found = document(capsys, "recommend", repository, "--user", other, "--top-k", "400")
+    assert "nova" not in [row["item"] for row in found["recommendations"]]
+    assert_fails(capsys, "recommend", repository, "--user", "newbie", says="'newbie', which is unknown")
+    assert (repository / "model.safetensors").read_bytes() == weights
+
+
+def test_what_was_added_and_removed_is_said_in_words(capsys, repository, today):
+    _, out, _ = run(capsys, "add", repository, "--interactions", today)
+    assert "1 users and 1 items are new" in out and "The codes of these items lose" in out
+    _, out, _ = run(capsys, "info", repository)
+    assert "added items  1, codes lose" in out
+    _, out, _ = run(capsys, "remove", repository, "--users", "newbie")
+    assert out.startswith("1 users were deleted and 0 items withdrawn")
+
+
+def test_recommendations_can_be_filtered_by_metadata(capsys, repository):
+    store = EmbeddingStore.open(repository)
+    items = store.ids("item")[:6]
+    metadata = [{"genre": "jazz"}, {"genre": "folk"}, {"genre": "rock"}] * 2
+    store.set_metadata(items, [{**one, "stock": at < 3} for at, one in enumerate(metadata)])
+    store.save_pretrained(repository / "store")
+    user = store.ids("user")[0]
+    filters = ("--where", "genre=jazz", "genre=folk", "stock=true")
+    found = document(capsys, "recommend", repository, "--user", user, "--include-seen", *filters)
+    assert sorted(row["item"] for row in found["recommendations"]) == sorted(items[:2])
+    assert_fails(capsys, "recommend", repository, "--user", user, "--where", "genre", says="NAME=VALUE", status=2)
+
+
+@pytest.mark.parametrize(
+    ("argv", "says", "status"),
+    [
+        (("add", "out"), "there is nothing to add", 2),
+        (("remove", "out"), "there is nothing to remove", 2),
+        (("add", "no/where", "--retrain"), "only a repository in a local folder can be changed", 1),
+        (("remove", "no/where", "--items", "a"), "only a repository in a local folder can be changed", 1),
+    ],
+)
+def test_additions_that_cannot_be_are_refused(capsys, argv, says, status):
+    assert_fails(capsys, *argv, says=says, status=status)
+
+
+def test_another_store_takes_the_place_of_the_repositorys(capsys, repository, tmp_path):
+    pytest.importorskip("pymilvus")
+    from tokenrec_hf.store.milvus import MilvusEmbeddingStore
+
+    store = EmbeddingStore.open(repository)
+    moved = MilvusEmbeddingStore.from_store(store, tmp_path / "moved.db")
+    user = store.ids("user")[0]
+    expected = document(capsys, "recommend", repository, "--user", user)["recommendations"]
+    found = document(capsys, "recommend", repository, "--user", user, "--store", tmp_path / "moved.db")[
+        "recommendations"
+    ]
+    assert [row["item"] for row in found] == [row["item"] for row in expected]
+    own = document(capsys, "evaluate", repository)["metrics"]
+    other = document(capsys, "evaluate", repository, "--store", tmp_path / "moved.db")["metrics"]
+    assert own["tokenrec"] == pytest.approx(other["tokenrec"]) and own["collaborative"] == pytest.approx(
+        other["collaborative"]
+    )
+    moved.withdraw([expected[0]["item"]])
+    found = document(capsys, "recommend", repository, "--user", user, "--store", tmp_path / "moved.db")[
+        "recommendations"
+    ]
+    assert expected[0]["item"] not in [row["item"] for row in found]
+    argv = ("recommend", repository, "--user", user, "--store", "http://127.0.0.1:1")
+    assert_fails(capsys, *argv, says="Milvus at http://127.0.0.1:1 does not answer")
+    argv = ("evaluate", repository, "--store", tmp_path / "moved.db", "--split", "validation")
+    assert_fails(capsys, *argv, says="evaluate it on --split test", status=2)

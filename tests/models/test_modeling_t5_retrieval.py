@@ -1,0 +1,744 @@
+"""T5 retrieval against NumPy: Eq. 17 (LLM), 18 (projection), 19 (cosine, ranking), 20 (ranking loss).
+
+Eq. 16, token-by-token generation, is what Eq. 17 replaces: one pass over the prompt of Eq. 15 and no generated token.
+"""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration, T5Model, Trainer, TrainingArguments
+
+from tokenrec_hf.models.configuration_t5_retrieval import T5GenerativeRetrievalConfig
+from tokenrec_hf.models.embedding_store import EmbeddingStore
+from tokenrec_hf.models.modeling_t5_retrieval import T5ForGenerativeRetrieval
+
+SIZES = {
+    "vocab_size": 40,
+    "d_model": 16,
+    "d_kv": 4,
+    "d_ff": 24,
+    "num_layers": 2,
+    "num_decoder_layers": 2,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+}
+DIM, NUM_ITEMS = 6, 9
+POOLINGS = ["decoder", "mean"]
+LOSSES = ["cosine_ranking", "softmax"]
+
+
+def tiny(**settings):
+    torch.manual_seed(0)
+    model = T5ForGenerativeRetrieval(T5GenerativeRetrievalConfig(**{**SIZES, "embedding_dim": DIM, **settings})).eval()
+    model.bind_items(items())
+    return model
+
+
+def items():
+    return 2.0 * torch.randn(NUM_ITEMS, DIM, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    """Four prompts of 7, 5, 3 and 1 tokens, padded to 7."""
+    ids = torch.randint(2, 40, (4, 7), generator=torch.Generator().manual_seed(1))
+    mask = (torch.arange(7) < torch.tensor([[7], [5], [3], [1]])).long()
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def array(tensor):
+    return tensor.detach().double().numpy()
+
+
+def cosine(a, b):
+    return sum(x * y for x, y in zip(a, b)) / (np.sqrt(sum(x * x for x in a)) * np.sqrt(sum(y * y for y in b)))
+
+
+# ---- Eq. 17 and 18: the query
+
+
+def backbone(model, pooling):
+    """The same weights in transformers' own class."""
+    plain = (T5Model if pooling == "decoder" else T5EncoderModel)(T5Config(**SIZES)).eval()
+    plain.load_state_dict(model.transformer.state_dict())
+    return plain
+
+
+def naive_hidden(model, pooling, ids):
+    """h of one unpadded prompt `[T]`."""
+    plain = backbone(model, pooling)
+    with torch.no_grad():
+        if pooling == "decoder":
+            return plain(input_ids=ids[None], decoder_input_ids=torch.tensor([[0]])).last_hidden_state[0, 0].numpy()
+        return plain(input_ids=ids[None]).last_hidden_state[0].numpy().mean(axis=0)
+
+
+def naive_projection(model, h):
+    linear = [layer for layer in model.projection if isinstance(layer, torch.nn.Linear)]
+    assert len(linear) == 3
+    for number, layer in enumerate(linear):
+        h = array(layer.weight) @ h + array(layer.bias)
+        if number < 2:
+            h = np.maximum(h, 0)
+    return h
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_the_query_is_the_projected_first_decoder_state_or_mean_encoder_state(pooling, prompts):
+    """Eq. 17-18, each prompt on its own, unpadded."""
+    model = tiny(pooling=pooling)
+    queries = array(model.encode_queries(**prompts))
+    for ids, mask, query in zip(prompts["input_ids"], prompts["attention_mask"], queries):
+        expected = naive_projection(model, naive_hidden(model, pooling, ids[mask.bool()]))
+        assert np.allclose(query, expected, atol=1e-5)
+
+
+def test_a_prompt_takes_one_encoder_pass_and_one_decoder_step(prompts):
+    """Eq. 17 instead of the generation of Eq. 16."""
+    model = tiny()
+    calls = []
+    model.transformer.encoder.register_forward_hook(lambda *_: calls.append("encoder"))
+    model.transformer.decoder.register_forward_hook(
+        lambda _, args, kwargs, out: calls.append(tuple(out.last_hidden_state.shape[:2])), with_kwargs=True
+    )
+    model(**prompts)
+    assert calls == ["encoder", (4, 1)]
+
+
+def test_a_configuration_from_scratch_starts_the_decoder_with_the_padding_token(prompts):
+    sizes = {name: value for name, value in SIZES.items() if name != "decoder_start_token_id"}
+    torch.manual_seed(0)
+    model = T5ForGenerativeRetrieval(T5GenerativeRetrievalConfig(**sizes, embedding_dim=DIM)).eval()
+    assert torch.equal(model.encode_queries(**prompts), tiny().encode_queries(**prompts))
+
+
+def test_mean_pooling_has_no_decoder_at_all():
+    assert not [name for name in tiny(pooling="mean").state_dict() if "decoder" in name]
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_padding_changes_neither_query_nor_loss(pooling, loss_type, prompts):
+    model = tiny(pooling=pooling, loss_type=loss_type)
+    labels, negatives = torch.tensor([1, 2, 3, 4]), torch.tensor([[5], [6], [7], [8]])
+    inputs = {"labels": labels, "negative_ids": negatives if loss_type == "cosine_ranking" else None}
+    before = model(**prompts, **inputs)
+    padded = {name: torch.nn.functional.pad(one, (0, 6)) for name, one in prompts.items()}
+    after = model(**padded, **inputs)
+    assert torch.allclose(before.query_embeds, after.query_embeds, atol=1e-5)
+    assert before.loss.item() == pytest.approx(after.loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_the_attention_mask_is_derived_from_the_padding_id(pooling, prompts):
+    model = tiny(pooling=pooling)
+    assert torch.equal(model.encode_queries(prompts["input_ids"]), model.encode_queries(**prompts))
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_embeddings_can_take_the_place_of_token_ids(pooling, prompts):
+    model = tiny(pooling=pooling)
+    embedded = model.get_input_embeddings()(prompts["input_ids"])
+    found = model(inputs_embeds=embedded, attention_mask=prompts["attention_mask"]).query_embeds
+    assert torch.allclose(found, model.encode_queries(**prompts), atol=1e-6)
+
+
+# ---- Eq. 20 and the softmax losses
+
+
+LABELS = torch.tensor([[1, 4, -100], [0, -100, -100], [8, 2, 3], [7, -100, -100]])
+NEGATIVES = torch.tensor([[5, 6, 7], [2, 3, 1], [0, 1, 4], [2, 8, 5]])
+SEEN = torch.tensor([[2, 3], [5, -100], [-100, -100], [0, 1]])
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.1, 0.2, -0.5])
+def test_the_ranking_loss_is_that_of_the_paper(margin, prompts):
+    """Eq. 20: the mean over positives of 1 - cos(z, q+) + max(0, cos(z, q-) - gamma); -100 counts for nothing."""
+    model, q = tiny(margin=margin), array(items())
+    output = model(**prompts, labels=LABELS, negative_ids=NEGATIVES)
+    z = array(output.query_embeds)
+    terms = [
+        1 - cosine(z[i], q[LABELS[i, j]]) + max(0.0, cosine(z[i], q[NEGATIVES[i, j]]) - margin)
+        for i in range(4)
+        for j in range(3)
+        if LABELS[i, j] >= 0
+    ]
+    assert len(terms) == 7
+    assert output.loss.item() == pytest.approx(np.mean(terms), rel=1e-5)
+
+
+def test_a_negative_below_the_margin_has_no_gradient():
+    """Eq. 20 of one pair, with hand-made vectors: cos = 0.6 for the positive and 0.8 for the negative."""
+    unit = torch.tensor([[0.6, 0.8]], requires_grad=True)
+    for margin, expected in ((0.9, [-1.0, 0.0]), (0.5, [-1.0, 1.0])):
+        model = T5ForGenerativeRetrieval(T5GenerativeRetrievalConfig(**SIZES, embedding_dim=2, margin=margin))
+        model.bind_items(torch.tensor([[3.0, 0.0], [0.0, 0.5]]))
+        loss = model._cosine_ranking_terms(unit, torch.tensor([[0]]), torch.tensor([[1]])).sum()
+        assert loss.item() == pytest.approx(1 - 0.6 + max(0, 0.8 - margin))
+        assert torch.autograd.grad(loss, unit)[0][0].tolist() == pytest.approx(expected)
+
+
+def test_surplus_negatives_are_left_out_and_too_few_are_refused(prompts):
+    """Evaluation has one label but as many negatives as a training prompt may have labels."""
+    model, labels = tiny(), torch.tensor([1, 2, 3, 4])
+    surplus = model(**prompts, labels=labels, negative_ids=NEGATIVES).loss
+    assert torch.equal(surplus, model(**prompts, labels=labels, negative_ids=NEGATIVES[:, 0]).loss)
+    with pytest.raises(RuntimeError):
+        model(**prompts, labels=LABELS, negative_ids=NEGATIVES[:, :1])
+
+
+@pytest.mark.parametrize("with_seen", [False, True])
+def test_the_full_softmax_competes_with_all_items_but_the_seen(with_seen, prompts):
+    model, q = tiny(loss_type="softmax", temperature=0.2), array(items())
+    output = model(**prompts, labels=LABELS, seen_items=SEEN if with_seen else None)
+    z, terms = array(output.query_embeds), []
+    for i in range(4):
+        competitors = set(range(NUM_ITEMS)) - (set(SEEN[i].tolist()) if with_seen else set())
+        total = sum(np.exp(cosine(z[i], q[j]) / 0.2) for j in competitors)
+        terms += [-np.log(np.exp(cosine(z[i], q[j]) / 0.2) / total) for j in LABELS[i].tolist() if j >= 0]
+    assert output.loss.item() == pytest.approx(np.mean(terms), rel=1e-5)
+
+
+def test_the_sampled_softmax_competes_with_the_negatives_only(prompts):
+    model, q = tiny(loss_type="softmax", temperature=0.2), array(items())
+    output = model(**prompts, labels=LABELS, negative_ids=NEGATIVES)
+    z, terms = array(output.query_embeds), []
+    for i in range(4):
+        for j in LABELS[i].tolist():
+            if j >= 0:
+                weights = [np.exp(cosine(z[i], q[other]) / 0.2) for other in [j, *NEGATIVES[i].tolist()]]
+                terms.append(-np.log(weights[0] / sum(weights)))
+    assert output.loss.item() == pytest.approx(np.mean(terms), rel=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_parts_of_a_batch_add_up_to_its_loss_when_told_the_number_of_all_positives(loss_type, prompts):
+    model, users = tiny(loss_type=loss_type, alignment_weight=0.5), torch.ones(4, DIM)
+    whole = model(**prompts, labels=LABELS, negative_ids=NEGATIVES, user_embeds=users).loss
+    parts = [
+        model(
+            **{name: one[part] for name, one in prompts.items()},
+            labels=LABELS[part],
+            negative_ids=NEGATIVES[part],
+            user_embeds=users[part],
+            num_items_in_batch=torch.tensor(7),
+        ).loss
+        for part in (slice(0, 1), slice(1, 4))
+    ]
+    assert torch.allclose(whole, sum(parts), rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_one_label_may_be_given_without_a_second_dimension(loss_type, prompts):
+    model = tiny(loss_type=loss_type)
+    labels, negatives = torch.tensor([1, 2, 3, 4]), torch.tensor([5, 6, 7, 8])
+    if loss_type == "softmax":
+        flat, square = model(**prompts, labels=labels), model(**prompts, labels=labels[:, None])
+    else:
+        flat = model(**prompts, labels=labels, negative_ids=negatives)
+        square = model(**prompts, labels=labels[:, None], negative_ids=negatives[:, None])
+    assert torch.equal(flat.loss, square.loss)
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_a_batch_without_any_label_costs_nothing_and_is_finite(loss_type, prompts):
+    model = tiny(loss_type=loss_type)
+    loss = model(**prompts, labels=torch.full((4, 2), -100), negative_ids=torch.zeros(4, 2, dtype=torch.long)).loss
+    loss.backward()
+    assert loss.item() == 0
+    assert all(one.grad is None or one.grad.isfinite().all() for one in model.parameters())
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_a_few_steps_of_training_bring_the_positives_to_the_top(loss_type, prompts):
+    model = tiny(loss_type=loss_type, dropout_rate=0.0).train()
+    labels = torch.tensor([1, 2, 3, 4])
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for step in range(60):
+        negatives = (labels[:, None] + 1 + torch.tensor([[step % 8]])) % 9
+        loss = model(**prompts, labels=labels, negative_ids=negatives if loss_type == "cosine_ranking" else None).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    scores = model.eval().encode_queries(**prompts) @ model.item_embeddings.T
+    assert scores.argmax(dim=1).tolist() == labels.tolist()
+
+
+def test_labels_without_items_say_what_to_call(prompts):
+    model = T5ForGenerativeRetrieval(T5GenerativeRetrievalConfig(**SIZES, embedding_dim=DIM))
+    with pytest.raises(ValueError, match=r"call model.bind_items\(store.vectors\('item'\)\) first"):
+        model(**prompts, labels=torch.zeros(4, dtype=torch.long))
+    assert model(**prompts).loss is None
+
+
+def test_the_ranking_loss_without_negatives_says_what_is_missing(prompts):
+    with pytest.raises(ValueError, match="cosine_ranking loss needs negative_ids"):
+        tiny()(**prompts, labels=torch.tensor([1, 2, 3, 4]))
+
+
+# ---- weights
+
+
+@pytest.fixture(scope="module", params=["t5", "t5-v1.1"])
+def checkpoint(request, tmp_path_factory):
+    """A saved T5, in the layout of T5 (tied output) or of T5 v1.1 (gated, untied)."""
+    folder = tmp_path_factory.mktemp(request.param)
+    extra = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False} if "v1" in request.param else {}
+    torch.manual_seed(3)
+    model = T5ForConditionalGeneration(T5Config(**SIZES, dropout_rate=0.05, **extra))
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    return folder, model
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_the_backbone_of_a_checkpoint_is_loaded_bit_for_bit(checkpoint, pooling, prompts):
+    folder, original = checkpoint
+    model = T5ForGenerativeRetrieval.from_backbone(str(folder), pooling=pooling, embedding_dim=DIM).eval()
+    expected = original.state_dict()
+    loaded = {name.removeprefix("transformer."): one for name, one in model.state_dict().items() if "proj" not in name}
+    for name, value in loaded.items():
+        assert torch.equal(value, expected[name]), name
+    wanted = {name for name in expected if name != "lm_head.weight"}
+    if pooling == "mean":
+        wanted = {name for name in wanted if not name.startswith("decoder.")}
+    assert set(loaded) == wanted
+    assert model.config.feed_forward_proj == original.config.feed_forward_proj
+    assert model.config.dropout_rate == 0.05
+
+    original = original.eval()
+    with torch.no_grad():
+        states = original.encoder(**prompts).last_hidden_state
+        if pooling == "decoder":
+            start = torch.zeros(4, 1, dtype=torch.long)
+            hidden = original.decoder(
+                input_ids=start,
+                encoder_hidden_states=states,
+                encoder_attention_mask=prompts["attention_mask"],
+            ).last_hidden_state[:, 0]
+        else:
+            mask = prompts["attention_mask"][..., None]
+            hidden = (states * mask).sum(1) / mask.sum(1)
+        assert torch.allclose(model.projection(hidden), model.encode_queries(**prompts), atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_a_retrieval_model_saves_and_loads_bit_for_bit(checkpoint, pooling, prompts, tmp_path):
+    model = T5ForGenerativeRetrieval.from_backbone(str(checkpoint[0]), pooling=pooling, embedding_dim=DIM).eval()
+    model.save_pretrained(tmp_path)
+    loaded = T5ForGenerativeRetrieval.from_pretrained(tmp_path)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    assert torch.equal(loaded.encode_queries(**prompts), model.encode_queries(**prompts))
+    assert loaded.config.pooling == pooling and loaded.config.embedding_dim == DIM
+
+
+def test_settings_replace_those_of_the_backbone_but_not_its_sizes(checkpoint):
+    model = T5ForGenerativeRetrieval.from_backbone(
+        str(checkpoint[0]), embedding_dim=DIM, dropout_rate=0.3, loss_type="softmax", d_model=99, num_layers=7
+    )
+    assert model.config.dropout_rate == 0.3 and model.config.loss_type == "softmax"
+    assert model.config.d_model == 16 and model.config.num_layers == 2
+    assert model.config.projection_dim == 32
+
+
+def test_a_missing_backbone_is_an_error_of_the_file_system(tmp_path):
+    with pytest.raises(OSError, match="nothing-here"):
+        T5ForGenerativeRetrieval.from_backbone(str(tmp_path / "nothing-here"))
+
+
+def projection_gain(model):
+    """Spread of the output of the projection for inputs of unit spread."""
+    torch.manual_seed(1)
+    return model.eval().projection(torch.randn(500, model.config.d_model)).std().item()
+
+
+def test_a_fresh_projection_keeps_the_size_of_its_input(tmp_path):
+    sizes = {**SIZES, "d_model": 64}
+    T5ForConditionalGeneration(T5Config(**sizes)).save_pretrained(tmp_path)
+    fresh = T5ForGenerativeRetrieval(T5GenerativeRetrievalConfig(**sizes, embedding_dim=32))
+    tuned = T5ForGenerativeRetrieval.from_backbone(str(tmp_path), embedding_dim=32)
+    for model in (fresh, tuned):
+        for layer in (layer for layer in model.projection if isinstance(layer, torch.nn.Linear)):
+            assert layer.weight.std().item() == pytest.approx((2 / layer.in_features) ** 0.5, rel=0.1)
+            assert (layer.bias == 0).all()
+        assert 0.5 < projection_gain(model) < 3
+
+
+def test_item_vectors_are_no_part_of_the_checkpoint(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    assert not [name for name in load_file(tmp_path / "model.safetensors") if "item" in name]
+    assert len(T5ForGenerativeRetrieval.from_pretrained(tmp_path).item_embeddings) == 0
+    assert "item_embeddings" not in model.state_dict()
+    assert "item_embeddings" not in json.loads((tmp_path / "config.json").read_text())
+
+
+def test_bound_items_are_normalised_copies():
+    model, given = tiny(), items()
+    model.bind_items(given)
+    assert torch.allclose(model.item_embeddings.norm(dim=1), torch.ones(NUM_ITEMS))
+    assert torch.equal(given, items())
+
+
+def test_item_vectors_of_another_size_are_refused():
+    with pytest.raises(ValueError, match=r"shape \[5, 7\] but the model expects \[n, 6\].*embedding_dim=7"):
+        tiny().bind_items(torch.zeros(5, 7))
+    with pytest.raises(ValueError, match=r"shape \[6\] but the model expects"):
+        tiny().bind_items(torch.zeros(6))
+
+
+def test_item_vectors_that_are_no_numbers_are_refused():
+    bad = items()
+    bad[2, 3] = float("nan")
+    with pytest.raises(ValueError, match="item vector has a value that is not finite"):
+        tiny().bind_items(bad)
+
+
+def code_tokens(pooling="decoder"):
+    model = tiny(vocab_size=400, d_model=64, pooling=pooling)
+    model.get_input_embeddings().weight.data.mul_(3.0)
+    token_ids = 200 + torch.randperm(3 * 20, generator=torch.Generator().manual_seed(0)).view(3, 20)
+    codebooks = 5.0 + torch.randn(3, 20, 32, generator=torch.Generator().manual_seed(2))
+    codebooks[:, 1] = codebooks[:, 0] + 0.05 * torch.randn(3, 32, generator=torch.Generator().manual_seed(3))
+    return model, token_ids, codebooks
+
+
+def test_code_tokens_alone_are_initialised_and_with_the_spread_of_the_words():
+    """Eq. 8: a code token's embedding stands for its codeword."""
+    model, token_ids, codebooks = code_tokens()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.initialize_code_tokens(token_ids, codebooks, num_words=200)
+    table = model.get_input_embeddings().weight.detach()
+    changed = (table != before["transformer.shared.weight"]).any(dim=1).nonzero().flatten().tolist()
+    assert changed == sorted(token_ids.flatten().tolist())
+    for ids in token_ids:
+        assert table[ids].std().item() == pytest.approx(table[:200].std().item(), rel=0.05)
+    others = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert all("shared" in name or "embed_tokens" in name for name in others)
+
+
+def test_code_tokens_resemble_each_other_as_their_codewords_do():
+    """Eq. 8."""
+    model, token_ids, codebooks = code_tokens()
+    model.initialize_code_tokens(token_ids, codebooks, num_words=200)
+    table = array(model.get_input_embeddings().weight)
+    for ids, words in zip(token_ids, array(codebooks)):
+        centred, rows = words - words.mean(0), table[ids]
+        assert cosine(rows[0], rows[1]) > 0.95
+        upper = np.triu_indices(20, 1)
+        before = [cosine(centred[i], centred[j]) for i, j in zip(*upper)]
+        after = [cosine(rows[i], rows[j]) for i, j in zip(*upper)]
+        assert np.corrcoef(before, after)[0, 1] > 0.6
+    # Words of different books have projections of their own.
+    across = [abs(cosine(table[a], table[b])) for a in token_ids[0] for b in token_ids[1]]
+    assert np.mean(across) < 0.2
+
+
+def test_the_tokens_of_residual_codewords_add_up_as_their_codewords_do():
+    model, token_ids, codebooks = code_tokens()
+    codebooks[1] *= 0.3
+    model.initialize_code_tokens(token_ids, codebooks, num_words=200, residual=True)
+    table, words = array(model.get_input_embeddings().weight), array(codebooks)
+    # One linear map for all the books: from the differences of the first book follow those of a sum over all.
+    random = np.random.default_rng(0)
+    one, other = random.integers(0, 20, (2, 200, len(words)))
+    books = np.arange(len(words))
+    before = (words[books, one] - words[books, other]).sum(1)
+    after = (table[token_ids.numpy()[books, one]] - table[token_ids.numpy()[books, other]]).sum(1)
+    mapping = np.linalg.lstsq(before, after, rcond=None)[0]
+    np.testing.assert_allclose(before @ mapping, after, atol=1e-4)
+    assert table[token_ids.flatten()].std() == pytest.approx(table[:200].std(), rel=0.05)
+
+
+def test_alike_codewords_still_get_tokens_that_differ():
+    model, token_ids, _ = code_tokens()
+    model.initialize_code_tokens(token_ids, torch.ones(3, 20, 32), num_words=200)
+    rows = model.get_input_embeddings().weight[token_ids.flatten()]
+    assert rows.isfinite().all() and len(rows.unique(dim=0)) == 60
+
+
+def test_the_initialisation_of_code_tokens_depends_on_its_seed_only():
+    tables = []
+    for seed in (1, 1, 2):
+        model, token_ids, codebooks = code_tokens()
+        model.initialize_code_tokens(token_ids, codebooks, num_words=200, seed=seed)
+        tables.append(model.get_input_embeddings().weight.detach())
+    assert torch.equal(tables[0], tables[1]) and not torch.equal(tables[0], tables[2])
+
+
+# ---- the user's shortcut
+
+
+def with_shortcut(**settings):
+    """A model whose tokens 30 to 35 are those of 2 codebooks of 3 codewords."""
+    model = tiny(user_shortcut=True, user_code_tokens=[30, 36], **settings)
+    words = torch.randn(2, 3, DIM, generator=torch.Generator().manual_seed(4))
+    model.start_user_shortcut(words)
+    return model, words
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_a_query_starts_as_the_sum_of_the_users_codewords(pooling):
+    model, words = with_shortcut(pooling=pooling)
+    ids = torch.tensor([[5, 31, 35, 7, 8], [30, 33, 9, 0, 0], [5, 29, 36, 0, 0]])
+    with torch.no_grad():
+        queries = model.encode_queries(ids)
+    expected = np.stack([array(words[0, 1] + words[1, 2]), array(words[0, 0] + words[1, 0]), np.zeros(DIM)])
+    np.testing.assert_allclose(array(queries), expected, atol=1e-6)
+
+
+def test_the_shortcut_adds_to_what_the_projection_says_and_is_saved(tmp_path, prompts):
+    model, _ = with_shortcut()
+    torch.nn.init.normal_(model.projection[-1].weight)
+    plain = tiny()
+    plain.load_state_dict({name: value for name, value in model.state_dict().items() if name != "user_codewords"})
+    ids = prompts["input_ids"].clone()
+    ids[:, 0] = 32
+    with torch.no_grad():
+        queries, without = model.encode_queries(ids), plain.encode_queries(ids)
+        in_places = (ids >= 30) & (ids < 36)
+        for row in range(len(ids)):
+            words = sum(model.user_codewords[token - 30] for token in ids[row][in_places[row]])
+            np.testing.assert_allclose(array(queries[row]), array(without[row] + words), atol=1e-5)
+        model.save_pretrained(tmp_path)
+        assert torch.equal(T5ForGenerativeRetrieval.from_pretrained(tmp_path).encode_queries(ids), queries)
+
+
+def test_training_leaves_the_shortcut_as_it_is(prompts):
+    model, words = with_shortcut()
+    model(
+        **prompts, labels=torch.zeros(4, dtype=torch.long), negative_ids=torch.ones(4, 1, dtype=torch.long)
+    ).loss.backward()
+    assert model.projection[-1].weight.grad.abs().sum() > 0
+    assert all(parameter.shape != model.user_codewords.shape for parameter in model.parameters())
+    assert torch.equal(model.user_codewords, words.flatten(0, 1))
+
+
+def test_a_shortcut_needs_to_know_the_users_tokens_and_to_read_them(prompts):
+    with pytest.raises(ValueError, match="user_shortcut needs user_code_tokens"):
+        tiny(user_shortcut=True)
+    model, _ = with_shortcut()
+    with pytest.raises(ValueError, match="reads token ids; give input_ids"):
+        model.encode_queries(inputs_embeds=model.get_input_embeddings()(prompts["input_ids"]))
+
+
+# ---- training
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_gradient_checkpointing_gives_the_same_gradients(pooling, prompts):
+    model = tiny(pooling=pooling, dropout_rate=0.0).train()
+    other = copy.deepcopy(model)
+    other.gradient_checkpointing_enable()
+    passes = []
+    for one in (model, other):
+        layer = one.transformer.encoder.block[0].layer[0].SelfAttention.q
+        layer.register_forward_hook(lambda *_, one=one: passes.append(one is other))
+        one(**prompts, labels=LABELS, negative_ids=NEGATIVES).loss.backward()
+    assert passes == [False, True, True]  # checkpointing computes a layer once more
+    for (name, one), two in zip(model.named_parameters(), other.parameters()):
+        assert (one.grad is None) == (two.grad is None), name
+        assert one.grad is None or torch.allclose(one.grad, two.grad, atol=1e-6), name
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_every_weight_learns(pooling, prompts):
+    """DDP hangs on a weight without gradient."""
+    model = tiny(pooling=pooling).train()
+    model(**prompts, labels=LABELS, negative_ids=NEGATIVES).loss.backward()
+    assert [name for name, one in model.named_parameters() if one.grad is None] == []
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize("bind_first", [True, False])
+def test_the_model_runs_in_bfloat16(loss_type, bind_first, prompts):
+    model = tiny(loss_type=loss_type).to(torch.bfloat16)
+    if not bind_first:
+        model.bind_items(items())
+    negatives = NEGATIVES if loss_type == "cosine_ranking" else None
+    exact = tiny(loss_type=loss_type)(**prompts, labels=LABELS, negative_ids=negatives).loss.item()
+    output = model(**prompts, labels=LABELS, negative_ids=negatives)
+    output.loss.backward()
+    assert output.query_embeds.dtype == torch.bfloat16
+    assert output.loss.item() == pytest.approx(exact, rel=0.1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = tiny(loss_type=loss_type)(**prompts, labels=LABELS, negative_ids=negatives).loss.item()
+    assert mixed == pytest.approx(exact, rel=0.1)
+
+
+def test_gradient_accumulation_takes_the_same_steps_as_one_large_batch(prompts, tmp_path):
+    # Prompts with different numbers of positives: it is the positives of all batches that count alike.
+    rows = [
+        {"input_ids": i, "attention_mask": m, "labels": label, "negative_ids": n}
+        for i, m, label, n in zip(*prompts.values(), LABELS, NEGATIVES)
+    ]
+    trained = []
+    for size, accumulated in ((4, 1), (1, 4)):
+        model = tiny(dropout_rate=0.0)
+        arguments = TrainingArguments(
+            str(tmp_path / str(size)),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulated,
+            max_steps=2,
+            learning_rate=1e-2,
+            optim="sgd",
+            max_grad_norm=0,
+            lr_scheduler_type="constant",
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        Trainer(model, arguments, train_dataset=rows).train()
+        trained.append(model.state_dict())
+    start = tiny().state_dict()
+    for name in start:
+        assert torch.allclose(trained[0][name], trained[1][name], atol=1e-5), name
+    assert any(not torch.equal(start[name], trained[0][name]) for name in start)
+
+
+# ---- Eq. 19: recommendation
+
+
+@pytest.fixture
+def store():
+    made = EmbeddingStore(DIM, {"user": "users-1", "item": "items-1"})
+    made.upsert("user", [f"u{i}" for i in range(4)], torch.randn(4, DIM))
+    made.upsert("item", [f"i{i}" for i in range(NUM_ITEMS)], items())
+    made.set_seen(["u0", "u2"], [["i1", "i2"], ["i8"]])
+    return made
+
+
+ENTITIES = {"user_ids": [["u0"], ["u1"], ["u2"], ["stranger"]], "item_ids": [["i3"], [], ["i0", "i8"], ["i5", "new"]]}
+FORBIDDEN = [{1, 2, 3}, set(), {0, 8}, {5}]
+
+
+@pytest.mark.parametrize("exclude_seen", [True, False])
+def test_recommendations_are_the_cosine_ranking_without_what_was_seen(exclude_seen, store, prompts):
+    """Eq. 19, item by item."""
+    model = tiny()
+    z, q = array(model.encode_queries(**prompts)), array(items())
+    found = model.recommend({**prompts, **ENTITIES}, store, top_k=4, exclude_seen=exclude_seen)
+    for query, forbidden, row in zip(z, FORBIDDEN, found):
+        left = [j for j in range(NUM_ITEMS) if not (exclude_seen and j in forbidden)]
+        best = sorted(left, key=lambda j: -cosine(query, q[j]))[:4]
+        assert [one["item"] for one in row] == [f"i{j}" for j in best]
+        assert [one["score"] for one in row] == pytest.approx([cosine(query, q[j]) for j in best], abs=1e-5)
+
+
+def test_fewer_recommendations_come_back_where_fewer_items_are_left(store, prompts):
+    found = tiny().recommend({**prompts, **ENTITIES}, store, top_k=100)
+    assert [len(row) for row in found] == [NUM_ITEMS - len(seen) for seen in FORBIDDEN]
+    for row, seen in zip(found, FORBIDDEN):
+        assert {one["item"] for one in row} == {f"i{j}" for j in range(NUM_ITEMS) if j not in seen}
+
+
+def test_new_items_of_the_store_can_be_recommended_without_touching_the_model(store, prompts):
+    model = tiny()
+    z = model.encode_queries(**prompts).detach()
+    store.upsert("item", ["brand-new"], 7 * z[:1])
+    best = model.recommend(prompts, store, top_k=1, exclude_seen=False)[0][0]
+    assert best["item"] == "brand-new" and best["score"] == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_a_short_prompt_is_not_padded_to_the_longest(pooling, left, with_mask, monkeypatch):
+    model = tiny(pooling=pooling)
+    lengths = np.random.default_rng(0).permutation(np.r_[3:33, 40, 61, 90, 200, 1])
+    ids = torch.zeros(len(lengths), 200, dtype=torch.long)
+    for row, length in zip(ids, lengths):
+        row[200 - length if left else 0 :][:length] = torch.randint(2, 40, (int(length),))
+    alone = [model.encode_queries(row[row > 0][None])[0].tolist() for row in ids]
+    read = []
+    encode = model.encode_queries
+    monkeypatch.setattr(model, "encode_queries", lambda ids, mask: read.append(ids.numel()) or encode(ids, mask))
+    store = EmbeddingStore(DIM)
+    store.upsert("item", ["a"], torch.ones(1, DIM))
+    asked = []
+    monkeypatch.setattr(store, "search", lambda queries, *rest: asked.append(queries) or ([], []))
+    model.recommend(
+        {"input_ids": ids, **({"attention_mask": (ids > 0).long()} if with_mask else {})}, store, exclude_seen=False
+    )
+    np.testing.assert_allclose(array(asked[0]), alone, atol=1e-4)
+    assert left or sum(read) < 2 * 32 * len(lengths) < ids.numel()
+
+
+def test_recommending_turns_dropout_off(store, prompts):
+    model = tiny(dropout_rate=0.5).train()
+    first = model.recommend(prompts, store, exclude_seen=False)
+    assert model.train().recommend(prompts, store, exclude_seen=False) == first
+
+
+def test_excluding_the_seen_without_knowing_the_ids_is_refused(store, prompts):
+    with pytest.raises(ValueError, match="return_entities=True, or pass exclude_seen=False"):
+        tiny().recommend(prompts, store)
+
+
+def test_a_store_of_another_space_is_refused(store, prompts):
+    model = tiny(space_ids={"user": "users-1", "item": "items-2"})
+    with pytest.raises(ValueError, match="item vectors of the store belong to MQ-Tokenizer items-1.*items-2"):
+        model.recommend({**prompts, **ENTITIES}, store)
+    fitting = tiny(space_ids={"user": "users-1", "item": "items-1"})
+    assert len(fitting.recommend({**prompts, **ENTITIES}, store)) == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pooling": "max"}, "pooling is 'max' but must be 'decoder' or 'mean'"),
+        ({"loss_type": "bpr"}, "loss_type is 'bpr' but must be 'cosine_ranking' or 'softmax'"),
+        ({"temperature": 0}, "temperature is 0 but must be above 0"),
+        ({"embedding_dim": 0}, "embedding_dim is 0 but must be at least 1"),
+    ],
+)
+def test_a_bad_setting_is_named_with_what_is_allowed(settings, message):
+    with pytest.raises(Exception, match=message):
+        T5GenerativeRetrievalConfig(**settings)
+
+
+def test_a_saved_configuration_loads_with_all_its_settings(tmp_path):
+    config = T5GenerativeRetrievalConfig(
+        **SIZES,
+        embedding_dim=5,
+        pooling="mean",
+        loss_type="softmax",
+        margin=0.2,
+        temperature=0.05,
+        space_ids={"user": "a"},
+    )
+    config.save_pretrained(tmp_path)
+    loaded = T5GenerativeRetrievalConfig.from_pretrained(tmp_path)
+    for name in (
+        "embedding_dim",
+        "pooling",
+        "loss_type",
+        "margin",
+        "temperature",
+        "space_ids",
+        "projection_dim",
+        *SIZES,
+    ):
+        assert getattr(loaded, name) == getattr(config, name), name
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_the_alignment_term_is_one_minus_the_cosine_with_the_users_vector(prompts, loss_type):
+    model = tiny(loss_type=loss_type, alignment_weight=0.5)
+    plain = tiny(loss_type=loss_type)
+    users = 3.0 * torch.randn(4, DIM, generator=torch.Generator().manual_seed(8))
+    inputs = {**prompts, "labels": torch.tensor([0, 1, 2, 3]), "negative_ids": torch.tensor([4, 5, 6, 7])[:, None]}
+    output = model(**inputs, user_embeds=users)
+    terms = [1 - cosine(z, p) for z, p in zip(array(output.query_embeds), array(users))]
+    assert output.loss.item() == pytest.approx(plain(**inputs).loss.item() + 0.5 * np.mean(terms), rel=1e-5)
+    with pytest.raises(ValueError, match="user_vectors"):
+        model(**inputs)

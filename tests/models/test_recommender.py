@@ -1,0 +1,270 @@
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from tokenrec_hf.models.configuration_mq_tokenizer import MQTokenizerConfig
+from tokenrec_hf.models.configuration_t5_retrieval import T5GenerativeRetrievalConfig
+from tokenrec_hf.models.embedding_store import EmbeddingStore
+from tokenrec_hf.models.modeling_mq_tokenizer import MQTokenizerModel
+from tokenrec_hf.models.modeling_t5_retrieval import T5ForGenerativeRetrieval
+from tokenrec_hf.models.prompts import HISTORY_TEMPLATES, UNSEEN_TEMPLATE, USER_ONLY_TEMPLATES, render
+from tokenrec_hf.models.recommender import Recommender
+from tokenrec_hf.models.repository_files import check_repository
+from tokenrec_hf.models.tokenization_tokenrec import TokenRecTokenizer
+
+DIM, NUM_ITEMS = 8, 40
+LONG = [f"i{n}" for n in range(30)]
+SEEN = {"ann": ["i1", "i2", "i3"], "bob": [], "cid": LONG}
+
+
+@pytest.fixture(scope="module")
+def mqs():
+    torch.manual_seed(1)
+    config = MQTokenizerConfig(embedding_dim=DIM, codebook_size=8, codebook_dim=4)
+    return {kind: MQTokenizerModel(config) for kind in ("user", "item")}
+
+
+@pytest.fixture(scope="module")
+def parts(mqs):
+    """Model, tokenizer and store that fit together, untrained; a prompt takes at most 60 tokens."""
+    torch.manual_seed(0)
+    store = EmbeddingStore(DIM)
+    store.upsert("user", list(SEEN), torch.randn(3, DIM))
+    store.upsert("item", [f"i{n}" for n in range(NUM_ITEMS)], torch.randn(NUM_ITEMS, DIM))
+    for kind, mq in mqs.items():
+        mq.prepare(store.vectors(kind))
+        store.space_ids[kind] = mq.space_id
+    store.set_seen(list(SEEN), list(SEEN.values()))
+    tokenizer = TokenRecTokenizer.from_components(
+        user_mq=mqs["user"], item_mq=mqs["item"], store=store, model_max_length=60
+    )
+    config = T5GenerativeRetrievalConfig(
+        vocab_size=len(tokenizer),
+        d_model=16,
+        d_kv=4,
+        d_ff=16,
+        num_layers=1,
+        num_heads=2,
+        embedding_dim=DIM,
+        decoder_start_token_id=0,
+        space_ids=dict(store.space_ids),
+    )
+    return T5ForGenerativeRetrieval(config), tokenizer, store
+
+
+@pytest.fixture(scope="module")
+def recommender(parts):
+    return Recommender(*parts)
+
+
+@pytest.fixture(scope="module")
+def repository(parts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("repository")
+    model, tokenizer, store = parts
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    store.save_pretrained(folder / "store")
+    return folder
+
+
+def test_a_prompt_names_users_and_items_by_the_codes_of_their_vectors(parts, mqs):
+    """Eq. 7 and 15: `user_<u1-w1><u2-w2><u3-w3>`, codewords counted from 1, as the MQ-Tokenizers encode the vectors."""
+    _, tokenizer, store = parts
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer("Does user_bob like item_i7 or item_i2 ?")["input_ids"])
+    expected = []
+    for kind, letter, name in (("user", "u", "bob"), ("item", "v", "i7"), ("item", "v", "i2")):
+        codes = mqs[kind].encode(store.get(kind, [name]))[0].tolist()
+        expected += [f"<{letter}{k + 1}-{w + 1}>" for k, w in enumerate(codes)]
+    assert [one for one in tokens if re.fullmatch(r"<[uv]\d+-\d+>", one)] == expected
+
+
+def items_of(prompt):
+    return re.findall(r"item_(\S+)", prompt)
+
+
+def test_a_short_history_is_written_out_whole_and_in_order(recommender):
+    """Eq. 15: the words, the user and the items interacted with."""
+    prompt = recommender.prompts(["bob"], [["i9", "i4"]])
+    assert prompt == [render(HISTORY_TEMPLATES[0], "bob", ["i9", "i4"])]
+
+
+def test_no_history_given_means_what_the_store_knows(recommender):
+    """Eq. 15, both families: by user id only where nothing is known."""
+    prompts = recommender.prompts(["ann", "bob"])
+    assert prompts[0] == render(HISTORY_TEMPLATES[0], "ann", SEEN["ann"])
+    assert prompts[1] == render(USER_ONLY_TEMPLATES[0], "bob")
+    assert recommender.prompts(["ann", "bob"], [None, None]) == prompts
+    assert recommender.recommend(["ann", "bob"]) == recommender.recommend(["ann", "bob"], [SEEN["ann"], []])
+
+
+def test_an_empty_history_asks_by_user_id_only(recommender):
+    assert recommender.prompts(["ann"], [[]]) == [render(USER_ONLY_TEMPLATES[0], "ann")]
+
+
+@pytest.mark.parametrize("template", [None, UNSEEN_TEMPLATE])
+@pytest.mark.parametrize("count", [1, 5, 9, 10, 11, 12, 30])
+def test_a_long_history_loses_its_oldest_items_whole(recommender, template, count):
+    history = LONG[:count]
+    prompt = recommender.prompts(["ann"], [history], template)[0]
+    kept = items_of(prompt)
+    assert kept == history[len(history) - len(kept) :] and kept
+    limit, tokenizer = recommender.tokenizer.model_max_length, recommender.tokenizer
+    length = len(tokenizer(prompt)["input_ids"])
+    assert length <= limit
+    if len(kept) < count:
+        one_more = render(template or HISTORY_TEMPLATES[0], "ann", history[len(history) - len(kept) - 1 :])
+        assert len(tokenizer(one_more)["input_ids"]) > limit
+
+
+def test_a_template_without_history_leaves_the_history_out(recommender):
+    template = USER_ONLY_TEMPLATES[2]
+    assert recommender.prompts(["ann"], [["i5"]], template) == [render(template, "ann")]
+
+
+@pytest.mark.parametrize("template", [None, USER_ONLY_TEMPLATES[0], UNSEEN_TEMPLATE])
+def test_seen_items_are_never_recommended(recommender, template):
+    """What the store knows and what is given, also where the prompt has no room for it."""
+    given = [["i30", "i31"], LONG, None]
+    found = recommender.recommend(list(SEEN), given, top_k=NUM_ITEMS, template=template)
+    for user, history, row in zip(SEEN, given, found):
+        seen = {*SEEN[user], *(history or [])}
+        assert {one["item"] for one in row} == {f"i{n}" for n in range(NUM_ITEMS)} - seen
+
+
+def test_seen_items_come_back_where_they_are_asked_for(recommender):
+    found = recommender.recommend(["ann", "cid"], top_k=NUM_ITEMS, exclude_seen=False)
+    assert [len(row) for row in found] == [NUM_ITEMS, NUM_ITEMS]
+
+
+def test_recommendations_are_those_of_the_model_for_the_prompts(recommender):
+    prompts = recommender.prompts(list(SEEN))
+    for user, prompt, row in zip(SEEN, prompts, recommender.recommend(list(SEEN), top_k=5)):
+        query = recommender.model.encode_queries(**recommender.tokenizer(prompt, return_tensors="pt"))[0]
+        query = query.detach().double().numpy()
+        vectors = recommender.store.vectors("item").double().numpy()
+        cosines = vectors @ query / np.linalg.norm(vectors, axis=1) / np.linalg.norm(query)
+        best = [n for n in np.argsort(-cosines) if f"i{n}" not in SEEN[user]][:5]
+        assert [one["item"] for one in row] == [f"i{n}" for n in best]
+        assert [one["score"] for one in row] == pytest.approx(cosines[best], abs=1e-5)
+
+
+def test_no_users_have_no_recommendations_in_their_prompts(recommender):
+    assert recommender.prompts([]) == []
+
+
+def test_an_unknown_user_or_item_is_named(recommender):
+    with pytest.raises(KeyError, match="zoe"):
+        recommender.recommend(["zoe"])
+    with pytest.raises(KeyError, match="i99"):
+        recommender.recommend(["ann"], [["i99"]])
+
+
+def test_a_history_too_few_is_refused_instead_of_a_user_lost(recommender):
+    with pytest.raises(ValueError, match="there are 1 histories for 2 users"):
+        recommender.recommend(["ann", "bob"], [["i1"]])
+
+
+def test_a_saved_repository_opens_and_recommends_the_same(recommender, repository):
+    opened = Recommender.from_pretrained(repository)
+    before, after = (one.recommend(list(SEEN), top_k=7) for one in (recommender, opened))
+    assert [[row["item"] for row in own] for own in after] == [[row["item"] for row in own] for own in before]
+    # Weights that were read from a file lie elsewhere in memory, which can change the last bit of a product.
+    scores = [[row["score"] for own in found for row in own] for found in (after, before)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+
+
+def test_a_tokenizer_of_other_mq_tokenizers_is_refused(parts):
+    model, tokenizer, store = parts
+    for kind, match in (("user", "store belong to MQ-Tokenizer"), ("item", "store belong to MQ-Tokenizer")):
+        other = EmbeddingStore(DIM, {**store.space_ids, kind: "another"})
+        with pytest.raises(ValueError, match=f"{kind} vectors of the {match} another but the tokenizer"):
+            Recommender(model, tokenizer, other)
+
+
+def test_a_model_of_other_mq_tokenizers_is_refused(parts):
+    model, tokenizer, store = parts
+    right = model.config.space_ids
+    model.config.space_ids = {**right, "item": "another"}
+    try:
+        with pytest.raises(
+            ValueError, match="model was trained on item tokens of MQ-Tokenizer another .* same repository"
+        ):
+            Recommender(model, tokenizer, store)
+    finally:
+        model.config.space_ids = right
+
+
+def test_a_finished_repository_passes_the_check(repository):
+    check_repository(repository)
+    check_repository(str(repository))
+
+
+def test_a_missing_folder_is_named_with_the_command_that_makes_it(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"there is no folder .*gone, .*train one with `tokenrec train --output_dir"
+    ):
+        Recommender.from_pretrained(tmp_path / "gone")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "codes.safetensors", "model.safetensors"])
+def test_a_folder_without_a_file_is_no_repository(repository, tmp_path, name):
+    folder = shutil.copytree(repository, tmp_path / "copy")
+    (folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"has no {re.escape(name)}: it is no trained repository"):
+        check_repository(folder)
+
+
+def test_a_folder_without_a_store_is_no_repository(repository, tmp_path):
+    folder = shutil.copytree(repository, tmp_path / "copy")
+    shutil.rmtree(folder / "store")
+    with pytest.raises(FileNotFoundError, match="has no store/store.json"):
+        check_repository(folder)
+
+
+def test_an_unfinished_training_says_to_go_on(tmp_path):
+    (tmp_path / "training").mkdir()
+    with pytest.raises(FileNotFoundError, match="training has not finished; run the same `tokenrec train` again"):
+        check_repository(tmp_path)
+
+
+class Reader:
+    """A history encoder whose vector of a history is that of the user `who`; items after i20 are new to it."""
+
+    def __init__(self, store, who):
+        self.vector = store.get("user", [who])
+
+    def encode(self, histories):
+        known = [any(int(item[1:]) <= 20 for item in one) for one in histories]
+        return self.vector.repeat(len(histories), 1) * torch.tensor(known)[:, None], np.array(known)
+
+
+def test_somebody_without_an_id_is_written_in_the_tokens_of_the_history(parts, mqs):
+    model, tokenizer, store = parts
+    tokenizer.attach(user_mq=mqs["user"])
+    recommender = Recommender(model, tokenizer, store, Reader(store, "cid"))
+    anonymous = recommender.prompts([None, "ann"], [["i3", "i4"], ["i3", "i4"]])
+    named = recommender.prompts(["cid", "ann"], [["i3", "i4"], ["i3", "i4"]])
+    assert anonymous != named
+    assert tokenizer(anonymous)["input_ids"] == tokenizer(named)["input_ids"]
+    # What a user is shown is that of the request, and is not recommended again.
+    found = recommender.recommend([None], [["i3", "i4"]], top_k=NUM_ITEMS)[0]
+    assert {row["item"] for row in found} == {f"i{n}" for n in range(NUM_ITEMS)} - {"i3", "i4"}
+
+
+def test_a_history_that_tells_nothing_of_its_user_is_shown_alone(parts, recommender):
+    reader = Recommender(*parts, Reader(parts[2], "cid"))
+    for one in (reader, recommender):
+        assert one.prompts([None], [["i30"]]) == ["What fits item_i30 best?"]
+    assert recommender.prompts([None], [["i3"]]) == ["What fits item_i3 best?"]
+    with pytest.raises(ValueError, match="names a user, but nobody is known by id"):
+        reader.prompts([None], [["i30"]], UNSEEN_TEMPLATE)
+
+
+def test_neither_a_user_nor_a_history_is_refused(recommender):
+    with pytest.raises(ValueError, match="request 1 names neither a user nor a history"):
+        recommender.prompts(["ann", None], [["i3"], []])
+    with pytest.raises(ValueError, match="request 0 names neither a user nor a history"):
+        recommender.recommend([None])

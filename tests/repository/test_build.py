@@ -1,0 +1,607 @@
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, concatenate_datasets
+from transformers import T5Config, T5ForConditionalGeneration
+
+from tokenrec_hf.cli.app import main
+from tokenrec_hf.data.data_sources import demo_interactions
+from tokenrec_hf.data.splits import index_splits, leave_one_out
+from tokenrec_hf.models.configuration_mq_tokenizer import MQTokenizerConfig
+from tokenrec_hf.models.embedding_store import EmbeddingStore
+from tokenrec_hf.models.id_index import load_indexes
+from tokenrec_hf.models.modeling_collaborative import FISMModel, LightGCNModel, augment_norm
+from tokenrec_hf.models.modeling_mq_tokenizer import MQTokenizerModel
+from tokenrec_hf.models.modeling_t5_retrieval import T5ForGenerativeRetrieval
+from tokenrec_hf.models.tokenization_tokenrec import TokenRecTokenizer
+from tokenrec_hf.repository import build as training
+from tokenrec_hf.repository.audit import audit
+from tokenrec_hf.repository.build import build_collator, build_retrieval_model, load_splits, train
+from tokenrec_hf.repository.cold_start import add_to_repository
+from tokenrec_hf.repository.removals import remove_from_repository
+from tokenrec_hf.training import stages
+from tokenrec_hf.training.recipe import load_recipe
+
+TINY = {
+    "collaborative.config": {"embedding_dim": 8, "num_layers": 2},
+    "collaborative.evaluate_every": 1,
+    "collaborative.patience": 2,
+    "collaborative.training": {"num_train_epochs": 3, "per_device_train_batch_size": 128},
+    "mq_tokenizer.config": {"codebook_size": 8, "codebook_dim": 8, "hidden_dim": 16},
+    "mq_tokenizer.evaluate_every": 5,
+    "mq_tokenizer.training": {"max_steps": 12, "per_device_train_batch_size": 16},
+    "prompts": {"targets_per_prompt": 4, "train_history": 8},
+    "retrieval.config": {"d_model": 16, "d_kv": 8, "num_heads": 2, "d_ff": 32, "num_layers": 1, "projection_dim": 16},
+    "retrieval.evaluate_every": 1,
+    "retrieval.patience": 2,
+    "retrieval.training": {"num_train_epochs": 3, "per_device_train_batch_size": 16, "warmup_steps": 2},
+}
+STAGES = ("train_collaborative", "train_mq_tokenizer", "train_retrieval")
+EVALUATIONS = ("evaluate_baselines", "evaluate_retrieval")
+
+
+def make_splits(seed=0):
+    """Forty users and two who have too little to hold anything out."""
+    few = {
+        "user_id": ["one", "two", "two"],
+        "item_id": ["f001", "f001", "f002"],
+        "timestamp": np.arange(3, dtype=np.int64),
+    }
+    demo = demo_interactions(seed=seed, num_users=40, num_items=30)
+    return leave_one_out(concatenate_datasets([demo, Dataset.from_dict(few, features=demo.features)]))
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return make_splits()
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return load_recipe("cpu", overrides=TINY)
+
+
+@pytest.fixture(scope="module")
+def trained(splits, recipe, tmp_path_factory):
+    """A repository from one uninterrupted run."""
+    folder = tmp_path_factory.mktemp("trained") / "out"
+    log = []
+    metrics = train(splits, recipe, folder, dataset_name="small", log=log.append)
+    return SimpleNamespace(folder=folder, metrics=metrics, log=log)
+
+
+class PowerCut(Exception):
+    """Ends a run as a power cut would."""
+
+
+def cut(*args, **kwargs):
+    raise PowerCut
+
+
+def weights(folder):
+    """The content of all weight files of a repository."""
+    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.safetensors")}
+    assert {"model.safetensors", "codes.safetensors", "collaborative/model.safetensors"} <= set(found)
+    return found
+
+
+def without_seconds(metrics):
+    return {name: value for name, value in metrics.items() if name != "seconds"}
+
+
+def pairs(users, items):
+    return set(zip(users, items))
+
+
+def pairs_of(splits, *names):
+    return set().union(*(pairs(splits[name]["user_id"][:], splits[name]["item_id"][:]) for name in names))
+
+
+def pairs_in(data, interactions):
+    users = [data.user_ids[row] for row in interactions.users]
+    return pairs(users, [data.item_ids[row] for row in interactions.items])
+
+
+# Rows ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("evaluate_on", "trained_on"), [("validation", ["train"]), ("test", ["train", "validation"])])
+def test_rows_hold_what_is_trained_on_and_what_is_held_out(splits, evaluate_on, trained_on):
+    data = index_splits(splits, evaluate_on)
+    assert pairs_in(data, data.interactions) == pairs_of(splits, *trained_on)
+    assert len(data.interactions) == sum(len(splits[name]) for name in trained_on)
+    held_out = [
+        (data.user_ids[user], data.item_ids[item]) for user, item in zip(data.holdout.users, data.holdout.targets)
+    ]
+    assert held_out == list(zip(splits[evaluate_on]["user_id"][:], splits[evaluate_on]["item_id"][:]))
+
+
+def test_rows_are_the_same_for_selection_and_refit_and_in_time_order(splits):
+    selection, refit = index_splits(splits, "validation"), index_splits(splits, "test")
+    assert selection.user_ids == refit.user_ids
+    assert selection.item_ids == refit.item_ids
+    assert len(selection.user_ids) == 42
+    for user in range(42):
+        assert refit.interactions.of(user)[: selection.interactions.lengths[user]].tolist() == (
+            selection.interactions.of(user).tolist()
+        )
+    last = [refit.interactions.of(user)[-1] for user in selection.holdout.users]
+    assert last == selection.holdout.targets.tolist()
+
+
+def test_an_item_that_is_only_held_out_has_a_row():
+    splits = {
+        "train": {"user_id": ["a", "b"], "item_id": ["x", "y"]},
+        "validation": {"user_id": ["a"], "item_id": ["z"]},
+        "test": {"user_id": ["a"], "item_id": ["new"]},
+    }
+    data = index_splits(splits, "validation")
+    assert data.item_ids == ["x", "y", "z", "new"]
+    assert (data.interactions.num_users, data.interactions.num_items) == (2, 4)
+    assert data.interactions.popularity().tolist() == [1, 1, 0, 0]
+
+
+# A whole run -----------------------------------------------------------------------------------------------------------
+
+
+def test_training_writes_a_repository(trained, splits):
+    names = {path.name for path in trained.folder.iterdir()}
+    assert names >= {
+        *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "codes.safetensors"),
+        *("mq_user", "mq_item", "store", "collaborative", "metrics.json", "recipe.yaml", "training"),
+    }
+    assert not [
+        path for path in trained.folder.rglob("*") if "tmp" in path.suffix or path.name.startswith("checkpoint-")
+    ]
+    tokenizer = TokenRecTokenizer.from_pretrained(trained.folder)
+    store = EmbeddingStore.open(trained.folder / "store")
+    model = T5ForGenerativeRetrieval.from_pretrained(trained.folder)
+    mqs = {kind: MQTokenizerModel.from_pretrained(trained.folder / f"mq_{kind}") for kind in ("user", "item")}
+    collaborative = LightGCNModel.from_pretrained(trained.folder / "collaborative")
+    data = index_splits(splits, "test")
+    for kind, ids in (("user", data.user_ids), ("item", data.item_ids)):
+        assert tokenizer.ids(kind) == store.ids(kind) == ids
+        assert mqs[kind].space_id == tokenizer.space_ids[kind] == store.space_ids[kind] == model.config.space_ids[kind]
+        assert tokenizer.codes(kind).tolist() == mqs[kind].encode(store.vectors(kind)).tolist()
+    # The recipe stores vectors whose cosine ranks as the dot product of these.
+    augmented = augment_norm(collaborative.user_embeddings(), collaborative.item_embeddings())
+    assert torch.equal(store.vectors("user"), augmented[0]) and torch.equal(store.vectors("item"), augmented[1])
+    inputs = tokenizer("What would user_two enjoy next?", return_tensors="pt", return_entities=True)
+    inputs["user_ids"], inputs["item_ids"] = [["two"]], [[]]
+    found = model.recommend(inputs, store, top_k=30)[0]
+    assert len(found) == 28
+    assert not {"f001", "f002"} & {one["item"] for one in found}
+
+
+def test_metrics_say_what_was_measured(trained, splits, recipe):
+    metrics = json.loads((trained.folder / "metrics.json").read_text())
+    assert metrics == trained.metrics
+    assert {name: metrics[name] for name in ("dataset", "recipe", "seed", "refit")} == {
+        "dataset": "small",
+        "recipe": "cpu",
+        "seed": 0,
+        "refit": True,
+    }
+    assert (metrics["users"], metrics["items"]) == (42, len(index_splits(splits, "test").item_ids))
+    assert metrics["interactions"] == sum(len(splits[name]) for name in splits)
+    for split in ("validation", "test"):
+        assert set(metrics[split]) == {
+            *("popularity", "collaborative", "collaborative_cosine"),
+            *("tokenrec", "tokenrec_user_id_only", "tokenrec_unseen_prompt", "tokenrec_history_only"),
+        }
+        for values in metrics[split].values():
+            assert {f"{name}@{k}" for name in ("hr", "ndcg", "mrr") for k in (10, 20, 30)} <= set(values)
+            assert all(0 <= value <= 1 for value in values.values())
+    assert metrics["validation"] != metrics["test"]
+    assert set(metrics["epochs"]) == {"collaborative", "retrieval"}
+    assert all(epochs in (1, 2, 3) for epochs in metrics["epochs"].values())
+    assert set(metrics["codes"]) == {"user", "item"}
+    assert set(metrics["codes"]["item"]) >= {"usage", "perplexity", "collision_rate", "reconstruction_error"}
+    stages_run = {"collaborative", "mq_user", "mq_item", "retrieval", "evaluation"}
+    assert {run: set(seconds) for run, seconds in metrics["seconds"].items()} == {
+        "selection": stages_run,
+        "refit": stages_run,
+    }
+
+
+def test_the_recipe_that_is_written_is_the_one_that_was_used(trained, recipe):
+    assert load_recipe(config=trained.folder / "recipe.yaml") == recipe
+
+
+def test_the_interactions_can_be_read_back(trained, splits):
+    loaded = load_splits(trained.folder)
+    for name in splits:
+        assert loaded[name].to_dict() == splits[name].to_dict()
+
+
+def test_a_repository_without_interactions_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no train\.parquet, so there is nothing to evaluate on"):
+        load_splits(tmp_path)
+
+
+def test_one_seed_gives_one_result(trained, splits, recipe, tmp_path):
+    again = train(splits, recipe, tmp_path, dataset_name="small")
+    assert without_seconds(again) == without_seconds(trained.metrics)
+    assert weights(tmp_path) == weights(trained.folder)
+
+
+def test_another_seed_gives_another_result(trained, splits, tmp_path):
+    train(splits, load_recipe("cpu", overrides={**TINY, "seed": 1}), tmp_path)
+    changed, before = weights(tmp_path), weights(trained.folder)
+    for name in ("model.safetensors", "collaborative/model.safetensors", "mq_user/model.safetensors"):
+        assert changed[name] != before[name]
+
+
+def test_users_and_items_get_mq_tokenizers_of_different_random_numbers(trained):
+    mqs = [MQTokenizerModel.from_pretrained(trained.folder / f"mq_{kind}") for kind in ("user", "item")]
+    assert not torch.equal(mqs[0].encoders[0][0].weight, mqs[1].encoders[0][0].weight)
+
+
+def test_without_refit_the_selection_is_the_result(trained, splits, recipe, tmp_path):
+    metrics = train(splits, recipe, tmp_path, dataset_name="small", refit=False)
+    assert "test" not in metrics
+    assert metrics["refit"] is False
+    assert metrics["validation"] == trained.metrics["validation"]
+    selection = trained.folder / "training" / "selection"
+    for name in ("model.safetensors", "collaborative/model.safetensors", "mq_item/model.safetensors"):
+        assert (tmp_path / name).read_bytes() == (selection / name).read_bytes()
+    assert not (tmp_path / "training" / "selection").exists()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"retrieval.config.loss_type": "cosine_ranking"},
+        {"retrieval.num_negatives": 6},
+        {"retrieval.config.pooling": "decoder", "collaborative.model": "matrix_factorization"},
+    ],
+    ids=["cosine ranking", "sampled softmax", "decoder and matrix factorization"],
+)
+def test_the_alternatives_of_a_recipe_train(splits, tmp_path, overrides):
+    metrics = train(splits, load_recipe("cpu", overrides=TINY | overrides), tmp_path, refit=False)
+    assert 0 <= metrics["validation"]["tokenrec"]["ndcg@20"] <= 1
+
+
+@pytest.mark.parametrize("count", [0, -1, "many", 2.5])
+def test_a_number_of_codebooks_that_cannot_be_is_refused(count):
+    with pytest.raises(ValueError, match="user_codebooks is .* but must be null or a number from 1 on"):
+        training.check_settings(load_recipe("cpu", overrides={"mq_tokenizer.user_codebooks": count}))
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, "some"])
+def test_a_share_of_prompts_that_cannot_be_is_refused(share):
+    with pytest.raises(ValueError, match="history_only is .* but must be a share from 0 to 1"):
+        training.check_settings(load_recipe("cpu", overrides={"prompts.history_only": share}))
+
+
+def test_a_longer_vector_is_refused_where_all_items_have_the_same_length():
+    with pytest.raises(ValueError, match="augment_norm does nothing for fism"):
+        training.check_settings(load_recipe("best", overrides={"collaborative.augment_norm": True}))
+
+
+def test_a_shortcut_for_users_needs_codewords_that_add_up():
+    with pytest.raises(ValueError, match="user_shortcut needs mq_tokenizer.config.residual=true"):
+        training.check_settings(load_recipe("best", overrides={"mq_tokenizer.config.residual": False}))
+
+
+# Going on --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_call_repeats_nothing(splits, recipe, tmp_path, monkeypatch):
+    first = train(splits, recipe, tmp_path)
+    before = weights(tmp_path)
+    for name in (*STAGES, *EVALUATIONS):
+        monkeypatch.setattr(training, name, cut)
+    log = []
+    assert train(splits, recipe, tmp_path, log=log.append) == first
+    assert weights(tmp_path) == before
+    assert len(log) == 10
+    assert all("finished already" in line for line in log)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("function", [*STAGES, "evaluate_retrieval"])
+@pytest.mark.parametrize("run", ["selection", "refit"])
+def test_a_run_that_stopped_between_stages_goes_on(trained, splits, recipe, tmp_path, monkeypatch, function, run):
+    original, calls = getattr(training, function), []
+    # How often each is called in the selection: the second MQ-Tokenizer is the one cut off.
+    allowed = {"train_mq_tokenizer": 1}.get(function, 0)
+    if run == "refit":
+        allowed += {"train_mq_tokenizer": 2, "evaluate_retrieval": len(training.VARIANTS)}.get(function, 1)
+
+    def stop(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs) if len(calls) <= allowed else cut()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, function, stop)
+        with pytest.raises(PowerCut):
+            train(splits, recipe, tmp_path, dataset_name="small")
+    assert not (tmp_path / "metrics.json").exists()
+    log = []
+    metrics = train(splits, recipe, tmp_path, dataset_name="small", log=log.append)
+    finished = sum("finished already" in line for line in log)
+    order = ("train_collaborative", "train_mq_tokenizer", "", "train_retrieval", "evaluate_retrieval")
+    expected = order.index(function) + (function == "train_mq_tokenizer") + 5 * (run == "refit")
+    assert finished == expected
+    assert without_seconds(metrics) == without_seconds(trained.metrics)
+    assert weights(tmp_path) == weights(trained.folder)
+
+
+def test_a_run_that_stops_again_and_again_within_its_stages_ends_the_same(
+    trained, splits, recipe, tmp_path, monkeypatch
+):
+    cuts = {("collaborative model", 7), ("item MQ-Tokenizer", 8), ("T5 retrieval", 5), ("T5 retrieval", 4)}
+    remaining = cuts | {(name, step + 1) for name, step in cuts}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if (self.name, state.global_step) in remaining:
+            remaining.remove((self.name, state.global_step))
+            raise PowerCut
+
+    monkeypatch.setattr(stages.Progress, "on_step_end", on_step_end)
+    for _ in range(len(remaining) + 1):
+        try:
+            metrics = train(splits, recipe, tmp_path, dataset_name="small")
+            break
+        except PowerCut:
+            continue
+    assert len(remaining) < len(cuts)
+    assert without_seconds(metrics) == without_seconds(trained.metrics)
+    assert weights(tmp_path) == weights(trained.folder)
+
+
+def test_other_settings_are_refused_with_the_difference(trained, splits):
+    other = load_recipe("cpu", overrides=TINY | {"retrieval.training.learning_rate": 0.125})
+    found = r"holds a run with recipe\.retrieval\.training\.learning_rate = .* where this one has 0\.125; give another"
+    before = weights(trained.folder)
+    with pytest.raises(ValueError, match=found):
+        train(splits, other, trained.folder)
+    assert weights(trained.folder) == before
+
+
+def test_several_processes_are_refused_before_anything_is_written(splits, recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"the three stages run in one process.*train_with_trainer\.py"):
+        train(splits, recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_data_are_refused(trained, recipe):
+    with pytest.raises(ValueError, match="holds a run with data = "):
+        train(make_splits(seed=1), recipe, trained.folder)
+
+
+def test_a_run_without_refit_is_another_run(trained, splits, recipe):
+    with pytest.raises(ValueError, match="refit = True where this one has False"):
+        train(splits, recipe, trained.folder, refit=False)
+
+
+# Leaks -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_sees_nothing_of_what_it_is_evaluated_on(splits, recipe, tmp_path, monkeypatch):
+    rows = {"validation": index_splits(splits, "validation"), "test": index_splits(splits, "test")}
+    given = {name: [] for name in STAGES}
+
+    def spy(name):
+        original = getattr(training, name)
+
+        def called(*args, **kwargs):
+            given[name].append((args, kwargs))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(training, name, called)
+
+    for name in STAGES:
+        spy(name)
+    train(splits, recipe, tmp_path)
+    runs = {"validation": tmp_path / "training" / "selection", "test": tmp_path}
+    for number, (evaluated, folder) in enumerate(runs.items()):
+        data = rows[evaluated]
+        allowed = pairs_of(splits, *(["train"] if evaluated == "validation" else ["train", "validation"]))
+        assert not allowed & pairs_of(splits, "test")
+        (interactions, *_), options = given["train_collaborative"][number]
+        assert pairs_in(data, interactions) == allowed
+        (_, collator, *_), retrieval_options = given["train_retrieval"][number]
+        assert pairs_in(data, collator.interactions) == allowed
+        graph = LightGCNModel.from_pretrained(folder / "collaborative")
+        users = [data.user_ids[row] for row in graph.edge_users.tolist()]
+        assert pairs(users, [data.item_ids[row] for row in graph.edge_items.tolist()]) == allowed
+        seen = EmbeddingStore.open(folder / "store").seen(data.user_ids)
+        assert {(user, item) for user, items in zip(data.user_ids, seen) for item in items} == allowed
+        for stage_options in (options, retrieval_options):
+            if evaluated == "validation":
+                assert stage_options["holdout"].targets.tolist() == data.holdout.targets.tolist()
+                assert stage_options["epochs"] is None
+            else:
+                # The refit has nothing to choose by, only the lengths that were chosen.
+                assert stage_options["holdout"] is None
+                assert stage_options["epochs"] > 0
+    assert len(given["train_collaborative"]) == len(given["train_retrieval"]) == 2
+
+
+# Models and collator ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def parts(trained):
+    return SimpleNamespace(
+        tokenizer=TokenRecTokenizer.from_pretrained(trained.folder),
+        user_mq=MQTokenizerModel.from_pretrained(trained.folder / "mq_user"),
+        item_mq=MQTokenizerModel.from_pretrained(trained.folder / "mq_item"),
+    )
+
+
+@pytest.mark.parametrize("spare", [-40, 25], ids=["smaller vocabulary", "larger vocabulary"])
+def test_a_backbone_is_taken_over_exactly(parts, tmp_path, spare):
+    torch.manual_seed(0)
+    vocab_size = len(parts.tokenizer) + spare
+    config = T5Config(
+        vocab_size=vocab_size, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_decoder_layers=2, num_heads=4
+    )
+    backbone = T5ForConditionalGeneration(config)
+    backbone.save_pretrained(tmp_path)
+    section = {"backbone": str(tmp_path), "config": {"pooling": "decoder", "dropout_rate": 0.3, "num_layers": 9}}
+    model = build_retrieval_model(section, parts.tokenizer, parts.user_mq, parts.item_mq)
+    assert (model.config.num_layers, model.config.d_ff) == (2, 24)
+    assert (model.config.dropout_rate, model.config.embedding_dim) == (0.3, 8 + 1)
+    own = model.transformer.state_dict()
+    for name, tensor in backbone.state_dict().items():
+        if "embed_tokens" not in name and name not in ("shared.weight", "lm_head.weight"):
+            assert torch.equal(own[name], tensor), name
+    table, words = model.get_input_embeddings().weight, parts.tokenizer.code_token_ids("user").min()
+    assert len(table) == max(vocab_size, len(parts.tokenizer))
+    assert torch.equal(table[:words], backbone.shared.weight[:words])
+    assert model.config.space_ids == parts.tokenizer.space_ids
+
+
+def test_code_tokens_start_from_the_codewords(parts, recipe):
+    model = build_retrieval_model(recipe["retrieval"], parts.tokenizer, parts.user_mq, parts.item_mq, seed=3)
+    assert model.config.vocab_size == len(parts.tokenizer)
+    table = model.get_input_embeddings().weight.detach()
+    words = table[: parts.tokenizer.code_token_ids("user").min()].std().item()
+    for kind, mq in (("user", parts.user_mq), ("item", parts.item_mq)):
+        for ids, codewords in zip(parts.tokenizer.code_token_ids(kind), mq.codebooks.detach()):
+            assert table[ids].std().item() == pytest.approx(words, rel=1e-3)
+            centred = codewords - codewords.mean(dim=0)
+            # d_model = 16 random directions keep the geometry roughly.
+            true, kept = torch.cdist(centred, centred).flatten(), torch.cdist(table[ids], table[ids]).flatten()
+            assert np.corrcoef(true, kept)[0, 1] > 0.5
+    again = build_retrieval_model(recipe["retrieval"], parts.tokenizer, parts.user_mq, parts.item_mq, seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+
+
+def test_the_dimension_of_the_queries_is_that_of_the_item_vectors(parts, recipe):
+    other = MQTokenizerModel(MQTokenizerConfig(embedding_dim=5, num_codebooks=3, codebook_size=8, codebook_dim=8))
+    model = build_retrieval_model(recipe["retrieval"], parts.tokenizer, parts.user_mq, other)
+    assert model.config.embedding_dim == 5
+
+
+def test_a_backbone_that_cannot_be_had_is_named(parts, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    section = {"backbone": "nobody/no-such-t5", "config": {}}
+    with pytest.raises(ValueError, match="'nobody/no-such-t5' is no folder here and could not be fetched") as raised:
+        build_retrieval_model(section, parts.tokenizer, parts.user_mq, parts.item_mq)
+    assert "\n" not in str(raised.value)
+    assert "retrieval.backbone" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "num_negatives", "with_seen_items"),
+    [
+        ({"retrieval.config.loss_type": "softmax"}, 0, True),
+        ({"retrieval.config.loss_type": "softmax", "retrieval.num_negatives": 7}, 7, False),
+        ({"retrieval.config.loss_type": "cosine_ranking"}, 4, False),
+    ],
+)
+def test_the_collator_draws_what_the_loss_needs(parts, splits, overrides, num_negatives, with_seen_items):
+    recipe = load_recipe("cpu", overrides=TINY | overrides)
+    collator = build_collator(parts.tokenizer, index_splits(splits, "test"), recipe)
+    batch = collator([{"user": row, "epoch": 0} for row in range(5)])
+    assert ("seen_items" in batch) == with_seen_items
+    assert ("negative_ids" in batch) == bool(num_negatives)
+    if num_negatives:
+        assert batch["negative_ids"].shape == (5, num_negatives)
+    assert batch["labels"].shape == (5, 4)
+
+
+def test_changes_of_the_collator_win_over_the_recipe(parts, splits, recipe):
+    collator = build_collator(parts.tokenizer, index_splits(splits, "test"), recipe, targets_per_prompt=2, seed=9)
+    assert (collator.targets_per_prompt, collator.seed) == (2, 9)
+
+
+def test_the_collaborative_model_tells_whose_its_rows_are(trained_repository):
+    ids = load_indexes(trained_repository / "collaborative" / "ids.safetensors")
+    store = EmbeddingStore.open(trained_repository)
+    assert {kind: index.ids() for kind, index in ids.items()} == {kind: store.ids(kind) for kind in ("user", "item")}
+
+
+@pytest.mark.parametrize(("gain", "chosen"), [(0.01, None), (0.05, 8)])
+def test_order_counts_only_where_that_is_better_by_a_standard_error(gain, chosen, demo_splits, tmp_path, monkeypatch):
+    """With 400 users and NDCG@20 = 0.2 that is at most 0.02."""
+    stage = training.train_collaborative
+
+    def measured(interactions, settings, folder, **options):
+        result = stage(interactions, settings, folder, **options)
+        result.metrics["ndcg@20"] = 0.2 + gain * (settings["config"]["half_life"] is not None)
+        return result
+
+    monkeypatch.setattr(training, "train_collaborative", measured)
+    recipe = load_recipe("cpu", overrides=TINY)
+    recipe["collaborative"] = load_recipe("best")["collaborative"]
+    recipe["collaborative"]["config"]["embedding_dim"] = 8
+    recipe["collaborative"]["training"]["num_train_epochs"] = 2
+    recipe["mq_tokenizer"]["training"]["max_steps"] = 5
+    recipe["retrieval"]["training"]["num_train_epochs"] = 1
+    train(demo_splits, recipe, tmp_path, refit=False)
+    assert load_recipe(config=tmp_path / "recipe.yaml")["collaborative"]["config"]["half_life"] == chosen
+    assert FISMModel.from_pretrained(tmp_path / "collaborative").config.half_life == chosen
+
+
+def test_whether_order_counts_is_chosen_on_validation_and_newcomers_get_histories_too(tmp_path, monkeypatch, capsys):
+    """Everybody goes round the same circle of items, so that the last one tells the next, and the set of them nothing."""
+    users, items = np.meshgrid(np.arange(60), np.arange(12), indexing="ij")
+    ids = [f"i{(7 * user + step) % 40}" for user, step in zip(users.ravel(), items.ravel())]
+    rows = {"user_id": [f"u{user}" for user in users.ravel()], "item_id": ids}
+    best = load_recipe("best")
+    recipe = load_recipe("cpu", overrides=TINY)
+    recipe["collaborative"] = best["collaborative"]
+    recipe["collaborative"]["config"]["embedding_dim"] = 16
+    recipe["collaborative"]["training"]["num_train_epochs"] = 30
+    recipe["mq_tokenizer"] = best["mq_tokenizer"] | {"user_codebooks": 4}
+    recipe["mq_tokenizer"]["config"] |= {"num_codebooks": 2, "codebook_size": 16}
+    recipe["prompts"] |= {"shuffle_history": "auto", "max_history": "auto"}
+    recipe["retrieval"]["training"]["num_train_epochs"] = 1
+    recipe["retrieval"]["config"]["user_shortcut"] = True
+    recipe["prompts"]["history_only"] = 0.3
+    quantised, collated = [], []
+    quantise, collate = training.train_mq_tokenizer, training.build_collator
+    sizes = lambda vectors, others: (len(vectors), 0 if others is None else len(others))  # noqa: E731
+    monkeypatch.setattr(
+        training, "train_mq_tokenizer", lambda *a, **k: quantised.append(sizes(a[0], k["others"])) or quantise(*a, **k)
+    )
+    monkeypatch.setattr(training, "build_collator", lambda *a, **k: collated.append(k) or collate(*a, **k))
+    metrics = train(leave_one_out(Dataset.from_dict(rows)), recipe, tmp_path)
+    chosen = load_recipe(config=tmp_path / "recipe.yaml")
+    assert chosen["collaborative"]["config"]["half_life"] == training.HALF_LIVES[1]
+    assert chosen["prompts"]["shuffle_history"] is False
+    assert chosen["prompts"]["max_history"] == 4 * training.HALF_LIVES[1]
+    assert metrics["test"]["collaborative"]["hr@10"] > 0.9
+    assert all(check.passed is not False for check in audit(tmp_path))
+    for split in ("validation", "test"):
+        capsys.readouterr()
+        assert main(["evaluate", str(tmp_path), "--split", split, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)["metrics"]["tokenrec"]
+        assert found["ndcg@20"] == pytest.approx(metrics[split]["tokenrec"]["ndcg@20"], abs=1e-6)
+    # 60 users are few: the codebooks of users are fit to 199 parts of each history too. No training prompt has final tokens.
+    assert quantised == [(60, 199 * 60), (40, 0)] * 2
+    configs = {kind: MQTokenizerModel.from_pretrained(tmp_path / f"mq_{kind}").config for kind in ("user", "item")}
+    assert {kind: config.num_codebooks for kind, config in configs.items()} == {"user": 4, "item": 2}
+    assert all(config.residual for config in configs.values())
+    assert all(given["pool_history"] and given["user_mq"].config.num_codebooks == 4 for given in collated)
+    # The codewords of a user's tokens add up to what its codes decode to.
+    tokenizer, mq = TokenRecTokenizer.from_pretrained(tmp_path), MQTokenizerModel.from_pretrained(tmp_path / "mq_user")
+    prompts = torch.from_numpy(tokenizer.entity_token_ids("user", ["u7", "u1"]))
+    found = T5ForGenerativeRetrieval.from_pretrained(tmp_path)._user_vectors(prompts)
+    assert torch.allclose(found, mq.decode(torch.from_numpy(tokenizer.codes("user", ["u7", "u1"]))), atol=1e-5)
+
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    fresh = {"user_id": ["new"] * 3 + ["u1", "u2"], "item_id": ["i3", "i4", "i5", "i-new", "i-new"]}
+    report = add_to_repository(tmp_path, interactions=Dataset.from_dict(fresh), retrain=True)
+    assert (report["users"], report["items"]) == (1, 1)
+    assert (tmp_path / "model.safetensors").read_bytes() == weights
+    model = FISMModel.from_pretrained(tmp_path / "collaborative")
+    rows = load_indexes(tmp_path / "collaborative" / "ids.safetensors")
+    of_new = model.edge_items[model.edge_users == int(rows["user"].rows(["new"])[0])].tolist()
+    assert [rows["item"][row] for row in of_new] == fresh["item_id"][:3]
+    remove_from_repository(tmp_path, users=["new", "u2"])
+    left = FISMModel.from_pretrained(tmp_path / "collaborative")
+    assert left.config.num_users == model.config.num_users - 2
+    assert len(left.edge_users) == len(model.edge_users) - 3 - 12
+    kept = load_indexes(tmp_path / "collaborative" / "ids.safetensors")["user"].ids()
+    former = model.user_embeddings()[torch.from_numpy(rows["user"].rows(kept))]
+    assert torch.allclose(left.user_embeddings(), former, atol=1e-6)

@@ -1,0 +1,367 @@
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from repository_checks import check_codes, contents, interactions
+
+from tokenrec_hf import EmbeddingStore, HistoryEncoder, NewVectors, Recommender
+from tokenrec_hf.models.id_index import load_indexes
+from tokenrec_hf.models.modeling_collaborative import LightGCNModel
+from tokenrec_hf.models.modeling_mq_tokenizer import MQTokenizerModel
+from tokenrec_hf.repository import cold_start as module
+from tokenrec_hf.repository.cold_start import add_to_repository, read_vectors
+from tokenrec_hf.repository.hub import _copy
+from tokenrec_hf.repository.info import describe_repository
+
+
+@pytest.fixture
+def repository(trained_repository, tmp_path):
+    """A copy of the trained repository, to be changed."""
+    return shutil.copytree(trained_repository, tmp_path / "repository")
+
+
+def twin_of(folder, user):
+    """The interactions of a user under another name."""
+    return [("twin", item) for item in EmbeddingStore.open(folder).seen([user])[0]]
+
+
+def test_a_folded_in_twin_is_recommended_what_its_original_is(repository):
+    store = EmbeddingStore.open(repository)
+    users = store.ids("user")[:8]
+    pairs = [(f"twin-{user}", item) for user, items in zip(users, store.seen(users)) for item in items]
+    report = add_to_repository(repository, interactions=interactions(*pairs))
+    assert report["users"] == 8 and report["items"] == 0 and report["interactions"] == len(pairs)
+    store = EmbeddingStore.open(repository)
+    twins = store.get("user", [f"twin-{user}" for user in users])
+    assert torch.cosine_similarity(twins, store.get("user", users)).mean() > 0.8
+    recommender = Recommender.from_pretrained(repository)
+    for user in users[:3]:
+        one, two = recommender.recommend([user, f"twin-{user}"], top_k=20)
+        assert len({row["item"] for row in one} & {row["item"] for row in two}) >= 8
+        assert not {row["item"] for row in two} & set(store.seen([user])[0])
+    check_codes(repository)
+
+
+def test_fism_gives_a_newcomer_the_vector_that_the_training_would_have(fism_repository, tmp_path):
+    folder = shutil.copytree(fism_repository, tmp_path / "repository")
+    store = EmbeddingStore.open(folder)
+    users = store.ids("user")[:8]
+    pairs = [(f"twin-{user}", item) for user, items in zip(users, store.seen(users)) for item in items]
+    report = add_to_repository(
+        folder, interactions=interactions(*pairs, ("twin-of-nobody", "nova"), (users[0], "nova"))
+    )
+    assert (report["users"], report["items"], report["users_changed"]) == (9, 1, 1)
+    store = EmbeddingStore.open(folder)
+    twins = store.get("user", [f"twin-{user}" for user in users])
+    torch.testing.assert_close(twins[1:], store.get("user", users[1:]), rtol=0, atol=1e-6)
+    check_codes(folder)
+    # Whoever had nothing but a new item is folded in by way of others who had it.
+    assert torch.isfinite(store.get("user", ["twin-of-nobody"])).all()
+
+
+@pytest.mark.parametrize("retrain", [False, True])
+def test_with_fism_users_are_what_they_have_had_by_now(fism_repository, tmp_path, retrain):
+    folder = shutil.copytree(fism_repository, tmp_path / "repository")
+    before = EmbeddingStore.open(folder)
+    one, other, given = before.ids("user")[:3]
+    new = [item for item in before.ids("item") if item not in before.seen([one])[0]][:2]
+    report = add_to_repository(
+        folder,
+        users=NewVectors([given], before.get("user", [other])),
+        interactions=interactions(*((one, item) for item in new), (given, before.seen([given])[0][0])),
+        retrain=retrain,
+    )
+    store = EmbeddingStore.open(folder)
+    assert store.seen([one])[0] == before.seen([one])[0] + new
+    if retrain:
+        # The collaborative model was turned into the old space with its vectors.
+        assert report["users_changed"] == store.count("user")
+        users = store.ids("user")
+        assert torch.cosine_similarity(store.vectors("item"), before.vectors("item")).mean() > 0.8
+    else:
+        assert report["users_changed"] == 2
+        assert not torch.allclose(store.get("user", [one]), before.get("user", [one]), atol=1e-2)
+        assert torch.equal(store.get("user", [given]), before.get("user", [other]))
+        users = [one]
+    expected = HistoryEncoder.from_pretrained(folder).encode(store.seen(users))[0]
+    torch.testing.assert_close(store.get("user", users), expected, rtol=0, atol=1e-5)
+    check_codes(folder)
+
+
+def test_with_fism_a_new_item_says_something_of_those_who_have_it(fism_repository, tmp_path):
+    folder = shutil.copytree(fism_repository, tmp_path / "repository")
+    before = EmbeddingStore.open(folder)
+    users = before.ids("user")
+    items = [item for seen in before.seen(users) for item in seen]
+    old = max(sorted(set(items)), key=items.count)
+    audience = [user for user, seen in zip(users, before.seen(users)) if old in seen]
+    assert not HistoryEncoder.from_pretrained(folder).encode([["nova"]])[1].any()
+    add_to_repository(folder, interactions=interactions(*((user, "nova") for user in audience[:-5])))
+    encoder = HistoryEncoder.from_pretrained(folder)
+    vectors, known = encoder.encode([["nova"], [old], *([item] for item in before.ids("item"))])
+    assert known.all()
+    # Of all items, those that the same people have had are who it speaks for.
+    likeness = torch.cosine_similarity(vectors[0], vectors[1:])
+    assert likeness[0] > likeness.quantile(0.9)
+    assert encoder.model.config.num_folded_items == 1
+    # What its users say of it is asked anew with each addition; items of the training stay as they are.
+    add_to_repository(folder, interactions=interactions(*((user, "nova") for user in audience[-5:])))
+    again = HistoryEncoder.from_pretrained(folder)
+    assert again.model.config.num_folded_items == 1
+    trained = again.model.history_table.weight[:-1]
+    assert torch.equal(trained, encoder.model.history_table.weight[:-1])
+    assert not torch.equal(again.model.history_table.weight[-1], encoder.model.history_table.weight[-1])
+    store = EmbeddingStore.open(folder)
+    torch.testing.assert_close(
+        store.get("user", audience[-5:]), again.encode(store.seen(audience[-5:]))[0], rtol=0, atol=1e-5
+    )
+    # A stranger whose history is the new item alone is recommended something, here and where it was pushed to.
+    _copy(folder, tmp_path / "pulled", include_users=False)
+    here, there = (
+        Recommender.from_pretrained(one).recommend([None], [["nova"]], top_k=5)[0]
+        for one in (folder, tmp_path / "pulled")
+    )
+    assert [row["item"] for row in here] == [row["item"] for row in there]
+    # Once it is trained on, it is an item like the others.
+    add_to_repository(folder, interactions=interactions((audience[0], "nova")), retrain=True)
+    retrained = HistoryEncoder.from_pretrained(folder).model
+    assert (retrained.config.num_items, retrained.config.num_folded_items) == (before.count("item") + 1, 0)
+    assert (len(retrained.edge_items), retrained.config.num_items) == (
+        sum(map(len, store.seen(users))),
+        store.count("item"),
+    )
+
+
+def test_fism_serves_new_users_of_a_repository_that_was_shared_without_any(fism_repository, tmp_path):
+    folder = tmp_path / "pulled"
+    _copy(fism_repository, folder, include_users=False)
+    original = EmbeddingStore.open(fism_repository)
+    user = original.ids("user")[3]
+    before = contents(folder)
+    pairs = [("new", item) for item in original.seen([user])[0]]
+    with pytest.raises(ValueError, match="knows no interactions of users"):
+        add_to_repository(folder, interactions=interactions(*pairs, ("new", "nova")))
+    with pytest.raises(ValueError, match="was pushed without users.*; add without retraining"):
+        add_to_repository(folder, interactions=interactions(*pairs), retrain=True)
+    assert contents(folder) == {**before, Path(".update.lock"): b""}
+    add_to_repository(folder, interactions=interactions(*pairs))
+    torch.testing.assert_close(
+        EmbeddingStore.open(folder).get("user", ["new"]), original.get("user", [user]), rtol=0, atol=1e-6
+    )
+    known = Recommender.from_pretrained(fism_repository).recommend([user], top_k=5)
+    assert [row["item"] for row in Recommender.from_pretrained(folder).recommend(["new"], top_k=5)[0]] == [
+        row["item"] for row in known[0]
+    ]
+
+
+def test_a_folded_in_item_is_near_the_items_of_its_users(repository):
+    store = EmbeddingStore.open(repository)
+    users = [user for user in store.ids("user") if len(store.seen([user])[0]) > 3]
+    likes = store.seen(users)[0][0]
+    audience = [user for user, seen in zip(users, store.seen(users)) if likes in seen]
+    add_to_repository(repository, interactions=interactions(*((user, "nova") for user in audience)))
+    store = EmbeddingStore.open(repository)
+    nova, original = store.get("item", ["nova", likes])
+    others = torch.cosine_similarity(nova[None], store.vectors("item"))
+    assert torch.cosine_similarity(nova, original, dim=0) > others.quantile(0.9)
+    # Norm-augmented items all have the same length.
+    torch.testing.assert_close(nova.norm(), original.norm(), rtol=1e-3, atol=0)
+    assert all(seen[-1] == "nova" for seen in store.seen(audience))
+    check_codes(repository)
+
+
+def test_t5_and_the_mq_tokenizers_stay_as_they_are(repository):
+    before = contents(repository)
+    add_to_repository(
+        repository, interactions=interactions(*twin_of(repository, EmbeddingStore.open(repository).ids("user")[0]))
+    )
+    after = contents(repository)
+    changed = {str(path) for path in after if after[path] != before.get(path)}
+    assert {path for path in changed if not path.startswith("store/")} == {
+        "codes.safetensors", "additions.json", ".update.lock"
+    }  # fmt: skip
+    assert set(before) <= set(after)
+
+
+def test_vectors_are_taken_with_and_without_the_added_coordinate(repository):
+    store = EmbeddingStore.open(repository)
+    item = store.get("item", store.ids("item")[:2])
+    user = store.get("user", store.ids("user")[:2])
+    report = add_to_repository(
+        repository,
+        items=NewVectors(["whole", "plain"], torch.stack([item[0], item[1]]), [{"genre": "jazz"}, {"genre": "folk"}]),
+        users=NewVectors(["u-plain", "u-other"], user[:, :-1]),
+    )
+    assert (report["users"], report["items"]) == (2, 2)
+    again = add_to_repository(repository, items=NewVectors(["plain"], item[1:, :-1]))
+    assert (again["items"], again["items_changed"]) == (0, 1)
+    store = EmbeddingStore.open(repository)
+    torch.testing.assert_close(store.get("item", ["whole", "plain"]), item, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(store.get("user", ["u-plain", "u-other"]), user)
+    assert store.metadata(["plain"]) == [{"genre": "folk"}]
+    check_codes(repository)
+
+
+def test_known_ids_keep_their_vectors_and_see_more(repository):
+    store = EmbeddingStore.open(repository)
+    user, item = store.ids("user")[0], store.ids("item")[-1]
+    known = store.seen([user])[0]
+    assert item not in known
+    report = add_to_repository(repository, interactions=interactions((user, known[0]), (user, item), (user, item)))
+    assert report == {
+        "users": 0, "items": 0, "users_changed": 0, "items_changed": 0, "interactions": 1, "reconstruction_error": {}
+    }  # fmt: skip
+    after = EmbeddingStore.open(repository)
+    assert after.seen([user]) == [[*known, item]]
+    assert torch.equal(after.vectors("user"), store.vectors("user"))
+
+
+def test_retraining_keeps_the_space(repository):
+    """Vectors of the model that was trained on, turned back, are near the old ones; without the rotation they need not be."""
+    before = EmbeddingStore.open(repository)
+    user = before.ids("user")[0]
+    report = add_to_repository(
+        repository, interactions=interactions(*twin_of(repository, user), ("twin", "nova")), retrain=True
+    )
+    assert (report["users"], report["items"]) == (1, 1)
+    assert report["users_changed"] == before.count("user") and report["items_changed"] == before.count("item")
+    after = EmbeddingStore.open(repository)
+    for kind in ("user", "item"):
+        old, new = before.vectors(kind), after.get(kind, before.ids(kind))
+        assert torch.cosine_similarity(old, new).mean() > 0.9
+        assert not torch.equal(old, new)
+    check_codes(repository)
+    model = LightGCNModel.from_pretrained(repository / "collaborative")
+    ids = load_indexes(repository / "collaborative" / "ids.safetensors")
+    assert ids["user"].ids() == after.ids("user") and ids["item"].ids() == after.ids("item")
+    assert model.config.num_users == len(ids["user"]) and model.config.num_interactions == sum(
+        map(len, after.seen(after.ids("user")))
+    )
+    # And once more, now that the model knows the newcomers.
+    add_to_repository(repository, retrain=True)
+    check_codes(repository)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"items": NewVectors(["a"], torch.ones(1, 5))},
+            "item vectors have 5 dimensions but those of .* have 16 or 17",
+        ),
+        ({"items": NewVectors(["a", "b c"], torch.ones(2, 16))}, "item 'b c' contains white space"),
+        ({"items": NewVectors(["a"], torch.full((1, 16), torch.nan))}, "vector of item 'a' holds NaN"),
+        ({"items": NewVectors(["a"], torch.ones(1, 16), [{"b c": 1}])}, "metadata name 'b c'"),
+        ({"interactions": interactions(("lost", "nowhere"))}, "user 'lost' has no interaction that leads to a known"),
+        ({"interactions": interactions(("u", "<v1-3>"))}, "begins like a code token|leads to a known"),
+    ],
+)
+def test_whatever_is_wrong_is_said_and_changes_nothing(repository, arguments, message):
+    before = contents(repository)
+    with pytest.raises(ValueError, match=message):
+        add_to_repository(repository, **arguments)
+    after = contents(repository)
+    after.pop(next(path for path in after if path.name == ".update.lock"))
+    assert after == before
+
+
+def test_an_error_after_the_store_has_changed_changes_nothing(repository, monkeypatch):
+    before = contents(repository)
+
+    def failing(*_):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(module, "_give_codes", failing)
+    with pytest.raises(RuntimeError, match="no memory"):
+        add_to_repository(repository, items=NewVectors(["a"], torch.ones(1, 16)))
+    after = contents(repository)
+    after.pop(next(path for path in after if path.name == ".update.lock"))
+    assert after == before
+
+
+def test_a_repository_without_users_takes_vectors_only(repository, tmp_path):
+    EmbeddingStore.open(repository).save_pretrained(repository / "store", include_users=False)
+    item = EmbeddingStore.open(repository).ids("item")[0]
+    with pytest.raises(ValueError, match="knows no interactions of users .* supply vectors instead"):
+        add_to_repository(repository, interactions=interactions(("u", item)))
+
+
+def test_info_counts_newcomers_and_tells_when_to_train_anew(repository):
+    assert describe_repository(repository)["retraining_due"] == []
+    store = EmbeddingStore.open(repository)
+    spread = store.vectors("user")[:, :16].std() * 30
+    far = torch.randn(3, 16, generator=torch.Generator().manual_seed(0)) * spread
+    add_to_repository(repository, users=NewVectors(["far-1", "far-2", "far-3"], far))
+    told = describe_repository(repository)
+    assert told["additions"]["user"]["count"] == 3
+    [reason] = told["retraining_due"]
+    assert reason.startswith("the codes of new users lose") and "in training" in reason
+    near = store.get("item", store.ids("item")[:100])
+    add_to_repository(repository, items=NewVectors([f"copy-{i}" for i in range(100)], near))
+    assert "100 items were added to 300" in describe_repository(repository)["retraining_due"]
+
+
+def test_codes_of_new_items_do_not_tell_of_fism_when_to_train_anew(fism_repository, tmp_path):
+    folder = shutil.copytree(fism_repository, tmp_path / "repository")
+    store = EmbeddingStore.open(folder)
+    far = torch.randn(2, 16, generator=torch.Generator().manual_seed(0)) * 30
+    add_to_repository(folder, items=NewVectors(["far-1", "far-2"], far))
+    assert describe_repository(folder)["additions"]["item"]["reconstruction_error"] > 1
+    assert describe_repository(folder)["retraining_due"] == []
+    add_to_repository(folder, users=NewVectors(["far"], 30 * store.vectors("user")[:1]))
+    assert describe_repository(folder)["retraining_due"][0].startswith("the codes of new users lose")
+
+
+def test_the_error_of_the_training_vectors_is_that_of_the_training(trained_repository):
+    store = EmbeddingStore.open(trained_repository)
+    codes = json.loads((trained_repository / "metrics.json").read_text())["codes"]
+    for kind in ("user", "item"):
+        mq = MQTokenizerModel.from_pretrained(trained_repository / f"mq_{kind}")
+        error = mq.reconstruction_error(store.vectors(kind))
+        assert error == pytest.approx(codes[kind]["reconstruction_error"], rel=1e-3)
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.float32()), pa.list_(pa.float64()), pa.list_(pa.float32(), 2)])
+def test_vectors_and_metadata_are_read_from_parquet(tmp_path, kind):
+    table = pa.table(
+        {"item_id": ["a", "b"], "embedding": pa.array([[1.0, 2.0], [3.0, 4.0]], kind), "genre": ["x", None]}
+    )
+    pq.write_table(table, tmp_path / "items.parquet")
+    found = read_vectors(tmp_path / "items.parquet", "item")
+    assert found.ids == ["a", "b"] and found.vectors.tolist() == [[1.0, 2.0], [3.0, 4.0]]
+    assert found.vectors.dtype == torch.float32 and found.metadata == [{"genre": "x"}, {"genre": None}]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"name": ["a"], "vector": [[1.0]]}, "columns name, vector, so it is not clear which holds the ids"),
+        ({"id": ["a"], "item_id": ["a"], "vector": [[1.0]]}, "not clear which holds the ids"),
+        ({"id": ["a"], "numbers": [[1.0]]}, "which holds the vectors; name exactly one vector or embedding"),
+        ({"id": ["a", "b"], "vector": [[1.0], [1.0, 2.0]]}, "does not hold one vector of the same length in each row"),
+        ({"id": ["a", "b"], "vector": [[1.0], None]}, "does not hold one vector of the same length in each row"),
+        ({"id": ["a"], "vector": ["x"]}, "'vector' holds string but must hold lists of numbers"),
+    ],
+)
+def test_files_that_are_not_vectors_are_refused(tmp_path, columns, message):
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=message):
+        read_vectors(tmp_path / "x.parquet", "item")
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no file .*x.parquet"):
+        read_vectors(tmp_path / "x.parquet", "item")
+    (tmp_path / "x.parquet").write_text("id,vector")
+    with pytest.raises(ValueError, match="is no Parquet file"):
+        read_vectors(tmp_path / "x.parquet", "item")
+    pq.write_table(pa.table({"id": ["a"], "vector": [[1.0]], "age": [3]}), tmp_path / "u.parquet")
+    with pytest.raises(ValueError, match="has the column 'age' besides ids and vectors; only items have metadata"):
+        read_vectors(tmp_path / "u.parquet", "user")

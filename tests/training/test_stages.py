@@ -1,0 +1,409 @@
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import set_seed
+
+from tokenrec_hf.data.collator import DataCollatorForGenerativeRetrieval
+from tokenrec_hf.data.data_sources import demo_interactions
+from tokenrec_hf.data.interaction_matrix import InteractionMatrix
+from tokenrec_hf.data.splits import Holdout, leave_one_out
+from tokenrec_hf.evaluation.metrics import evaluate_embeddings
+from tokenrec_hf.models.configuration_t5_retrieval import T5GenerativeRetrievalConfig
+from tokenrec_hf.models.embedding_store import EmbeddingStore
+from tokenrec_hf.models.modeling_t5_retrieval import T5ForGenerativeRetrieval
+from tokenrec_hf.models.tokenization_tokenrec import TokenRecTokenizer
+from tokenrec_hf.repository import build as training
+from tokenrec_hf.training import stages
+from tokenrec_hf.training.closed_forms import smooth_tables
+from tokenrec_hf.training.recipe import load_recipe
+from tokenrec_hf.training.stages import (
+    by_history_length,
+    train_collaborative,
+    train_mq_tokenizer,
+    train_retrieval,
+)
+
+NUM_USERS, NUM_ITEMS, EACH = 32, 40, 8
+USER_IDS, ITEM_IDS = [f"a{row}" for row in range(NUM_USERS)], [f"b{row}" for row in range(NUM_ITEMS)]
+# Four steps an epoch, an evaluation and a checkpoint every two of them.
+COLLABORATIVE = {
+    "model": "lightgcn",
+    "config": {"embedding_dim": 8, "num_layers": 2, "loss_type": "bpr", "l2_weight": 0.001},
+    "num_negatives": 2,
+    "evaluate_every": 0.5,
+    "patience": 100,
+    "training": {"num_train_epochs": 4, "per_device_train_batch_size": 56, "learning_rate": 0.02},
+}
+MQ_TOKENIZER = {
+    "config": {"num_codebooks": 2, "codebook_size": 8, "codebook_dim": 4, "hidden_dim": 16, "mask_ratio": 0.2},
+    "evaluate_every": 3,
+    "training": {
+        "max_steps": 17,
+        "per_device_train_batch_size": 16,
+        "per_device_eval_batch_size": 64,
+        "learning_rate": 0.003,
+        "lr_scheduler_type": "constant",
+    },
+}
+RETRIEVAL = {
+    "evaluate_every": 0.5,
+    "patience": 100,
+    "training": {
+        "num_train_epochs": 4,
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 16,
+        "learning_rate": 0.005,
+    },
+}
+
+
+class FakeMQ:
+    """An MQ-Tokenizer whose codes are the vectors themselves."""
+
+    def __init__(self, space_id):
+        self.config = SimpleNamespace(num_codebooks=2, codebook_size=8, embedding_dim=2)
+        self.space_id = space_id
+
+    def encode(self, vectors):
+        return vectors.long()
+
+
+@pytest.fixture(scope="module")
+def data():
+    """Interactions with something to learn (each user keeps to a half of the items), and the last one of each held out."""
+    random = np.random.default_rng(0)
+    items = np.stack([2 * random.permutation(NUM_ITEMS // 2)[:EACH] + user % 2 for user in range(NUM_USERS)])
+    users = np.repeat(np.arange(NUM_USERS), EACH - 1)
+    interactions = InteractionMatrix(users, items[:, :-1].ravel(), NUM_USERS, NUM_ITEMS)
+    return SimpleNamespace(interactions=interactions, holdout=Holdout(np.arange(NUM_USERS), items[:, -1]))
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    return torch.randn(100, 6, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    store, random = EmbeddingStore(2), np.random.default_rng(1)
+    store.upsert("user", USER_IDS, random.integers(0, 8, (NUM_USERS, 2)).astype(np.float32))
+    store.upsert("item", ITEM_IDS, random.integers(0, 8, (NUM_ITEMS, 2)).astype(np.float32))
+    return TokenRecTokenizer.from_components(user_mq=FakeMQ("users"), item_mq=FakeMQ("items"), store=store)
+
+
+@pytest.fixture
+def run_stage(data, vectors, tokenizer):
+    """Runs a stage in a folder, everything made anew as a new process would."""
+
+    def collaborative(folder, model="lightgcn", **options):
+        return train_collaborative(data.interactions, {**COLLABORATIVE, "model": model}, folder, seed=1, **options)
+
+    def retrieval(folder, settings=RETRIEVAL, **options):
+        set_seed(3)
+        config = T5GenerativeRetrievalConfig(
+            vocab_size=len(tokenizer),
+            d_model=16,
+            d_kv=8,
+            num_heads=2,
+            d_ff=32,
+            num_layers=1,
+            num_decoder_layers=1,
+            dropout_rate=0.2,
+            embedding_dim=8,
+            pooling="mean",
+            loss_type="softmax",
+            temperature=0.1,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        model = T5ForGenerativeRetrieval(config)
+        model.bind_items(torch.randn(NUM_ITEMS, 8, generator=torch.Generator().manual_seed(2)))
+        collator = DataCollatorForGenerativeRetrieval(
+            tokenizer, data.interactions, USER_IDS, ITEM_IDS, targets_per_prompt=3, with_seen_items=True, seed=1
+        )
+        return train_retrieval(model, collator, settings, folder, seed=1, **options)
+
+    runs = {
+        "lightgcn": collaborative,
+        "matrix factorization": lambda folder, **options: collaborative(folder, "matrix_factorization", **options),
+        "fism": lambda folder, **options: collaborative(folder, "fism", **options),
+        "mq": lambda folder: train_mq_tokenizer(vectors, MQ_TOKENIZER, folder, seed=1),
+        "retrieval": retrieval,
+    }
+    return lambda stage, folder, **options: runs[stage](folder, **options)
+
+
+class PowerCut(Exception):
+    """Stands for a power cut."""
+
+
+@pytest.fixture
+def interrupt_at(monkeypatch):
+    """Runs something that is cut short at the end of a step, before anything of that step is saved."""
+
+    def interrupt(step, run):
+        with monkeypatch.context() as patch:
+
+            def on_step_end(self, args, state, control, **kwargs):
+                if state.global_step == step:
+                    raise PowerCut
+
+            patch.setattr(stages.Progress, "on_step_end", on_step_end)
+            with pytest.raises(PowerCut):
+                run()
+
+    return interrupt
+
+
+@pytest.fixture
+def scripted_metrics(monkeypatch):
+    """Validation results that are given, evaluation after evaluation, also across resumptions."""
+
+    def script(values):
+        seen = []
+
+        def evaluate(*args, **kwargs):
+            seen.append(values[len(seen)])
+            return {"hr@20": 0.5, "ndcg@20": seen[-1]}
+
+        monkeypatch.setattr(stages, "evaluate_embeddings", evaluate)
+        return seen
+
+    return script
+
+
+def weights(result):
+    return {name: tensor.clone() for name, tensor in result.model.state_dict().items()}
+
+
+def assert_equal_weights(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def checkpoints(folder):
+    return sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
+
+
+# One epoch of the collaborative models and of T5 has 4 steps; of the MQ-Tokenizer, 7. The first interruption falls into
+# the middle of an epoch, the second to just behind a checkpoint at the end of one.
+@pytest.mark.parametrize(
+    ("stage", "selected"),
+    [
+        ("lightgcn", True),
+        ("lightgcn", False),
+        ("matrix factorization", True),
+        ("mq", False),
+        ("retrieval", True),
+        ("retrieval", False),
+    ],
+)
+def test_an_interrupted_stage_ends_as_if_it_had_not_been(run_stage, interrupt_at, data, tmp_path, stage, selected):
+    if stage == "mq":
+        options, steps = {}, (5, 10)
+    else:
+        options, steps = ({"holdout": data.holdout} if selected else {"epochs": 3.25}), (7, 9)
+    straight = run_stage(stage, tmp_path / "straight", **options)
+    for step in steps:
+        interrupt_at(step, lambda: run_stage(stage, tmp_path / "interrupted", **options))
+        latest = checkpoints(tmp_path / "interrupted")[-1]
+        assert 0 < latest < step
+    resumed = run_stage(stage, tmp_path / "interrupted", **options)
+    assert_equal_weights(weights(straight), weights(resumed))
+    assert resumed.epochs == straight.epochs
+    assert resumed.metrics == straight.metrics
+
+
+@pytest.mark.parametrize(
+    ("stage", "options"), [("mq", {}), ("lightgcn", {"epochs": 1.5}), ("lightgcn", {}), ("fism", {})]
+)
+def test_a_stage_that_was_cut_off_after_its_last_step_does_not_train_on(run_stage, tmp_path, stage, options):
+    first = run_stage(stage, tmp_path, **options)
+    again = run_stage(stage, tmp_path, **options)
+    assert again.epochs == first.epochs
+    assert_equal_weights(weights(first), weights(again))
+
+
+def test_fism_is_smoothed_after_its_training_and_measured_then(data, tmp_path):
+    settings = {**COLLABORATIVE, "model": "fism", "config": {"embedding_dim": 8, "half_life": 4}}
+    plain = train_collaborative(data.interactions, settings, tmp_path / "plain", holdout=data.holdout, seed=1)
+    settings["config"].update(history_smoothing=0.5, item_smoothing=0.25)
+    found = train_collaborative(data.interactions, settings, tmp_path / "smooth", holdout=data.holdout, seed=1)
+    plain.model.config.history_smoothing, plain.model.config.item_smoothing = 0.5, 0.25
+    smooth_tables(plain.model, data.interactions.users, data.interactions.items)
+    assert_equal_weights(weights(plain), weights(found))
+    users, items = found.model.user_embeddings()[data.holdout.users], found.model.item_embeddings()
+    seen = data.interactions.of_users(data.holdout.users)
+    expected = evaluate_embeddings(users, items, data.holdout.targets, *seen, cosine=False)
+    assert {name: found.metrics[name] for name in expected} == expected
+    assert found.metrics["ndcg@20"] != plain.metrics["ndcg@20"]
+
+
+def test_resumption_reads_the_checkpoint(run_stage, interrupt_at, tmp_path, monkeypatch):
+    interrupt_at(7, lambda: run_stage("lightgcn", tmp_path, epochs=4))
+    steps = []
+    monkeypatch.setattr(
+        stages.Progress, "on_step_end", lambda self, args, state, *_, **__: steps.append(state.global_step)
+    )
+    run_stage("lightgcn", tmp_path, epochs=4)
+    assert steps[0] == 7
+    assert steps[-1] == 16
+
+
+@pytest.fixture
+def weights_at(monkeypatch):
+    """Runs something and copies the weights as they are at the end of a step."""
+
+    def run_until(step, run):
+        copied = {}
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == step:
+                copied.update({name: tensor.clone() for name, tensor in model.state_dict().items()})
+
+        with monkeypatch.context() as patch:
+            patch.setattr(stages.Progress, "on_step_end", on_step_end)
+            return run(), copied
+
+    return run_until
+
+
+@pytest.mark.parametrize("stage", ["lightgcn", "retrieval"])
+def test_training_stops_early_and_keeps_the_best_by_ndcg(
+    run_stage, data, scripted_metrics, weights_at, tmp_path, monkeypatch, stage
+):
+    monkeypatch.setitem({"lightgcn": COLLABORATIVE, "retrieval": RETRIEVAL}[stage], "patience", 3)
+    seen = scripted_metrics([0.1, 0.3, 0.2, 0.3, 0.25, 0.9])
+    result, best = weights_at(4, lambda: run_stage(stage, tmp_path, holdout=data.holdout))
+    assert seen == [0.1, 0.3, 0.2, 0.3, 0.25]
+    assert result.epochs == 1.0  # the second evaluation, of two an epoch
+    assert result.metrics["ndcg@20"] == 0.3
+    assert_equal_weights(weights(result), best)
+
+
+def test_early_stopping_goes_on_counting_after_an_interruption(
+    run_stage, data, scripted_metrics, interrupt_at, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(COLLABORATIVE, "patience", 3)
+    seen = scripted_metrics([0.1, 0.3, 0.2, 0.29, 0.25, 0.9, 0.95, 0.99])
+    interrupt_at(9, lambda: run_stage("lightgcn", tmp_path, holdout=data.holdout))
+    assert seen == [0.1, 0.3, 0.2, 0.29]
+    result = run_stage("lightgcn", tmp_path, holdout=data.holdout)
+    assert seen == [0.1, 0.3, 0.2, 0.29, 0.25]
+    assert result.epochs == 1.0
+
+
+@pytest.mark.parametrize("stage", ["lightgcn", "retrieval"])
+def test_a_shorter_run_is_the_beginning_of_a_longer_one(run_stage, weights_at, tmp_path, stage):
+    # With the default schedule the learning rate falls with every step, towards the end of the whole length.
+    _, early = weights_at(6, lambda: run_stage(stage, tmp_path / "long"))
+    short = run_stage(stage, tmp_path / "short", epochs=1.5)
+    assert short.epochs == 1.5
+    assert_equal_weights(early, weights(short))
+
+
+def test_an_epoch_is_an_epoch_with_accumulated_gradients_too(run_stage, weights_at, tmp_path):
+    training = {**RETRIEVAL["training"], "gradient_accumulation_steps": 2}
+    settings = {**RETRIEVAL, "training": training}
+    _, after_one = weights_at(2, lambda: run_stage("retrieval", tmp_path / "long", settings=settings))
+    assert_equal_weights(after_one, weights(run_stage("retrieval", tmp_path / "one", settings=settings, epochs=1)))
+
+
+def test_selection_reports_the_ranking_of_the_held_out_items(run_stage, data, tmp_path):
+    result = run_stage("matrix factorization", tmp_path, holdout=data.holdout)
+    scores = result.model.user_embeddings() @ result.model.item_embeddings().T
+    gains = []
+    for user, target in zip(data.holdout.users, data.holdout.targets):
+        scores[user, data.interactions.of(user)] = -torch.inf
+        rank = int((scores[user] > scores[user, target]).sum())
+        gains.append(1 / np.log2(rank + 2) if rank < 20 else 0.0)
+    assert result.metrics["ndcg@20"] == pytest.approx(np.mean(gains))
+    assert not any(name.startswith("eval_") or "runtime" in name for name in result.metrics)
+
+
+def test_statistics_of_the_codes_are_logged_while_the_mq_tokenizer_trains(run_stage, vectors, tmp_path):
+    result = run_stage("mq", tmp_path)
+    for name, value in result.model.statistics(vectors).items():
+        assert result.metrics[name] == value
+    log = json.loads((tmp_path / f"checkpoint-{checkpoints(tmp_path)[-1]}" / "trainer_state.json").read_text())
+    logged = [entry for entry in log["log_history"] if "eval_usage" in entry]
+    assert [entry["step"] for entry in logged] == [3, 6, 9, 12, 15]
+    for entry in logged:
+        assert {f"eval_{name}" for name in ("usage", "perplexity", "collision_rate", "reconstruction_error")} <= set(
+            entry
+        )
+
+
+@pytest.mark.parametrize(("count", "size"), [(50, 256), (10_001, 512)])
+def test_the_size_of_the_codebooks_is_chosen_by_the_size_of_the_data(tmp_path, count, size):
+    settings = {
+        "config": {
+            "num_codebooks": 1,
+            "codebook_size": "auto",
+            "codebook_dim": 2,
+            "hidden_dim": 4,
+            "kmeans_init": False,
+        },
+        "evaluate_every": 10,
+        "training": {"max_steps": 1, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 8192},
+    }
+    model = train_mq_tokenizer(torch.randn(count, 3), settings, tmp_path).model
+    assert model.config.codebook_size == size
+    assert model.config.embedding_dim == 3
+
+
+def test_a_stage_gives_the_same_twice_and_another_with_another_seed(data, tmp_path):
+    def trained(folder, seed):
+        return weights(train_collaborative(data.interactions, COLLABORATIVE, tmp_path / folder, epochs=1, seed=seed))
+
+    first = trained("first", 1)
+    assert_equal_weights(first, trained("second", 1))
+    assert not torch.equal(first["user_table.weight"], trained("third", 2)["user_table.weight"])
+
+
+def test_users_with_like_histories_come_together():
+    interactions = InteractionMatrix(np.array([0, 0, 0, 1, 2, 2]), np.arange(6), 4, 6)
+    ordered = by_history_length(Holdout(np.array([0, 1, 2, 3]), np.array([5, 6, 7, 8])), interactions)
+    assert ordered.users.tolist() == [3, 1, 2, 0]
+    assert ordered.targets.tolist() == [8, 6, 7, 5]
+
+
+def test_what_is_no_argument_of_trainer_is_named(data, tmp_path):
+    wrong = {**COLLABORATIVE, "training": {**COLLABORATIVE["training"], "learning_rte": 0.1}}
+    with pytest.raises(ValueError, match="'learning_rte' is not one of transformers' TrainingArguments"):
+        train_collaborative(data.interactions, wrong, tmp_path)
+
+
+def test_an_unknown_collaborative_model_is_named(data, tmp_path):
+    with pytest.raises(
+        ValueError, match="collaborative.model is 'svd' but must be one of lightgcn, matrix_factorization, fism"
+    ):
+        train_collaborative(data.interactions, {**COLLABORATIVE, "model": "svd"}, tmp_path)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_one_seed_gives_one_collaborative_model_with_several_threads(tmp_path, num_threads):
+    splits = leave_one_out(demo_interactions())
+    data = training.index_splits(splits, "validation")
+    settings = load_recipe("quickstart", overrides={"collaborative.training.num_train_epochs": 2})["collaborative"]
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        once, again = (
+            stages.train_collaborative(data.interactions, settings, tmp_path / name).model.item_embeddings()
+            for name in ("once", "again")
+        )
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(once, again)
+
+
+@pytest.mark.parametrize("most_steps, epochs", [(None, 3), (100, 3), (4, 2), (1, 1)])
+def test_large_data_get_fewer_epochs(data, tmp_path, most_steps, epochs):
+    settings = load_recipe("quickstart")["collaborative"]
+    settings["training"] |= {"num_train_epochs": 3, "per_device_train_batch_size": -(-len(data.interactions) // 2)}
+    settings |= {"most_steps": most_steps}
+    assert stages.train_collaborative(data.interactions, settings, tmp_path).epochs == epochs

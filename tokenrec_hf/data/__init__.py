@@ -1,0 +1,1 @@
+"""Interactions: reading, named data sets, splits, the interaction matrix and the collator."""

@@ -1,0 +1,1 @@
+"""Metrics, full ranking and the modules for `evaluate`."""

@@ -1,0 +1,1 @@
+"""A trained repository: how it is built, changed, audited, described and shared."""

@@ -1,0 +1,1 @@
+"""Embedding stores on other engines: Milvus, and FAISS indexes beside the embedded store."""

@@ -1,0 +1,1 @@
+"""Recipes, the stages around the stock `Trainer`, and the closed forms that need no training."""
