@@ -196,12 +196,11 @@ def test_with_fism_a_history_alone_gets_what_its_user_would(fism_repository):
     recommend = pipeline("generative-retrieval", model=str(fism_repository))
     store = recommend.recommender.store
     users = store.ids("user")[:4]
-    of_users = recommend([{"user": user} for user in users], top_k=5)
+    # The same words for both: scores of different wordings lie so close that rounding could order them.
     for wording in (None, "What should {user} try after {history} then?"):
+        of_users = recommend([{"user": user} for user in users], top_k=5, prompt=wording)
         of_histories = recommend([{"history": seen} for seen in store.seen(users)], top_k=5, prompt=wording)
-        assert [[row["item"] for row in one] for one in of_histories] == [
-            [row["item"] for row in one] for one in of_users
-        ]
+        assert of_histories == of_users
     # A wording without the user leaves T5 alone with the items.
     assert recommend({"history": store.seen(users)[0]}, top_k=5, prompt="What fits {history} best?") != of_users[0]
 
