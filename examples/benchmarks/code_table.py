@@ -18,8 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tokenrec_hf.models.code_table import CodeTable, load_tables, save_tables
-from tokenrec_hf.models.id_index import IdIndex
+from tokenrec_hf.models.codes import CodeTable, IdIndex, load_tables, save_tables
 
 CODEBOOKS, CODEBOOK_SIZE, ASKED = 3, 256, 100_000
 

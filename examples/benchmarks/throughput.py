@@ -33,7 +33,7 @@ from tokenrec_hf.data.collator import DataCollatorForGenerativeRetrieval, Prompt
 from tokenrec_hf.data.interaction_matrix import InteractionMatrix
 from tokenrec_hf.evaluation.metrics import evaluate_embeddings
 from tokenrec_hf.models.prompts import HISTORY_TEMPLATES
-from tokenrec_hf.models.t5_vocabulary import load_t5_tokenizer
+from tokenrec_hf.models.tokenization_tokenrec import load_t5_tokenizer
 
 NUM_USERS, NUM_ITEMS, DIM, HISTORY = 1090, 3646, 64, 100
 NUM_CODEBOOKS, CODEBOOK_SIZE = 3, 256

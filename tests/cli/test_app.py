@@ -10,7 +10,7 @@ from tokenrec_hf import EmbeddingStore, Recommender
 from tokenrec_hf.cli import app as cli
 from tokenrec_hf.cli.app import main
 from tokenrec_hf.cli.output import LABELS
-from tokenrec_hf.repository.info import STAGES
+from tokenrec_hf.repository.repository import STAGES
 
 COMMANDS = ("quickstart", "train", "evaluate", "recommend", "add", "remove", "push", "info")
 VARIANTS = {

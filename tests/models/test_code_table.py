@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenrec_hf.models.code_table import CodeTable, load_tables, save_tables
-from tokenrec_hf.models.id_index import IdIndex
+from tokenrec_hf.models.codes import CodeTable, IdIndex, load_tables, save_tables
 
 CODEBOOKS = {"user": [2, 4], "item": [3, 300]}
 
@@ -52,7 +51,7 @@ def test_codes_have_an_owner_where_exactly_one_row_has_them(data, num_codebooks,
 
 
 def test_different_codes_with_the_same_key_are_told_apart(tables, monkeypatch):
-    monkeypatch.setattr("tokenrec_hf.models.code_table._keys", lambda codes: np.zeros(len(codes), dtype=np.uint64))
+    monkeypatch.setattr("tokenrec_hf.models.codes._keys", lambda codes: np.zeros(len(codes), dtype=np.uint64))
     assert tables["user"].owners(np.array([[1, 1], [0, 3], [2, 2]])).tolist() == [1, 0, -1]
 
 

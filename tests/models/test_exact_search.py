@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tokenrec_hf.models import exact_search as module
-from tokenrec_hf.models.exact_search import exact_search, inverse_lengths, stable_topk, unit_rows
+from tokenrec_hf.models import embedding_store as module
+from tokenrec_hf.models.embedding_store import exact_search, inverse_lengths, stable_topk, unit_rows
 
 no_pairs = (torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
 

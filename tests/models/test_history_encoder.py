@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tokenrec_hf import EmbeddingStore, FISMConfig, FISMModel, HistoryEncoder
-from tokenrec_hf.models.id_index import IdIndex
+from tokenrec_hf.models.codes import IdIndex
 
 
 @pytest.fixture(params=[{}, {"half_life": 3.0}, {"half_life": 3.0, "recent_half_life": 0.5}], ids=str)

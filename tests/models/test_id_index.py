@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenrec_hf.models import id_index
-from tokenrec_hf.models.id_index import IdIndex, check_ids, load_indexes, save_indexes
+from tokenrec_hf.models import codes as id_index
+from tokenrec_hf.models.codes import IdIndex, check_ids, load_indexes, save_indexes
 
 valid_ids = st.text(min_size=1, max_size=12).filter(lambda one: one.split() == [one] and "�" not in one)
 id_lists = st.lists(valid_ids | st.sampled_from(["a", "b", "ab", "é", "日本", "'", "]", "\\", "x" * 256]), unique=True)

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenrec_hf.models.item_metadata import ItemMetadata, check_metadata, check_where
+from tokenrec_hf.models.embedding_store import ItemMetadata, check_metadata, check_where
 
 NAMES = st.sampled_from(["genre", "price", "withdrawn"])
 VALUES = st.sampled_from([True, False, 0, 1, 1.0, 2.5, "1", "", "it's"])

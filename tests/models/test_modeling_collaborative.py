@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tokenrec_hf.data.interaction_matrix import InteractionMatrix
-from tokenrec_hf.models.configuration_collaborative import FISMConfig, LightGCNConfig, MatrixFactorizationConfig
+from tokenrec_hf.models.configuration_tokenrec import FISMConfig, LightGCNConfig, MatrixFactorizationConfig
 from tokenrec_hf.models.modeling_collaborative import FISMModel, LightGCNModel, MatrixFactorizationModel, augment_norm
 
 NUM_USERS, NUM_ITEMS, DIM = 7, 9, 4

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tokenrec_hf.models import modeling_mq_tokenizer
-from tokenrec_hf.models.configuration_mq_tokenizer import MQTokenizerConfig
+from tokenrec_hf.models.configuration_tokenrec import MQTokenizerConfig
 from tokenrec_hf.models.modeling_mq_tokenizer import MQTokenizerModel, kmeans
 
 SMALL = {"embedding_dim": 6, "num_codebooks": 3, "codebook_size": 8, "codebook_dim": 5, "hidden_dim": 10}

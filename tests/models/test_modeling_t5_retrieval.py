@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration, T5Model, Trainer, TrainingArguments
 
-from tokenrec_hf.models.configuration_t5_retrieval import T5GenerativeRetrievalConfig
+from tokenrec_hf.models.configuration_tokenrec import T5GenerativeRetrievalConfig
 from tokenrec_hf.models.embedding_store import EmbeddingStore
 from tokenrec_hf.models.modeling_t5_retrieval import T5ForGenerativeRetrieval
 

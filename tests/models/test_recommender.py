@@ -5,14 +5,12 @@ import numpy as np
 import pytest
 import torch
 
-from tokenrec_hf.models.configuration_mq_tokenizer import MQTokenizerConfig
-from tokenrec_hf.models.configuration_t5_retrieval import T5GenerativeRetrievalConfig
+from tokenrec_hf.models.configuration_tokenrec import MQTokenizerConfig, T5GenerativeRetrievalConfig
 from tokenrec_hf.models.embedding_store import EmbeddingStore
 from tokenrec_hf.models.modeling_mq_tokenizer import MQTokenizerModel
 from tokenrec_hf.models.modeling_t5_retrieval import T5ForGenerativeRetrieval
 from tokenrec_hf.models.prompts import HISTORY_TEMPLATES, UNSEEN_TEMPLATE, USER_ONLY_TEMPLATES, render
-from tokenrec_hf.models.recommender import Recommender
-from tokenrec_hf.models.repository_files import check_repository
+from tokenrec_hf.models.recommender import Recommender, check_repository
 from tokenrec_hf.models.tokenization_tokenrec import TokenRecTokenizer
 
 DIM, NUM_ITEMS = 8, 40

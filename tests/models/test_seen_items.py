@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenrec_hf.models.seen_items import SeenItems
+from tokenrec_hf.models.embedding_store import SeenItems
 
 NUM_ITEMS = 6
 

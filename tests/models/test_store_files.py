@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from tokenrec_hf.models.store_files import MANIFEST, append_changes, is_current, load_files, save_files
+from tokenrec_hf.models.embedding_store import MANIFEST, append_changes, is_current, load_files, save_files
 
 OLD = {
     "items": {"numbers": np.arange(1_000, dtype=np.int64), "none": np.empty(0, dtype=np.uint8)},

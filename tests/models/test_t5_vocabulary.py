@@ -9,7 +9,7 @@ import pytest
 from transformers import T5Tokenizer
 
 from tokenrec_hf.models.prompts import SEEN_TEMPLATES, UNSEEN_TEMPLATE, render
-from tokenrec_hf.models.t5_vocabulary import bundled_t5_tokenizer, load_t5_tokenizer, read_sentencepiece
+from tokenrec_hf.models.tokenization_tokenrec import bundled_t5_tokenizer, load_t5_tokenizer, read_sentencepiece
 
 MODELS = Path(os.environ.get("TOKENREC_MODELS_DIR") or Path(__file__).parents[3] / "shared" / "models")
 REAL = MODELS / "t5_tokenizer" / "spiece.model"
@@ -18,7 +18,9 @@ SENTENCE = "Studies have shown that owning a dog is good for you"
 
 @pytest.fixture
 def folder(tmp_path):
-    asset = Path(sys.modules["tokenrec_hf.models.t5_vocabulary"].__file__).parents[1] / "assets" / "spiece.model"
+    asset = (
+        Path(sys.modules["tokenrec_hf.models.tokenization_tokenrec"].__file__).parents[1] / "assets" / "spiece.model"
+    )
     shutil.copy(asset, tmp_path / "spiece.model")
     return tmp_path
 
@@ -78,7 +80,7 @@ def test_the_bundled_vocabulary_has_whole_words_for_every_prompt():
 def test_the_sentencepiece_package_is_not_needed():
     code = (
         "import sys; sys.modules['sentencepiece'] = None\n"
-        "from tokenrec_hf.models.t5_vocabulary import bundled_t5_tokenizer\n"
+        "from tokenrec_hf.models.tokenization_tokenrec import bundled_t5_tokenizer\n"
         "assert len(bundled_t5_tokenizer()) == 800"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

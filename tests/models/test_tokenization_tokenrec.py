@@ -22,8 +22,7 @@ from tokenizers import AddedToken
 
 from tokenrec_hf.models.embedding_store import EmbeddingStore
 from tokenrec_hf.models.prompts import SEEN_TEMPLATES, UNSEEN_TEMPLATE, PromptTemplate, render
-from tokenrec_hf.models.t5_vocabulary import bundled_t5_tokenizer, load_t5_tokenizer
-from tokenrec_hf.models.tokenization_tokenrec import TokenRecTokenizer
+from tokenrec_hf.models.tokenization_tokenrec import TokenRecTokenizer, bundled_t5_tokenizer, load_t5_tokenizer
 
 MODELS = Path(os.environ.get("TOKENREC_MODELS_DIR") or Path(__file__).parents[3] / "shared" / "models")
 REAL = MODELS / "t5_tokenizer" / "spiece.model"
@@ -633,7 +632,7 @@ def test_a_loaded_tokenizer_without_its_mq_tokenizer_says_where_it_looked_and_ta
 
 
 def test_a_loaded_tokenizer_finds_the_mq_tokenizers_beside_it(tmp_path):
-    from tokenrec_hf.models.configuration_mq_tokenizer import MQTokenizerConfig
+    from tokenrec_hf.models.configuration_tokenrec import MQTokenizerConfig
     from tokenrec_hf.models.modeling_mq_tokenizer import MQTokenizerModel
 
     torch.manual_seed(0)

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenrec_hf.models import exact_search, vector_table
-from tokenrec_hf.models.vector_table import VectorTable
+from tokenrec_hf.models.embedding_store import VectorTable
 
 
 @settings(max_examples=150, deadline=None)

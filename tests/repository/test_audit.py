@@ -20,7 +20,7 @@ from tokenrec_hf import (
     remove_from_repository,
 )
 from tokenrec_hf.cli.app import main
-from tokenrec_hf.models.id_index import load_indexes
+from tokenrec_hf.models.codes import load_indexes
 from tokenrec_hf.models.prompts import HISTORY_TEMPLATES, render
 from tokenrec_hf.repository import audit as module
 from tokenrec_hf.repository.audit import audit, named_items

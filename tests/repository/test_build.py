@@ -10,9 +10,9 @@ from transformers import T5Config, T5ForConditionalGeneration
 from tokenrec_hf.cli.app import main
 from tokenrec_hf.data.data_sources import demo_interactions
 from tokenrec_hf.data.splits import index_splits, leave_one_out
-from tokenrec_hf.models.configuration_mq_tokenizer import MQTokenizerConfig
+from tokenrec_hf.models.codes import load_indexes
+from tokenrec_hf.models.configuration_tokenrec import MQTokenizerConfig
 from tokenrec_hf.models.embedding_store import EmbeddingStore
-from tokenrec_hf.models.id_index import load_indexes
 from tokenrec_hf.models.modeling_collaborative import FISMModel, LightGCNModel, augment_norm
 from tokenrec_hf.models.modeling_mq_tokenizer import MQTokenizerModel
 from tokenrec_hf.models.modeling_t5_retrieval import T5ForGenerativeRetrieval
@@ -20,8 +20,7 @@ from tokenrec_hf.models.tokenization_tokenrec import TokenRecTokenizer
 from tokenrec_hf.repository import build as training
 from tokenrec_hf.repository.audit import audit
 from tokenrec_hf.repository.build import build_collator, build_retrieval_model, load_splits, train
-from tokenrec_hf.repository.cold_start import add_to_repository
-from tokenrec_hf.repository.removals import remove_from_repository
+from tokenrec_hf.repository.update import add_to_repository, remove_from_repository
 from tokenrec_hf.training import stages
 from tokenrec_hf.training.recipe import load_recipe
 

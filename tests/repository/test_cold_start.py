@@ -9,13 +9,13 @@ import torch
 from repository_checks import check_codes, contents, interactions
 
 from tokenrec_hf import EmbeddingStore, HistoryEncoder, NewVectors, Recommender
-from tokenrec_hf.models.id_index import load_indexes
+from tokenrec_hf.models.codes import load_indexes
 from tokenrec_hf.models.modeling_collaborative import LightGCNModel
 from tokenrec_hf.models.modeling_mq_tokenizer import MQTokenizerModel
-from tokenrec_hf.repository import cold_start as module
-from tokenrec_hf.repository.cold_start import add_to_repository, read_vectors
+from tokenrec_hf.repository import update as module
 from tokenrec_hf.repository.hub import _copy
-from tokenrec_hf.repository.info import describe_repository
+from tokenrec_hf.repository.repository import describe_repository
+from tokenrec_hf.repository.update import add_to_repository, read_vectors
 
 
 @pytest.fixture

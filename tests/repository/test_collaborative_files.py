@@ -3,9 +3,9 @@ import pytest
 import torch
 
 from tokenrec_hf.data.interaction_matrix import InteractionMatrix
-from tokenrec_hf.models.id_index import load_indexes
+from tokenrec_hf.models.codes import load_indexes
 from tokenrec_hf.models.modeling_collaborative import COLLABORATIVE_MODELS
-from tokenrec_hf.repository.collaborative_files import load_collaborative, resized, save_collaborative
+from tokenrec_hf.repository.repository import load_collaborative, resized, save_collaborative
 
 
 @pytest.mark.parametrize("kind", COLLABORATIVE_MODELS)

@@ -12,7 +12,7 @@ import pytest
 
 from tokenrec_hf import EmbeddingStore, FISMModel, LightGCNModel, MQTokenizerModel, Recommender, TokenRecTokenizer
 from tokenrec_hf.cli.app import main
-from tokenrec_hf.models.repository_files import fetch_repository
+from tokenrec_hf.models.recommender import fetch_repository
 from tokenrec_hf.repository.hub import push_repository
 
 NAME = "tester/demo"

@@ -8,10 +8,10 @@ import torch
 from repository_checks import check_codes, contents, interactions
 
 from tokenrec_hf import EmbeddingStore, NewVectors, Recommender, TokenRecTokenizer, add_to_repository
-from tokenrec_hf.models.id_index import load_indexes
+from tokenrec_hf.models.codes import load_indexes
 from tokenrec_hf.models.modeling_collaborative import LightGCNModel
-from tokenrec_hf.repository import removals as module
-from tokenrec_hf.repository.removals import remove_from_repository
+from tokenrec_hf.repository import update as module
+from tokenrec_hf.repository.update import remove_from_repository
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tokenrec_hf.models.embedding_store import EmbeddingStore
-from tokenrec_hf.repository.transaction import COMMITTED, STAGED, finish_update, repository_update
+from tokenrec_hf.repository.repository import COMMITTED, STAGED, finish_update, repository_update
 
 
 @pytest.fixture

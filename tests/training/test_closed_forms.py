@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenrec_hf.models.configuration_collaborative import FISMConfig
+from tokenrec_hf.models.configuration_tokenrec import FISMConfig
 from tokenrec_hf.models.modeling_collaborative import FISMModel
 from tokenrec_hf.training import closed_forms as module
 from tokenrec_hf.training.closed_forms import align, fold_in, fold_in_items, smooth_tables

@@ -44,8 +44,7 @@ def test_a_recipe_that_ships_has_every_setting(name):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_that_ships_is_one_that_the_models_and_the_trainer_accept(name):
-    from tokenrec_hf.models.configuration_mq_tokenizer import MQTokenizerConfig
-    from tokenrec_hf.models.configuration_t5_retrieval import T5GenerativeRetrievalConfig
+    from tokenrec_hf.models.configuration_tokenrec import MQTokenizerConfig, T5GenerativeRetrievalConfig
     from tokenrec_hf.models.modeling_collaborative import COLLABORATIVE_MODELS
     from tokenrec_hf.repository.build import check_settings
     from tokenrec_hf.training.stages import _check_training_arguments

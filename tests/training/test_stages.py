@@ -11,7 +11,7 @@ from tokenrec_hf.data.data_sources import demo_interactions
 from tokenrec_hf.data.interaction_matrix import InteractionMatrix
 from tokenrec_hf.data.splits import Holdout, leave_one_out
 from tokenrec_hf.evaluation.metrics import evaluate_embeddings
-from tokenrec_hf.models.configuration_t5_retrieval import T5GenerativeRetrievalConfig
+from tokenrec_hf.models.configuration_tokenrec import T5GenerativeRetrievalConfig
 from tokenrec_hf.models.embedding_store import EmbeddingStore
 from tokenrec_hf.models.modeling_t5_retrieval import T5ForGenerativeRetrieval
 from tokenrec_hf.models.tokenization_tokenrec import TokenRecTokenizer

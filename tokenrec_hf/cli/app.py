@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..repository.info import describe_repository, read_json
+from ..repository.repository import describe_repository, read_json
 from ..training.recipe import RECIPES, load_recipe
 from .output import (
     show_addition,
@@ -120,14 +120,9 @@ def _train(arguments: argparse.Namespace) -> dict[str, Any]:
     from ..data.data_sources import DATA_SOURCES
     from ..data.interactions import HUB, load_interactions
     from ..data.splits import leave_one_out
-    from ..repository.build import UnknownSettingError, check_settings, train
+    from ..repository.build import train
 
     _quiet()
-    try:
-        check_settings(recipe)
-    except UnknownSettingError as error:
-        # In a file it is the file that is wrong, on the command line the usage.
-        raise (UsageError(str(error)) if error.name in arguments.settings else error) from None
     columns = ("user_column", "item_column", "rating_column", "timestamp_column", "min_rating", "k_core")
     interactions = load_interactions(arguments.dataset, **{name: getattr(arguments, name) for name in columns})
     name = arguments.dataset
@@ -147,8 +142,7 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         return _audit(arguments)
     from ..data.splits import index_splits
     from ..evaluation.ranking import evaluate_baselines, evaluate_retrieval
-    from ..models.recommender import Recommender
-    from ..models.repository_files import fetch_repository
+    from ..models.recommender import Recommender, fetch_repository
     from ..repository.build import load_splits
     from ..training.recipe import load_recipe
 
@@ -181,7 +175,7 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
 def _audit(arguments: argparse.Namespace) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from ..models.repository_files import fetch_repository
+    from ..models.recommender import fetch_repository
     from ..repository.audit import audit
 
     if arguments.store:
@@ -196,8 +190,7 @@ def _audit(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _recommend(arguments: argparse.Namespace) -> dict[str, Any]:
-    from ..models.recommender import Recommender
-    from ..models.repository_files import fetch_repository
+    from ..models.recommender import Recommender, fetch_repository
 
     if arguments.user is None and not arguments.history:
         raise UsageError("there is nobody to recommend to: give --user, --history or both.")
@@ -218,7 +211,7 @@ def _recommend(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _add(arguments: argparse.Namespace) -> dict[str, Any]:
     from ..data.interactions import load_interactions
-    from ..repository.cold_start import add_to_repository, read_vectors
+    from ..repository.update import add_to_repository, read_vectors
 
     if not (arguments.users or arguments.items or arguments.interactions or arguments.retrain):
         raise UsageError("there is nothing to add: give --users, --items, --interactions or --retrain.")
@@ -235,7 +228,7 @@ def _add(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _remove(arguments: argparse.Namespace) -> dict[str, Any]:
-    from ..repository.removals import remove_from_repository
+    from ..repository.update import remove_from_repository
 
     if not (arguments.users or arguments.items):
         raise UsageError("there is nothing to remove: give --users or --items.")
@@ -260,7 +253,7 @@ def _push(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _info(arguments: argparse.Namespace) -> dict[str, Any]:
-    from ..models.repository_files import fetch_repository
+    from ..models.recommender import fetch_repository
 
     folder = fetch_repository(arguments.repository, revision=arguments.revision)
     return {"repository": arguments.repository, **describe_repository(folder)}

@@ -23,7 +23,7 @@ import pyarrow.json as pa_json
 import pyarrow.parquet as pa_parquet
 from datasets import Dataset, IterableDataset, load_dataset
 
-from ..models.id_index import check_ids
+from ..models.codes import check_ids
 from .data_sources import DATA_SOURCES, DataSource, RawFile, demo_interactions, locate
 
 logger = logging.getLogger(__name__)

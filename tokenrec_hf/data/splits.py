@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from datasets import Dataset, DatasetDict
 
-from ..models.id_index import IdIndex
+from ..models.codes import IdIndex
 from .interaction_matrix import InteractionMatrix
 from .interactions import encode_column, quoted, time_order
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ..models.exact_search import stable_topk, unit_rows
+from ..models.embedding_store import stable_topk, unit_rows
 
 SeenPairs = tuple[torch.Tensor | np.ndarray, torch.Tensor | np.ndarray]
 

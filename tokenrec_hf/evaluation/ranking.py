@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from ..data.collator import DataCollatorForGenerativeRetrieval, PromptDataset
 from ..models.embedding_store import EmbeddingStore
-from ..models.history_encoder import HistoryEncoder
+from ..models.modeling_collaborative import HistoryEncoder
 from ..models.modeling_t5_retrieval import T5ForGenerativeRetrieval
 from ..models.prompts import (
     HISTORY_ONLY_TEMPLATE,

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from .configuration_mq_tokenizer import MQTokenizerConfig
+from .configuration_tokenrec import MQTokenizerConfig
 
 ENCODE_CHUNK = 8192
 USAGE_DECAY = 0.95

@@ -19,7 +19,7 @@ from transformers import initialization as init
 from transformers.models.t5.modeling_t5 import T5PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .configuration_t5_retrieval import T5GenerativeRetrievalConfig
+from .configuration_tokenrec import T5GenerativeRetrievalConfig
 
 # Prompts of up to so many tokens are encoded together, whatever their lengths.
 SHORT_PROMPT = 32

@@ -10,7 +10,7 @@ from transformers import Pipeline
 from transformers.dynamic_module_utils import custom_object_save
 
 from .embedding_store import EmbeddingStore
-from .history_encoder import HistoryEncoder
+from .modeling_collaborative import HistoryEncoder
 from .prompts import PromptTemplate
 from .recommender import Recommender
 

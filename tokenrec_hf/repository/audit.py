@@ -21,16 +21,16 @@ from transformers import AutoModel
 from ..data.collator import PromptDataset
 from ..data.splits import SPLITS, fingerprint, index_splits
 from ..evaluation.ranking import TEMPLATES, evaluation_collator
+from ..models.codes import IdIndex, load_indexes
 from ..models.embedding_store import EmbeddingStore
-from ..models.id_index import IdIndex, load_indexes
 from ..models.modeling_collaborative import augment_norm
 from ..models.modeling_mq_tokenizer import MQTokenizerModel
-from ..models.repository_files import check_repository
+from ..models.recommender import check_repository
 from ..models.tokenization_tokenrec import TokenRecTokenizer
 from ..training.recipe import load_recipe
 from .build import load_splits
-from .cold_start import ADDITIONS
-from .info import read_json
+from .repository import read_json
+from .update import ADDITIONS
 
 KINDS = ("user", "item")
 # Relative error of a vector: what the square root of `augment_norm` makes of rounding stays under it.

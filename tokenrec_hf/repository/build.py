@@ -21,29 +21,27 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
-from huggingface_hub.errors import StrictDataclassError
-from transformers import TrainingArguments, set_seed
+from transformers import set_seed
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..data.collator import DataCollatorForGenerativeRetrieval
 from ..data.splits import SPLITS, Holdout, IndexedSplits, fingerprint, index_splits
 from ..evaluation.ranking import evaluate_baselines, evaluate_retrieval
-from ..models.configuration_mq_tokenizer import MQTokenizerConfig
-from ..models.configuration_t5_retrieval import T5GenerativeRetrievalConfig
+from ..models.configuration_tokenrec import T5GenerativeRetrievalConfig
 from ..models.embedding_store import EmbeddingStore
 from ..models.modeling_collaborative import COLLABORATIVE_MODELS, FISMModel, augment_norm
 from ..models.modeling_mq_tokenizer import MQTokenizerModel
 from ..models.modeling_t5_retrieval import T5ForGenerativeRetrieval
 from ..models.pipeline_generative_retrieval import GenerativeRetrievalPipeline
 from ..models.prompts import HISTORY_ONLY_TEMPLATE, HISTORY_TEMPLATES
+from ..models.recommender import check_repository
 from ..models.tokenization_tokenrec import TokenRecTokenizer
-from ..training.recipe import save_recipe
+from ..training.recipe import Recipe, load_recipe, save_recipe
 from ..training.stages import SELECT_BY, train_collaborative, train_mq_tokenizer, train_retrieval
 from ..training.training_data import past_user_embeddings
 from .card import write_model_card
-from .collaborative_files import save_collaborative
+from .repository import read_json, save_collaborative
 
-_CONFIGS: dict[str, Callable] = {"mq_tokenizer": MQTokenizerConfig, "retrieval": T5GenerativeRetrievalConfig}
 # What `half_life: auto` chooses from on validation: whether the order of a history matters.
 HALF_LIVES = (None, 8)
 # Vectors that codebooks for users are fit to where there are fewer users: parts of their histories are added.
@@ -53,7 +51,7 @@ VARIANTS = ("tokenrec", "tokenrec_user_id_only", "tokenrec_unseen_prompt", "toke
 
 def train(
     splits: DatasetDict,
-    recipe: Mapping[str, Any],
+    recipe: Recipe | Mapping[str, Any],
     output_dir: str | os.PathLike,
     *,
     dataset_name: str = "custom",
@@ -77,7 +75,7 @@ def train(
     Raises:
         ValueError: the folder holds a run of other settings or data, a setting is wrong, or this is one of several processes.
     """
-    check_settings(recipe)
+    recipe = recipe.to_dict() if isinstance(recipe, Recipe) else Recipe.from_dict(recipe).to_dict()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
             "the three stages run in one process, but WORLD_SIZE says that there are "
@@ -113,72 +111,6 @@ def train(
     return metrics
 
 
-class UnknownSettingError(ValueError):
-    """A recipe has a setting that there is not; `name` is its dotted name."""
-
-    def __init__(self, name: str, owner: str):
-        super().__init__(f"there is no setting {name!r}; {owner} has no such field.")
-        self.name = name
-
-
-def check_settings(recipe: Mapping[str, Any]) -> None:
-    """Finds unknown names and impossible values before a folder is claimed and anything is trained.
-
-    Raises:
-        ValueError: a setting that there is not ([`UnknownSettingError`]), or a value that is impossible.
-    """
-    kind = COLLABORATIVE_MODELS.get(recipe["collaborative"]["model"])
-    if kind is None:
-        raise ValueError(
-            f"collaborative.model is {recipe['collaborative']['model']!r} but must be one of {', '.join(COLLABORATIVE_MODELS)}."
-        )
-    # A setting of another kind of model may stay in the recipe when the model is changed.
-    others = {name for other in COLLABORATIVE_MODELS.values() for name in other.config_class().to_dict()}  # type: ignore[misc]
-    mine = kind.config_class().to_dict()  # type: ignore[misc]
-    configs = {"collaborative": kind.config_class, **_CONFIGS}
-    for section, config_class in configs.items():
-        config = {name: value for name, value in recipe[section]["config"].items() if value != "auto"}
-        if section == "collaborative":
-            config = {name: value for name, value in config.items() if name in mine or name not in others}
-        for place, values, make in (
-            ("config", config, config_class),
-            ("training", recipe[section]["training"], partial(TrainingArguments, output_dir="unused")),
-        ):
-            usual = make()
-            for name, value in values.items():
-                dotted = f"{section}.{place}.{name}"
-                if not hasattr(usual, name):
-                    raise UnknownSettingError(dotted, type(usual).__name__)
-                default = getattr(usual, name)
-                if isinstance(default, (int, float)) and not isinstance(default, bool) and isinstance(value, str):
-                    raise ValueError(f"{dotted} is {value!r} but must be a number.")
-            try:
-                make(**values)
-            except (ValueError, StrictDataclassError) as error:
-                raise ValueError(f"{section}.{place}: {error}") from None
-        if recipe[section]["training"]["per_device_train_batch_size"] < 1:
-            raise ValueError(f"{section}.training.per_device_train_batch_size must be at least 1.")
-    _check_combinations(recipe)
-
-
-def _check_combinations(recipe: Mapping[str, Any]) -> None:
-    """What no section's own configuration can see."""
-    if recipe["collaborative"]["model"] == "fism" and recipe["collaborative"]["augment_norm"]:
-        raise ValueError(
-            "collaborative.augment_norm does nothing for fism, whose items all have the same length; set it to false."
-        )
-    if recipe["retrieval"]["config"].get("user_shortcut") and not recipe["mq_tokenizer"]["config"].get("residual"):
-        raise ValueError(
-            "retrieval.config.user_shortcut needs mq_tokenizer.config.residual=true: only such codewords add up."
-        )
-    share = recipe["prompts"]["history_only"]
-    if not isinstance(share, (int, float)) or not 0 <= share <= 1:
-        raise ValueError(f"prompts.history_only is {share!r} but must be a share from 0 to 1.")
-    count = recipe["mq_tokenizer"]["user_codebooks"]
-    if count is not None and (not isinstance(count, int) or count < 1):
-        raise ValueError(f"mq_tokenizer.user_codebooks is {count!r} but must be null or a number from 1 on.")
-
-
 def load_splits(output_dir: str | os.PathLike) -> DatasetDict:
     """The interactions that a repository was trained and evaluated on.
 
@@ -195,6 +127,25 @@ def load_splits(output_dir: str | os.PathLike) -> DatasetDict:
     return DatasetDict(
         {name: Dataset.from_parquet(str(folder / f"{name}.parquet"), keep_in_memory=True) for name in SPLITS}
     )
+
+
+def evaluate_repository(
+    folder: Path, split: str = "test", variant: str = "tokenrec", store: EmbeddingStore | None = None
+) -> dict[str, Any]:
+    """Ranks all items for every user of a split; see [`Repository.evaluate`]."""
+    check_repository(folder)
+    splits, run = load_splits(folder), read_json(folder / "training" / "run.json")
+    # With what was chosen on validation in the place of `auto`, which the recipe of the run still has.
+    recipe = load_recipe(config=folder / "recipe.yaml")
+    # After a refit, the model of the repository knows the validation items; the one of the selection does not.
+    if split == "validation" and run["refit"]:
+        if store is not None:
+            raise ValueError("the store holds the vectors of the refit; evaluate it on the test items.")
+        folder = folder / "training" / "selection"
+    data = index_splits(splits, split)
+    metrics = evaluate_baselines(data, store or EmbeddingStore.open(folder / "store"))
+    metrics[variant] = evaluate_retrieval(folder, data, recipe, variant, store)
+    return {"split": split, "variant": variant, "users": len(data.holdout.users), "metrics": metrics}
 
 
 def build_retrieval_model(

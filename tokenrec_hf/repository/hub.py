@@ -9,10 +9,10 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from ..models.code_table import forget_ids
+from ..models.codes import forget_ids
 from ..models.embedding_store import EmbeddingStore
-from ..models.history_encoder import HistoryEncoder
-from ..models.repository_files import CONTENT, WITH_USERS, check_repository, hub_errors
+from ..models.modeling_collaborative import HistoryEncoder
+from ..models.recommender import CONTENT, WITH_USERS, check_repository, hub_errors
 from .card import write_model_card
 
 

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..models.exact_search import unit_rows
-from ..models.vector_table import VectorTable
+from ..models.embedding_store import VectorTable, unit_rows
 
 KINDS = ("ivf", "hnsw")
 REBUILD_SHARE = 0.1

@@ -34,7 +34,7 @@ from ..data.collator import DataCollatorForGenerativeRetrieval, PromptDataset
 from ..data.interaction_matrix import InteractionMatrix
 from ..data.splits import Holdout
 from ..evaluation.metrics import evaluate_embeddings
-from ..models.configuration_mq_tokenizer import MQTokenizerConfig
+from ..models.configuration_tokenrec import MQTokenizerConfig
 from ..models.modeling_collaborative import COLLABORATIVE_MODELS, FISMModel, MatrixFactorizationModel
 from ..models.modeling_mq_tokenizer import MQTokenizerModel
 from ..models.modeling_t5_retrieval import T5ForGenerativeRetrieval

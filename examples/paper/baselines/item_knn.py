@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 
-from tokenrec_hf.models.exact_search import stable_topk
+from tokenrec_hf.models.embedding_store import stable_topk
 
 from .base import Baseline
 from .sparse import binary_matrix
