@@ -91,7 +91,7 @@ def _users(model, tables, interactions, items) -> torch.Tensor:
     ages = np.repeat(interactions.indptr[1:], lengths) - 1 - np.arange(len(items))
     users, items, ages = (torch.from_numpy(np.asarray(one)).long() for one in (interactions.users, items, ages))
     with torch.no_grad():
-        return model.pool(users, items, ages, interactions.num_users)
+        return model.history_vectors(users, items, ages, interactions.num_users)
 
 
 def measure(users: torch.Tensor, items: torch.Tensor, data: IndexedSplits, group) -> tuple[float, float]:

@@ -1,10 +1,13 @@
-"""Identifiers to row numbers, as arrays."""
+"""Ids to rows and to codes as arrays; the names of a trained repository's files, and reading and writing of single files."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -309,3 +312,193 @@ def _keys(codes: np.ndarray) -> np.ndarray:
     for column in codes.T:
         keys = keys * np.uint64(0x9E3779B97F4A7C15) + column.astype(np.uint64)
     return keys
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
+    """Writes a file whole or not at all: yields a temporary path, which takes the place of `path` when the block ends.
+
+    The content is on the disk when this returns, also after a power failure. On an error the former file stays.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        flush(temporary)
+        os.replace(temporary, path)
+        flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Brings a file, or the names in a folder where a folder can be opened, to the disk."""
+    if path.is_dir() and not hasattr(os, "O_DIRECTORY"):
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """The content of a JSON file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); copy it again, or train in another folder.") from error
+
+
+# The names of the parts of a trained repository.
+STORE, COLLABORATIVE = "store", "collaborative"
+MQ = {"user": "mq_user", "item": "mq_item"}
+
+
+class RepositoryFolder:
+    """The names of a trained repository's parts.
+
+    Args:
+        path: the folder.
+    """
+
+    # The files that a repository shares; other files of its folder (checkpoints, interactions) stay on this machine.
+    CONTENT = (
+        "*.json",
+        "*.safetensors",
+        "*.py",
+        "README.md",
+        "recipe.yaml",
+        *(f"{one}/*" for one in (*MQ.values(), STORE)),
+    )
+    WITH_USERS = (f"{COLLABORATIVE}/*",)
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+
+    @property
+    def store(self) -> Path:
+        """The embedding store: ids, vectors, seen items and item metadata."""
+        return self.path / STORE
+
+    @property
+    def collaborative(self) -> Path:
+        """The collaborative model, with the ids of its rows."""
+        return self.path / COLLABORATIVE
+
+    def mq(self, kind: str) -> Path:
+        """The MQ-Tokenizer of `"user"` or `"item"`."""
+        return self.path / MQ[kind]
+
+    @property
+    def recipe(self) -> Path:
+        """The settings of the training."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """The measurements."""
+        return self.path / "metrics.json"
+
+    @property
+    def additions(self) -> Path:
+        """The numbers of users and items that were added after the training."""
+        return self.path / "additions.json"
+
+    @property
+    def training(self) -> Path:
+        """Splits, records of finished stages and the selection run; stays on this machine."""
+        return self.path / "training"
+
+
+def check_repository(folder: str | os.PathLike) -> None:
+    """Makes sure that a folder is a finished trained repository.
+
+    Raises:
+        FileNotFoundError: it is not; the message says what is missing and what to do.
+    """
+    parts = RepositoryFolder(folder)
+    if not parts.path.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}; train one with `tokenrec train --output_dir {folder}`.")
+    unfinished = parts.training.is_dir()
+    required = ("config.json", "tokenizer.json", "codes.safetensors", f"{STORE}/store.json", "model.safetensors")
+    # metrics.json is written last of all.
+    for name in (*required, *[parts.metrics.name] * unfinished):
+        if not (parts.path / name).is_file():
+            advice = "it is no trained repository; give the --output_dir of `tokenrec train`"
+            if unfinished:
+                advice = (
+                    "training has not finished; run the same `tokenrec train` again and it goes on where it stopped"
+                )
+            raise FileNotFoundError(f"{folder} has no {name}: {advice}.")
+
+
+def fetch_repository(name: str | os.PathLike, *, revision: str | None = None, token: str | bool | None = None) -> Path:
+    """The folder of a trained repository, downloaded from the Hub unless it is local.
+
+    Args:
+        name: a folder, or the id of a Hub repository.
+        revision: branch, tag or commit of the Hub repository.
+        token: Hub token; by default the stored one.
+
+    Raises:
+        FileNotFoundError: there is neither such a folder nor such a repository, or it has not been downloaded and the Hub is
+            out of reach.
+        OSError: the Hub refuses.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    # Imported here, because the client takes longer to import than a local folder takes to be read.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    with hub_errors(str(name), revision):
+        try:
+            allowed = [*RepositoryFolder.CONTENT, *RepositoryFolder.WITH_USERS]
+            return Path(snapshot_download(str(name), revision=revision, token=token, allow_patterns=allowed))
+        except HFValidationError:
+            raise FileNotFoundError(
+                f"there is no folder {name}, and no Hub repository can have that name; train one with `tokenrec train "
+                f"--output_dir {name}` or check the path."
+            ) from None
+
+
+@contextmanager
+def hub_errors(name: str, revision: str | None) -> Iterator[None]:
+    """Turns each error of the Hub's client into one sentence."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.RevisionNotFoundError:
+        raise FileNotFoundError(
+            f"the Hub repository {name} has no revision {revision!r}; see its branches and tags."
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise FileNotFoundError(
+            f"there is no folder {name} here, and on the Hub no repository of that name that your token may read; check the "
+            "name, or log in with `hf auth login`."
+        ) from None
+    except errors.LocalEntryNotFoundError:
+        raise FileNotFoundError(
+            f"there is no folder {name} here, it has not been downloaded before, and the Hub cannot be reached; connect, or "
+            "unset HF_HUB_OFFLINE."
+        ) from None
+    except errors.HFValidationError as error:
+        raise ValueError(f"{name!r} is no name for a Hub repository ({error}); give it as organisation/name.") from None
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        advice = "log in with `hf auth login` and a token that may write there" if status in (401, 403) else "try again"
+        raise OSError(
+            f"the Hub refused {name} with status {status} ({error.server_message or error}); {advice}."
+        ) from None
+    except (errors.OfflineModeIsEnabled, errors.HTTPError, RuntimeError) as error:
+        # The client reports an interrupted upload as a RuntimeError.
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise OSError(
+            f"the Hub could not be reached for {name} ({reason}); connect, unset HF_HUB_OFFLINE, or try again."
+        ) from error

@@ -12,7 +12,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from .embedding_store import EmbeddingStore
 from .modeling_collaborative import HistoryEncoder
 from .prompts import PromptTemplate
-from .recommender import Recommender
+from .recommender import Recommender, fetch_repository, load_history_encoder
 
 
 class GenerativeRetrievalPipeline(Pipeline):
@@ -56,8 +56,8 @@ class GenerativeRetrievalPipeline(Pipeline):
         super().__init__(model=model, tokenizer=tokenizer, **kwargs)
         if store is None:
             store = EmbeddingStore.from_pretrained(model.name_or_path, revision=model.loaded_revision)
-            history_encoder = history_encoder or HistoryEncoder.from_pretrained(
-                model.name_or_path, revision=model.loaded_revision
+            history_encoder = history_encoder or load_history_encoder(
+                fetch_repository(model.name_or_path, revision=model.loaded_revision)
             )
         self.recommender = Recommender(model, tokenizer, store, history_encoder)
 

@@ -3,162 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from safetensors import SafetensorError
 
+from .codes import RepositoryFolder, check_repository, fetch_repository
 from .embedding_store import EmbeddingStore
-from .modeling_collaborative import HistoryEncoder
+from .modeling_collaborative import HistoryEncoder, collaborative_class, load_collaborative
 from .modeling_t5_retrieval import T5ForGenerativeRetrieval
 from .prompts import HISTORY_ONLY_TEMPLATE, HISTORY_TEMPLATES, USER_ONLY_TEMPLATES, PromptTemplate, render
 from .tokenization_tokenrec import TokenRecTokenizer
-
-
-@dataclass(frozen=True)
-class RepositoryFolder:
-    """The names of a trained repository's parts, and how they are opened for reading.
-
-    Args:
-        path: the folder.
-    """
-
-    path: Path
-
-    @property
-    def store(self) -> Path:
-        """The embedding store: ids, vectors, seen items and item metadata."""
-        return self.path / "store"
-
-    @property
-    def collaborative(self) -> Path:
-        """The collaborative model, with the ids of its rows."""
-        return self.path / "collaborative"
-
-    def mq(self, kind: str) -> Path:
-        """The MQ-Tokenizer of `"user"` or `"item"`."""
-        return self.path / f"mq_{kind}"
-
-    @property
-    def recipe(self) -> Path:
-        """The settings that the repository was trained with."""
-        return self.path / "recipe.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        """What was measured."""
-        return self.path / "metrics.json"
-
-    @property
-    def additions(self) -> Path:
-        """How many users and items were added since the training."""
-        return self.path / "additions.json"
-
-    @property
-    def training(self) -> Path:
-        """Splits, records of finished stages and the selection run; stays on this machine."""
-        return self.path / "training"
-
-
-# Without these, a folder is no trained repository.
-REQUIRED = ("config.json", "tokenizer.json", "codes.safetensors", "store/store.json", "model.safetensors")
-# What a trained repository holds; whatever else lies in its folder (checkpoints, interactions) is nobody else's business.
-CONTENT = ("*.json", "*.safetensors", "*.py", "README.md", "recipe.yaml", "mq_user/*", "mq_item/*", "store/*")
-WITH_USERS = ("collaborative/*",)
-
-
-def fetch_repository(name: str | os.PathLike, *, revision: str | None = None, token: str | bool | None = None) -> Path:
-    """The folder of a trained repository, downloaded from the Hub unless it is here.
-
-    Args:
-        name: a folder, or the id of a Hub repository.
-        revision: branch, tag or commit of the Hub repository.
-        token: Hub token; by default the one that is logged in.
-
-    Raises:
-        FileNotFoundError: there is neither such a folder nor such a repository, or it has not been downloaded and the Hub is
-            out of reach.
-        OSError: the Hub refuses.
-    """
-    if Path(name).is_dir():
-        return Path(name)
-    with hub_errors(str(name), revision):
-        try:
-            allowed = [*CONTENT, *WITH_USERS]
-            return Path(snapshot_download(str(name), revision=revision, token=token, allow_patterns=allowed))
-        except HFValidationError:
-            raise FileNotFoundError(
-                f"there is no folder {name}, and no Hub repository can have that name; train one with `tokenrec train "
-                f"--output_dir {name}` or check the path."
-            ) from None
-
-
-def check_repository(folder: str | os.PathLike) -> None:
-    """Makes sure that a folder is a finished trained repository.
-
-    Raises:
-        FileNotFoundError: it is not; the message says what is missing and what to do.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}; train one with `tokenrec train --output_dir {folder}`.")
-    unfinished = (folder / "training").is_dir()
-    # metrics.json is written last of all.
-    missing = [name for name in (*REQUIRED, *["metrics.json"] * unfinished) if not (folder / name).is_file()]
-    if missing:
-        if unfinished:
-            advice = "training has not finished; run the same `tokenrec train` again and it goes on where it stopped"
-        else:
-            advice = "it is no trained repository; give the --output_dir of `tokenrec train`"
-        raise FileNotFoundError(f"{folder} has no {missing[0]}: {advice}.")
-
-
-@contextmanager
-def hub_errors(name: str, revision: str | None) -> Iterator[None]:
-    """What can go wrong between here and the Hub, each said in one sentence."""
-    try:
-        yield
-    except RevisionNotFoundError:
-        raise FileNotFoundError(
-            f"the Hub repository {name} has no revision {revision!r}; see its branches and tags."
-        ) from None
-    except RepositoryNotFoundError:
-        raise FileNotFoundError(
-            f"there is no folder {name} here, and on the Hub no repository of that name that your token may read; check the "
-            "name, or log in with `hf auth login`."
-        ) from None
-    except LocalEntryNotFoundError:
-        raise FileNotFoundError(
-            f"there is no folder {name} here, it has not been downloaded before, and the Hub cannot be reached; connect, or "
-            "unset HF_HUB_OFFLINE."
-        ) from None
-    except HFValidationError as error:
-        raise ValueError(f"{name!r} is no name for a Hub repository ({error}); give it as organisation/name.") from None
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        advice = "log in with `hf auth login` and a token that may write there" if status in (401, 403) else "try again"
-        raise OSError(
-            f"the Hub refused {name} with status {status} ({error.server_message or error}); {advice}."
-        ) from None
-    except (OfflineModeIsEnabled, HTTPError, RuntimeError) as error:
-        # The last is how the client reports that an upload broke off.
-        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise OSError(
-            f"the Hub could not be reached for {name} ({reason}); connect, unset HF_HUB_OFFLINE, or try again."
-        ) from error
 
 
 class Recommender:
@@ -220,8 +76,8 @@ class Recommender:
         return cls(
             load_model(folder),
             TokenRecTokenizer.from_pretrained(folder),
-            store or EmbeddingStore.open(Path(folder) / "store"),
-            HistoryEncoder.from_pretrained(folder),
+            store or EmbeddingStore.open(RepositoryFolder(folder).store),
+            load_history_encoder(folder),
         )
 
     def recommend(
@@ -318,6 +174,15 @@ def _usual(name: str | None, history: Sequence[str]) -> PromptTemplate:
     if name is None:
         return HISTORY_ONLY_TEMPLATE
     return HISTORY_TEMPLATES[0] if history else USER_ONLY_TEMPLATES[0]
+
+
+def load_history_encoder(folder: str | os.PathLike) -> HistoryEncoder | None:
+    """The collaborative model as a [`HistoryEncoder`]; None if it is absent or has a vector per user."""
+    source = RepositoryFolder(folder).collaborative
+    if not source.is_dir() or not collaborative_class(source).users_are_histories:
+        return None
+    model, ids = load_collaborative(source)
+    return HistoryEncoder(model, ids["item"])
 
 
 def load_model(folder: str | os.PathLike) -> T5ForGenerativeRetrieval:
