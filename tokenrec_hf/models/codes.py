@@ -354,9 +354,17 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged ({error}); copy it again, or train in another folder.") from error
 
 
-# The names of the parts of a trained repository.
+# The folders of a trained repository.
 STORE, COLLABORATIVE = "store", "collaborative"
-MQ = {"user": "mq_user", "item": "mq_item"}
+MQ_FOLDERS = {"user": "mq_user", "item": "mq_item"}
+# Files without which a folder is not a trained repository.
+REQUIRED = ("config.json", "tokenizer.json", "codes.safetensors", f"{STORE}/store.json", "model.safetensors")
+# The files of a trained repository; other files in its folder, such as checkpoints, are ignored.
+CONTENT = (
+    *("*.json", "*.safetensors", "*.py", "README.md", "recipe.yaml", f"{STORE}/*"),
+    *(f"{folder}/*" for folder in MQ_FOLDERS.values()),
+)
+WITH_USERS = (f"{COLLABORATIVE}/*",)
 
 
 class RepositoryFolder:
@@ -366,99 +374,73 @@ class RepositoryFolder:
         path: the folder.
     """
 
-    # The files that a repository shares; other files of its folder (checkpoints, interactions) stay on this machine.
-    CONTENT = (
-        "*.json",
-        "*.safetensors",
-        "*.py",
-        "README.md",
-        "recipe.yaml",
-        *(f"{one}/*" for one in (*MQ.values(), STORE)),
-    )
-    WITH_USERS = (f"{COLLABORATIVE}/*",)
-
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-
-    @property
-    def store(self) -> Path:
-        """The embedding store: ids, vectors, seen items and item metadata."""
-        return self.path / STORE
-
-    @property
-    def collaborative(self) -> Path:
-        """The collaborative model, with the ids of its rows."""
-        return self.path / COLLABORATIVE
+        self.store = self.path / STORE
+        self.collaborative = self.path / COLLABORATIVE
+        self.recipe = self.path / "recipe.yaml"
+        self.metrics = self.path / "metrics.json"
+        # Counts of the users and items that were added after training.
+        self.additions = self.path / "additions.json"
+        # Splits, records of finished stages and the selection run; never uploaded.
+        self.training = self.path / "training"
+        # A change of several files that has been decided but not carried out.
+        self.committed = self.path / ".update-committed"
 
     def mq(self, kind: str) -> Path:
         """The MQ-Tokenizer of `"user"` or `"item"`."""
-        return self.path / MQ[kind]
-
-    @property
-    def recipe(self) -> Path:
-        """The settings of the training."""
-        return self.path / "recipe.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        """The measurements."""
-        return self.path / "metrics.json"
-
-    @property
-    def additions(self) -> Path:
-        """The numbers of users and items that were added after the training."""
-        return self.path / "additions.json"
-
-    @property
-    def training(self) -> Path:
-        """Splits, records of finished stages and the selection run; stays on this machine."""
-        return self.path / "training"
+        return self.path / MQ_FOLDERS[kind]
 
 
 def check_repository(folder: str | os.PathLike) -> None:
-    """Makes sure that a folder is a finished trained repository.
+    """Checks that a folder holds a finished trained repository.
 
     Raises:
-        FileNotFoundError: it is not; the message says what is missing and what to do.
+        FileNotFoundError: a part is missing; the message names it and the remedy.
+        ValueError: a change of the repository was interrupted.
     """
     parts = RepositoryFolder(folder)
     if not parts.path.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}; train one with `tokenrec train --output_dir {folder}`.")
+    if parts.committed.is_dir():
+        raise ValueError(
+            f"a change of {folder} was interrupted or is under way; if no other process changes it, open it once with "
+            "`Repository(folder)` or any `tokenrec` command to finish the change."
+        )
     unfinished = parts.training.is_dir()
-    required = ("config.json", "tokenizer.json", "codes.safetensors", f"{STORE}/store.json", "model.safetensors")
-    # metrics.json is written last of all.
-    for name in (*required, *[parts.metrics.name] * unfinished):
-        if not (parts.path / name).is_file():
-            advice = "it is no trained repository; give the --output_dir of `tokenrec train`"
+    # The metrics are written last.
+    needed = [parts.path / name for name in REQUIRED] + [parts.metrics] * unfinished
+    for path in needed:
+        if not path.is_file():
             if unfinished:
-                advice = (
-                    "training has not finished; run the same `tokenrec train` again and it goes on where it stopped"
-                )
-            raise FileNotFoundError(f"{folder} has no {name}: {advice}.")
+                advice = "training has not finished; run the same `tokenrec train` again to continue"
+            else:
+                advice = "it is no trained repository; give the --output_dir of `tokenrec train`"
+            raise FileNotFoundError(f"{folder} has no {path.relative_to(parts.path)}: {advice}.")
 
 
 def fetch_repository(name: str | os.PathLike, *, revision: str | None = None, token: str | bool | None = None) -> Path:
-    """The folder of a trained repository, downloaded from the Hub unless it is local.
+    """The folder of a trained repository, downloaded from the Hub if `name` is not a local folder.
 
     Args:
         name: a folder, or the id of a Hub repository.
         revision: branch, tag or commit of the Hub repository.
-        token: Hub token; by default the stored one.
+        token: Hub token; by default the one that is logged in.
 
     Raises:
-        FileNotFoundError: there is neither such a folder nor such a repository, or it has not been downloaded and the Hub is
-            out of reach.
-        OSError: the Hub refuses.
+        FileNotFoundError: there is no such folder and no such repository, or the Hub cannot be reached and the repository is not
+            in the cache.
+        OSError: the Hub refuses the download.
     """
     if Path(name).is_dir():
         return Path(name)
-    # Imported here, because the client takes longer to import than a local folder takes to be read.
+    # The client is imported here, because it takes longer to import than a local folder takes to be read.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     with hub_errors(str(name), revision):
         try:
-            allowed = [*RepositoryFolder.CONTENT, *RepositoryFolder.WITH_USERS]
+            allowed = [*CONTENT, *WITH_USERS]
             return Path(snapshot_download(str(name), revision=revision, token=token, allow_patterns=allowed))
         except HFValidationError:
             raise FileNotFoundError(
@@ -469,7 +451,7 @@ def fetch_repository(name: str | os.PathLike, *, revision: str | None = None, to
 
 @contextmanager
 def hub_errors(name: str, revision: str | None) -> Iterator[None]:
-    """Turns each error of the Hub's client into one sentence."""
+    """Turns the errors of the Hub's client into one sentence each."""
     from huggingface_hub import errors
 
     try:
@@ -497,7 +479,7 @@ def hub_errors(name: str, revision: str | None) -> Iterator[None]:
             f"the Hub refused {name} with status {status} ({error.server_message or error}); {advice}."
         ) from None
     except (errors.OfflineModeIsEnabled, errors.HTTPError, RuntimeError) as error:
-        # The client reports an interrupted upload as a RuntimeError.
+        # The client raises RuntimeError for an interrupted upload.
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise OSError(
             f"the Hub could not be reached for {name} ({reason}); connect, unset HF_HUB_OFFLINE, or try again."

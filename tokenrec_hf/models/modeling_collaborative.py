@@ -78,6 +78,7 @@ class CollaborativeModel(PreTrainedModel):
     keeps_interactions: ClassVar[bool] = True
     users_are_histories: ClassVar[bool] = False
 
+    config_class: type[CollaborativeConfig] = CollaborativeConfig
     config: CollaborativeConfig
     main_input_name = "user_ids"
     # The loss is a mean already, so Trainer need not count the examples of a step.
@@ -491,9 +492,9 @@ class HistoryEncoder:
         ages = np.repeat(np.cumsum(sizes), sizes) - 1 - np.arange(len(rows))
         items = self.items.rows([item for history in histories for item in history])
         inside = items >= 0
-        known = (torch.from_numpy(array[inside]) for array in (rows, items, ages))
+        row, item, age = (torch.from_numpy(array[inside]) for array in (rows, items, ages))
         with torch.no_grad():
-            vectors = self.model.history_vectors(*known, count=len(sizes))
+            vectors = self.model.history_vectors(row, item, age, len(sizes))
         return vectors, np.bincount(rows[inside], minlength=len(sizes)) > 0
 
 
@@ -525,30 +526,6 @@ def load_collaborative(folder: str | os.PathLike) -> tuple[CollaborativeModel, d
         ValueError: a file is damaged.
     """
     return collaborative_class(folder).from_pretrained(folder).eval(), load_indexes(Path(folder) / IDS)
-
-
-def augment_norm(
-    users: torch.Tensor, items: torch.Tensor, norm: float | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Adds a dimension in which the *cosine* ranks items as the dot product of the given vectors does.
-
-    Retrieval is by cosine (Eq. 19), but BPR trains dot products, where an item's norm carries its popularity. With M the
-    largest norm of an item, (q, sqrt(M^2 - ||q||^2)) has norm M for every item and (p, 0) leaves the product unchanged
-    (Bachrach et al., 2014).
-
-    Args:
-        users: p, `[num_users, d]`.
-        items: q, `[num_items, d]`.
-        norm: M; by default the largest norm of `items`. For cold-start items it is the M of the known items; a longer item
-            keeps its own length.
-
-    Returns:
-        `[num_users, d + 1]` and `[num_items, d + 1]`.
-    """
-    squares = items.square().sum(dim=1, keepdim=True)
-    largest = squares.max() if norm is None else norm**2
-    rest = (largest - squares).clamp(min=0).sqrt()
-    return torch.cat([users, torch.zeros_like(users[:, :1])], dim=1), torch.cat([items, rest], dim=1)
 
 
 for _model_class in COLLABORATIVE_MODELS.values():

@@ -27,7 +27,7 @@ from ..data.collator import DataCollatorForGenerativeRetrieval
 from ..data.splits import SPLITS, Holdout, IndexedSplits, fingerprint, index_splits
 from ..evaluation.ranking import evaluate_baselines, evaluate_retrieval
 from ..evaluation.variants import VARIANTS
-from ..models.codes import COLLABORATIVE, MQ, RepositoryFolder, atomic_write, read_json
+from ..models.codes import COLLABORATIVE, MQ_FOLDERS, RepositoryFolder, atomic_write, read_json
 from ..models.configuration_tokenrec import T5GenerativeRetrievalConfig
 from ..models.embedding_store import EmbeddingStore
 from ..models.modeling_collaborative import COLLABORATIVE_MODELS, load_collaborative, save_collaborative
@@ -142,7 +142,7 @@ def build_retrieval_model(
         "eos_token_id": tokenizer.eos_token_id,
         "decoder_start_token_id": tokenizer.pad_token_id,
     }
-    user_tokens, item_tokens = (tokenizer.code_token_ids(kind) for kind in MQ)
+    user_tokens, item_tokens = (tokenizer.code_token_ids(kind) for kind in MQ_FOLDERS)
     if settings.config.get("user_shortcut"):
         config["user_code_tokens"] = [int(user_tokens.min()), int(user_tokens.max()) + 1]
     if settings.backbone is None:
@@ -235,7 +235,7 @@ class _TrainingRun:
     @property
     def codes(self) -> dict[str, dict[str, float]]:
         """Statistics of the users' and the items' codes."""
-        return {kind: self.record[stage]["metrics"] for kind, stage in MQ.items()}
+        return {kind: self.record[stage]["metrics"] for kind, stage in MQ_FOLDERS.items()}
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -248,7 +248,7 @@ class _TrainingRun:
         holdout = None if self.fixed_epochs else data.holdout
         self._collaborative_stages(data, holdout)
         store = self._store(data)
-        for kind, stage in MQ.items():
+        for kind, stage in MQ_FOLDERS.items():
             self._stage(stage, partial(self._mq_tokenizer, data, store, kind))
         self._stage(RETRIEVAL, partial(self._retrieval, data, holdout, store))
         self._stage(EVALUATION, lambda checkpoints: self._evaluate(data))
@@ -355,7 +355,7 @@ class _TrainingRun:
     def _retrieval(
         self, data: IndexedSplits, holdout: Holdout | None, store: EmbeddingStore, checkpoints: Path
     ) -> Outcome:
-        user_mq, item_mq = (MQTokenizerModel.from_pretrained(self.parts.mq(kind)) for kind in MQ)
+        user_mq, item_mq = (MQTokenizerModel.from_pretrained(self.parts.mq(kind)) for kind in MQ_FOLDERS)
         store.space_ids = {"user": user_mq.space_id, "item": item_mq.space_id}
         settings = self.recipe.retrieval
         tokenizer = TokenRecTokenizer.from_components(

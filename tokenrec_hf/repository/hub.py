@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from huggingface_hub import HfApi
 
-from ..models.codes import RepositoryFolder, check_repository, forget_ids, hub_errors
+from ..models.codes import CONTENT, WITH_USERS, RepositoryFolder, check_repository, forget_ids, hub_errors
 from ..models.embedding_store import EmbeddingStore
 from ..models.modeling_collaborative import save_collaborative
 from ..models.recommender import load_history_encoder
@@ -72,7 +72,7 @@ def push(
 def copy_shared(folder: Path, target: Path, include_users: bool) -> None:
     """Copies the shared files of a trained repository, without its users unless asked for."""
     source, copied = RepositoryFolder(folder), RepositoryFolder(target)
-    for pattern in (*source.CONTENT, *source.WITH_USERS * include_users):
+    for pattern in (*CONTENT, *WITH_USERS * include_users):
         for path in folder.glob(pattern):
             if path.is_file():
                 copy = target / path.relative_to(folder)

@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from ..models.codes import COLLABORATIVE, MQ, RepositoryFolder, check_repository, fetch_repository, flush, read_json
+from ..models.codes import (
+    COLLABORATIVE,
+    MQ_FOLDERS,
+    RepositoryFolder,
+    check_repository,
+    fetch_repository,
+    flush,
+    read_json,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -29,11 +37,11 @@ if TYPE_CHECKING:
 # The two runs of a training, and the stages of each.
 SELECTION, REFIT = "selection", "refit"
 RETRIEVAL, EVALUATION = "retrieval", "evaluation"
-STAGES = (COLLABORATIVE, *MQ.values(), RETRIEVAL, EVALUATION)
+STAGES = (COLLABORATIVE, *MQ_FOLDERS.values(), RETRIEVAL, EVALUATION)
 # Retraining is due when the cold-start users or items are more than this share of the trained ones, or when their codes lose
 # this many times the variance that the trained ones lose (of the floor, where these lose almost nothing).
 DUE_SHARE, DUE_ERROR, DUE_FLOOR = 0.2, 2.0, 0.1
-STAGED, COMMITTED, LOCK = ".update", ".update-committed", ".update.lock"
+STAGED, LOCK = ".update", ".update.lock"
 
 
 class Repository:
@@ -54,7 +62,7 @@ class Repository:
             raise FileNotFoundError(
                 f"there is no folder {folder}; train one with `tokenrec train --output_dir {folder}`."
             )
-        if (self.folder / COMMITTED).is_dir():
+        if (self.parts.committed).is_dir():
             with FileLock(self.folder / LOCK):
                 self._finish()
 
@@ -266,7 +274,7 @@ class Repository:
             for path in (*staged.rglob("*"), staged):
                 flush(path)
             # The commit: before this renaming nothing has changed, after it `_finish` completes the change.
-            os.rename(staged, self.folder / COMMITTED)
+            os.rename(staged, self.parts.committed)
             flush(self.folder)
             self._finish()
         finally:
@@ -276,7 +284,7 @@ class Repository:
     def _finish(self) -> None:
         """Drops an uncommitted change and completes a committed one."""
         shutil.rmtree(self.folder / STAGED, ignore_errors=True)
-        committed = self.folder / COMMITTED
+        committed = self.parts.committed
         if not committed.is_dir():
             return
         from ..models.embedding_store import MANIFEST, remove_leftovers
