@@ -12,6 +12,8 @@ import importlib.util
 import sys
 import types
 
+from .store import open_store as open_store
+
 __version__ = "0.1.0"
 
 _MODULES = {
@@ -27,7 +29,7 @@ _MODULES = {
         "T5GenerativeRetrievalConfig",
     ),
     "models.modeling_collaborative": ("FISMModel", "HistoryEncoder", "LightGCNModel", "MatrixFactorizationModel"),
-    "models.embedding_store": ("EmbeddingStore",),
+    "models.embedding_store": ("EmbeddingStore", "Store"),
     "models.modeling_mq_tokenizer": ("MQTokenizerModel",),
     "models.tokenization_tokenrec": ("TokenRecTokenizer",),
     "models.prompts": ("PromptTemplate", "SEEN_TEMPLATES", "UNSEEN_TEMPLATE", "render"),
@@ -37,13 +39,14 @@ _MODULES = {
     "evaluation.metrics": ("RankingMetrics", "evaluate_embeddings"),
     "training.recipe": ("Recipe", "load_recipe"),
     "training.stages": ("SetEpoch",),
-    "store.milvus": ("MilvusEmbeddingStore",),
+    "store.faiss": ("FaissStore",),
+    "store.milvus": ("MilvusStore",),
     "repository.update": ("NewVectors", "add_to_repository", "read_vectors", "remove_from_repository"),
     "repository.build": ("train",),
     "repository.repository": ("Repository",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
-__all__ = sorted(_HOME)
+__all__ = sorted([*_HOME, "open_store"])
 
 # model_type -> (configuration, model, tokenizer or None)
 _AUTO = {

@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..data.collator import DataCollatorForGenerativeRetrieval, PromptDataset
-from ..models.embedding_store import EmbeddingStore
+from ..models.embedding_store import EmbeddingStore, Store
 from ..models.modeling_collaborative import HistoryEncoder
 from ..models.modeling_t5_retrieval import T5ForGenerativeRetrieval
 from ..models.prompts import (
@@ -36,7 +36,7 @@ TEMPLATES = {
 }
 
 
-def evaluate_baselines(data, store: EmbeddingStore) -> dict[str, dict[str, float]]:
+def evaluate_baselines(data, store: Store) -> dict[str, dict[str, float]]:
     """Popularity and the collaborative model itself, by dot product and by cosine.
 
     Args:
@@ -64,7 +64,7 @@ def evaluate_retrieval(
     data,
     recipe: Mapping[str, Any],
     variant: str = "tokenrec",
-    store: EmbeddingStore | None = None,
+    store: Store | None = None,
 ) -> dict[str, float]:
     """The trained recommender of `folder` on held-out items, on a GPU where there is one.
 

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import Pipeline
 from transformers.dynamic_module_utils import custom_object_save
 
-from .embedding_store import EmbeddingStore
+from .embedding_store import EmbeddingStore, Store
 from .modeling_collaborative import HistoryEncoder
 from .prompts import PromptTemplate
 from .recommender import Recommender
@@ -49,7 +49,7 @@ class GenerativeRetrievalPipeline(Pipeline):
         self,
         model,
         tokenizer,
-        store: EmbeddingStore | None = None,
+        store: Store | None = None,
         history_encoder: HistoryEncoder | None = None,
         **kwargs,
     ):

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 
-from .embedding_store import EmbeddingStore
+from .embedding_store import MANIFEST, STORE_FOLDER, EmbeddingStore, Store
 from .modeling_collaborative import HistoryEncoder
 from .modeling_t5_retrieval import T5ForGenerativeRetrieval
 from .prompts import HISTORY_ONLY_TEMPLATE, HISTORY_TEMPLATES, USER_ONLY_TEMPLATES, PromptTemplate, render
@@ -41,7 +41,7 @@ class RepositoryFolder:
     @property
     def store(self) -> Path:
         """The embedding store: ids, vectors, seen items and item metadata."""
-        return self.path / "store"
+        return self.path / STORE_FOLDER
 
     @property
     def collaborative(self) -> Path:
@@ -74,9 +74,9 @@ class RepositoryFolder:
 
 
 # Without these, a folder is no trained repository.
-REQUIRED = ("config.json", "tokenizer.json", "codes.safetensors", "store/store.json", "model.safetensors")
+REQUIRED = ("config.json", "tokenizer.json", "codes.safetensors", f"{STORE_FOLDER}/{MANIFEST}", "model.safetensors")
 # What a trained repository holds; whatever else lies in its folder (checkpoints, interactions) is nobody else's business.
-CONTENT = ("*.json", "*.safetensors", "*.py", "README.md", "recipe.yaml", "mq_user/*", "mq_item/*", "store/*")
+CONTENT = ("*.json", "*.safetensors", "*.py", "README.md", "recipe.yaml", "mq_user/*", "mq_item/*", f"{STORE_FOLDER}/*")
 WITH_USERS = ("collaborative/*",)
 
 
@@ -179,7 +179,7 @@ class Recommender:
         self,
         model: T5ForGenerativeRetrieval,
         tokenizer: TokenRecTokenizer,
-        store: EmbeddingStore,
+        store: Store,
         history_encoder: HistoryEncoder | None = None,
     ):
         for kind, space_id in tokenizer.space_ids.items():
@@ -200,7 +200,7 @@ class Recommender:
         *,
         revision: str | None = None,
         token: str | bool | None = None,
-        store: EmbeddingStore | None = None,
+        store: Store | None = None,
     ) -> Recommender:
         """Opens a trained repository.
 
@@ -220,7 +220,7 @@ class Recommender:
         return cls(
             load_model(folder),
             TokenRecTokenizer.from_pretrained(folder),
-            store or EmbeddingStore.open(Path(folder) / "store"),
+            store or EmbeddingStore.open(folder),
             HistoryEncoder.from_pretrained(folder),
         )
 

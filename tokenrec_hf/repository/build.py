@@ -28,7 +28,7 @@ from ..data.collator import DataCollatorForGenerativeRetrieval
 from ..data.splits import SPLITS, Holdout, IndexedSplits, fingerprint, index_splits
 from ..evaluation.ranking import evaluate_baselines, evaluate_retrieval
 from ..models.configuration_tokenrec import T5GenerativeRetrievalConfig
-from ..models.embedding_store import EmbeddingStore
+from ..models.embedding_store import EmbeddingStore, Store
 from ..models.modeling_collaborative import COLLABORATIVE_MODELS, FISMModel, augment_norm
 from ..models.modeling_mq_tokenizer import MQTokenizerModel
 from ..models.modeling_t5_retrieval import T5ForGenerativeRetrieval
@@ -130,7 +130,7 @@ def load_splits(output_dir: str | os.PathLike) -> DatasetDict:
 
 
 def evaluate_repository(
-    folder: Path, split: str = "test", variant: str = "tokenrec", store: EmbeddingStore | None = None
+    folder: Path, split: str = "test", variant: str = "tokenrec", store: Store | None = None
 ) -> dict[str, Any]:
     """Ranks all items for every user of a split; see [`Repository.evaluate`]."""
     check_repository(folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,8 +13,8 @@ from filelock import FileLock, Timeout
 from transformers import AutoConfig
 
 from ..data.interaction_matrix import InteractionMatrix
-from ..models.codes import IdIndex, save_indexes
-from ..models.embedding_store import MANIFEST, EmbeddingStore, flush_names, remove_leftovers
+from ..models.codes import IdIndex, flush_names, read_json, save_indexes
+from ..models.embedding_store import MANIFEST, Store, remove_leftovers
 from ..models.modeling_collaborative import COLLABORATIVE_MODELS
 from ..models.recommender import Recommender, RepositoryFolder, fetch_repository
 from ..training.recipe import Recipe
@@ -69,13 +68,11 @@ class Repository:
         """What was measured: the content of `metrics.json`."""
         return read_json(RepositoryFolder(self.folder).metrics)
 
-    def recommender(self, store: EmbeddingStore | None = None) -> Recommender:
+    def recommender(self, store: Store | None = None) -> Recommender:
         """Opens it to recommend; `store` takes the place of its own, for example one on Milvus."""
         return Recommender.from_pretrained(self.folder, store=store)
 
-    def evaluate(
-        self, split: str = "test", variant: str = "tokenrec", store: EmbeddingStore | None = None
-    ) -> dict[str, Any]:
+    def evaluate(self, split: str = "test", variant: str = "tokenrec", store: Store | None = None) -> dict[str, Any]:
         """Ranks all items for every user of a split; see [`~evaluation.ranking`] for the variants.
 
         Returns:
@@ -208,18 +205,6 @@ def _retraining_due(additions: Mapping[str, Any], metrics: Mapping[str, Any], is
     return reasons
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The content of a JSON file of a repository.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); copy it again, or train in another folder.") from error
-
-
 def _size(folder: Path) -> int:
     """Bytes of all files under a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -289,8 +274,7 @@ def _finish(folder: Path) -> None:
 def _link_store(store: Path, staged: Path) -> None:
     staged.mkdir(parents=True)
     shutil.copyfile(store / MANIFEST, staged / MANIFEST)
-    manifest = json.loads((store / MANIFEST).read_text(encoding="utf-8"))
-    for entry in [*manifest["files"].values(), *manifest.get("changes", [])]:
+    for entry in read_json(store / MANIFEST)["files"].values():
         link = staged / entry["file"]
         if link.exists():
             continue
