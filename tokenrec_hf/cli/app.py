@@ -471,9 +471,9 @@ def _recommendations(
 
 def _store(uri: str | None) -> Any:
     """The store that is asked for in the place of the repository's own."""
-    from ..models.embedding_store import EmbeddingStore
+    from ..store import open_store
 
-    return None if uri is None else EmbeddingStore.open(uri, token=os.environ.get("MILVUS_TOKEN"))
+    return None if uri is None else open_store(uri, token=os.environ.get("MILVUS_TOKEN"))
 
 
 def _local(name: str) -> Path:
