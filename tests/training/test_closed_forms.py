@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tokenrec_hf.models.configuration_tokenrec import FISMConfig
 from tokenrec_hf.models.modeling_collaborative import FISMModel
 from tokenrec_hf.training import closed_forms as module
-from tokenrec_hf.training.closed_forms import align, augment_norm, fold_in, fold_in_items, smooth_tables
+from tokenrec_hf.training.closed_forms import UnreachedError, align, augment_norm, fold_in, fold_in_items, smooth_tables
 
 
 def random_interactions(generator, num_users, num_items, per_user):
