@@ -235,7 +235,7 @@ def test_smoothing_moves_rows_to_what_their_neighbours_say(half_life):
     features, numbers, _ = naive_side_features(histories, 41, 41, half_life, a, q, b)
     both = np.concatenate(features, axis=1)
     had = numbers.any(axis=0)
-    assert not had[40]  # nobody has had it: it stays
+    assert not had[40]  # without interactions: it stays
     smooth_tables(model, *flat(histories))
     for (_, table), before, share in zip(model.tables(), (a, q, b), (0.75, 0.25, 0.75)):
         expected = (1 - share) * before + share * both @ naive_ridge(both[had], before[had])
