@@ -671,13 +671,20 @@ def test_a_file_that_was_never_safetensors_is_named(store, tmp_path):
     [
         ("items", "vectors", torch.ones(6, DIM, dtype=torch.float64), "there are no 6 float32 item vectors of 3 dim"),
         ("items", "vectors", torch.ones(5, DIM), "there are no 6 float32 item vectors of 3 dim"),
-        ("items", "ids.offsets", torch.tensor([0, 1]), "the id table is damaged"),
-        ("items", "metadata.genre", torch.zeros(6, dtype=torch.int32), "the metadata does not fit the items"),
-        ("users", "seen.items", torch.tensor([0, 1, 2, 3, 6], dtype=torch.int32), "the seen items do not fit"),
-        ("users", "seen.items", torch.tensor([0, 1, 2, 3, -1], dtype=torch.int32), "the seen items do not fit"),
-        ("users", "seen.items", torch.tensor([0, 1, 2, 3, 4]), "the seen items do not fit"),
-        ("users", "seen.indptr", torch.tensor([0, 3, 1, 5, 5]), "the seen items do not fit"),
-        ("users", "seen.indptr", torch.tensor([0, 5, 5, 5]), "the seen items do not fit"),
+        ("items", "offsets", torch.tensor([0, 1]), "the id table is damaged"),
+        (
+            "items",
+            "metadata",
+            torch.tensor(list(b"[{}]"), dtype=torch.uint8),
+            "there is metadata for 1 items but 6 ids",
+        ),
+        ("items", "metadata", torch.tensor(list(b"[{}"), dtype=torch.uint8), "Expecting"),
+        ("items", "metadata", torch.tensor(list(b"[1, 2, 3, 4, 5, 6]"), dtype=torch.uint8), "has no attribute"),
+        ("users", "seen_items", torch.tensor([0, 1, 2, 3, 6], dtype=torch.int32), "the seen items do not fit"),
+        ("users", "seen_items", torch.tensor([0, 1, 2, 3, -1], dtype=torch.int32), "the seen items do not fit"),
+        ("users", "seen_items", torch.tensor([0, 1, 2, 3, 4]), "the seen items do not fit"),
+        ("users", "seen_indptr", torch.tensor([0, 3, 1, 5, 5]), "the seen items do not fit"),
+        ("users", "seen_indptr", torch.tensor([0, 5, 5, 5]), "the seen items do not fit"),
     ],
 )
 def test_arrays_that_do_not_fit_together_are_refused(store, tmp_path, kind, name, array, why):
@@ -798,8 +805,9 @@ def test_any_changes_and_filters_give_what_dictionaries_give(data, where):
             metadata.keep(np.array(keep, dtype=bool))
             known = [values for values, kept in zip(known, keep) if kept]
         else:
-            metadata = ItemMetadata(metadata.num_items, metadata.columns, metadata.values)
-    found = metadata.get(np.arange(len(known)))
+            metadata = ItemMetadata(metadata.items)
+        metadata.allowed({"genre": ["1"]})
+    found = metadata.items
     assert [set(one) for one in found] == [set(one) for one in known]
     assert all(same(one[name], values[name]) for one, values in zip(found, known) for name in values)
     checked = check_where(where)
@@ -810,16 +818,6 @@ def test_any_changes_and_filters_give_what_dictionaries_give(data, where):
     ]
     allowed = metadata.allowed(checked)
     assert expected == ([True] * len(known) if allowed is None else allowed.tolist())
-
-
-def test_columns_that_do_not_fit_are_refused():
-    for columns, values in (
-        ({"a": np.array([0, 1], dtype=np.int32)}, {"a": ["x"]}),
-        ({"a": np.array([0], dtype=np.int32)}, {"a": ["x"]}),
-        ({"a": np.array([0, -1], dtype=np.int32)}, {}),
-    ):
-        with pytest.raises(ValueError, match="does not fit"):
-            ItemMetadata(2, columns, values)
 
 
 # ---- lists of different lengths
