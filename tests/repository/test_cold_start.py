@@ -9,10 +9,10 @@ import torch
 from repository_checks import check_codes, contents, interactions
 
 from tokenrec_hf import EmbeddingStore, NewVectors, Recommender
-from tokenrec_hf.models.recommender import RepositoryFolder
 from tokenrec_hf.models.codes import load_indexes
 from tokenrec_hf.models.modeling_collaborative import LightGCNModel
 from tokenrec_hf.models.modeling_mq_tokenizer import MQTokenizerModel
+from tokenrec_hf.models.recommender import RepositoryFolder
 from tokenrec_hf.repository import update as module
 from tokenrec_hf.repository.hub import _copy
 from tokenrec_hf.repository.repository import describe_repository

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
         score: float
 
 
-STORE, COLLABORATIVE = "store", "collaborative"
+STORE, COLLABORATIVE, COMMITTED = "store", "collaborative", ".update-committed"
 # Files without which a folder is not a trained repository.
 REQUIRED = ("config.json", "tokenizer.json", "codes.safetensors", f"{STORE}/{MANIFEST}", "model.safetensors")
 # The files of a trained repository; other files in its folder, such as checkpoints, are ignored.
@@ -71,8 +71,8 @@ class RepositoryFolder:
         self.additions = self.path / "additions.json"
         # Splits, records of finished stages and the selection run; never uploaded.
         self.training = self.path / "training"
-        # A change of several files that has been decided but not carried out.
-        self.committed = self.path / ".update-committed"
+        # The files of a change that has been decided but not carried out.
+        self.committed = self.path / COMMITTED
 
     def mq(self, kind: str) -> Path:
         """The MQ-Tokenizer of `"user"` or `"item"`."""
@@ -356,10 +356,18 @@ class Recommender:
             inputs: `input_ids` and `attention_mask`, `[B, T]`, and for each prompt the lists `user_ids` and `item_ids` of the
                 tokenizer's `return_entities=True`.
             top_k, exclude_seen, where: see `recommend`.
+
+        Raises:
+            ValueError: `exclude_seen` without the ids.
         """
         queries = self.model.encode_by_length(inputs["input_ids"], inputs["attention_mask"])
         excluded = None
         if exclude_seen:
+            if "user_ids" not in inputs or "item_ids" not in inputs:
+                raise ValueError(
+                    "exclude_seen needs the ids that the prompts name: tokenise them with return_entities=True, or pass "
+                    "exclude_seen=False."
+                )
             recorded = [self.store.seen(users) for users in inputs["user_ids"]]
             excluded = [
                 [*named, *(item for items in seen for item in items)]

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from ..models.codes import read_json
 from ..models.embedding_store import MANIFEST, EmbeddingStore, flush_names, remove_leftovers
-from ..models.recommender import Recommender, RepositoryFolder, fetch_repository
+from ..models.recommender import COMMITTED, Recommender, RepositoryFolder, fetch_repository
 from ..training.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-STAGED, COMMITTED, LOCK = ".update", ".update-committed", ".update.lock"
+STAGED, LOCK = ".update", ".update.lock"
 
 
 @contextmanager
