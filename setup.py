@@ -42,9 +42,12 @@ setup(
         "filelock>=3.10",
         "safetensors>=0.6",
         "numpy>=2",
+        "pandas>=2.2",
+        "pooch>=1.8",
         "pyarrow>=17",
         "protobuf>=5",
         "pyyaml>=6",
+        "requests>=2.32",
         "tqdm>=4.60",
     ],
     extras_require={

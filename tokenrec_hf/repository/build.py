@@ -36,9 +36,9 @@ from ..models.pipeline_generative_retrieval import GenerativeRetrievalPipeline
 from ..models.prompts import HISTORY_ONLY_TEMPLATE, HISTORY_TEMPLATES
 from ..models.recommender import check_repository
 from ..models.tokenization_tokenrec import TokenRecTokenizer
+from ..training.datasets import past_user_embeddings
 from ..training.recipe import Recipe, load_recipe, save_recipe
 from ..training.stages import SELECT_BY, train_collaborative, train_mq_tokenizer, train_retrieval
-from ..training.training_data import past_user_embeddings
 from .card import write_model_card
 from .repository import read_json, save_collaborative
 

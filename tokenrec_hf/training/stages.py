@@ -39,7 +39,7 @@ from ..models.modeling_collaborative import COLLABORATIVE_MODELS, FISMModel, Mat
 from ..models.modeling_mq_tokenizer import MQTokenizerModel
 from ..models.modeling_t5_retrieval import T5ForGenerativeRetrieval
 from .closed_forms import smooth_tables
-from .training_data import HistoryDataset, InteractionDataset, LengthGroupedSampler, VectorDataset
+from .datasets import HistoryDataset, InteractionDataset, LengthGroupedSampler, VectorDataset
 
 SELECT_BY = "ndcg@20"
 _TRAINING_ARGUMENTS = {field.name for field in fields(TrainingArguments)}
