@@ -20,7 +20,6 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import IO, cast
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pa_parquet
@@ -155,7 +154,7 @@ def _read_sequences(folder: Path) -> tuple[pa.Table, str]:
         if problem:
             raise ValueError(f"line {number} of {path} {problem}.")
         items[sequence[0]] = sequence[1:]
-    users = np.repeat(list(items), [len(own) for own in items.values()])
+    users = [user for user, own in items.items() for _ in own]
     table = pa.table({"user": pa.array(users, pa.string()), "item": pa.array(chain(*items.values()), pa.string())})
     return table, str(path)
 
