@@ -20,7 +20,6 @@ from tokenrec_hf.models.modeling_collaborative import (
     HistoryEncoder,
     LightGCNModel,
     MatrixFactorizationModel,
-    augment_norm,
     collaborative_class,
     load_collaborative,
     save_collaborative,

@@ -8,7 +8,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import T5Config, T5ForConditionalGeneration
 
 from tokenrec_hf.cli.app import main
-from tokenrec_hf.data.data_sources import demo_interactions
+from tokenrec_hf.data.demo import demo_interactions
 from tokenrec_hf.data.splits import index_splits, leave_one_out
 from tokenrec_hf.models.codes import load_indexes
 from tokenrec_hf.models.configuration_tokenrec import MQTokenizerConfig

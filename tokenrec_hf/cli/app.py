@@ -118,8 +118,8 @@ def _quickstart(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _train(arguments: argparse.Namespace) -> dict[str, Any]:
     recipe = read_recipe(arguments)
-    from ..data.data_sources import DATA_SOURCES
     from ..data.interactions import HUB, load_interactions
+    from ..data.named_datasets import DATA_SOURCES
     from ..data.splits import leave_one_out
     from ..repository.build import train
 
@@ -494,7 +494,7 @@ def _tokens(recommender: Recommender, kind: str, ids: list[str]) -> list[str]:
 
 
 def _titles(dataset: str) -> dict[str, str]:
-    from ..data.data_sources import load_item_titles
+    from ..data.named_datasets import load_item_titles
 
     try:
         return load_item_titles(dataset) if dataset in TITLED else {}
