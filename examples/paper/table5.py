@@ -4,8 +4,9 @@
     python examples/paper/table5.py --dataset beauty --backbones cpu
 
 End to end from user ids and histories (the latest 100 items) to the ids of 20 unseen items, on the same T5 sizes, in one
-process with one thread. CPU time is measured, which on one thread is the time by the clock where nothing else runs. The methods
-take turns, so that a slow spell meets all of them; the median of the turns counts. All weights are random: what they are changes nothing about the time. Twenty minutes for `lastfm`.
+process with one thread. The measure is CPU time, which on one thread of an idle machine is wall-clock time. The methods take
+turns, so that a slow spell affects all of them; the median of the turns counts. All weights are random, which does not change
+the time. Twenty minutes for `lastfm`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,6 +26,8 @@ import torch
 from baselines.beam_search import IdTrie
 from baselines.item_ids import BASE, sequential_ids
 from baselines.p5 import P5SID
+from records import Job, Record, Recorded, Records
+from report import table_lines
 from transformers.modeling_outputs import BaseModelOutput
 
 from tokenrec_hf import (
@@ -41,7 +45,8 @@ from tokenrec_hf.repository.build import build_retrieval_model
 
 TOP_K = BEAMS = 20
 HISTORY = 100
-# Sizes of T5, and the recipe whose vectors, tokens and pooling TokenRec takes with them.
+BATCH_SIZES = (1, 16)
+# Sizes of T5, and the recipe that gives TokenRec's vectors, tokens and pooling.
 BACKBONES = {
     "cpu": {},
     "t5-small": {
@@ -75,42 +80,50 @@ class WrittenOutP5(P5SID):
 
 
 def main() -> None:
-    """Measures, prints, and writes the table."""
+    """Measures, adds a record for each size and batch size, and prints the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s --dataset NAME [...]"
     )
-    parser.add_argument("--dataset", required=True, help="whatever `tokenrec train` takes")
+    parser.add_argument("--dataset", required=True, help="a data set as in `tokenrec train`")
     parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=list(BACKBONES))
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 64])
-    parser.add_argument("--users", type=int, default=64, help="random users asked about in each turn")
-    parser.add_argument("--turns", type=int, default=5, help="of each method")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "tables")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=list(BATCH_SIZES))
+    parser.add_argument("--users", type=int, default=16, help="random users of each turn")
+    parser.add_argument("--turns", type=int, default=3, help="turns of each method")
+    results = Path(__file__).parent / "results"
+    parser.add_argument("--results", type=Path, default=results, help="folder of the records")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     data = index_splits(leave_one_out(load_interactions(arguments.dataset)), "test")
     lengths = data.interactions.lengths
     users = np.random.default_rng(0).permutation(data.holdout.users)[: arguments.users].tolist()
-    users.sort(key=lambda user: lengths[user])  # like histories together: little padding, for all methods
-    rows = []
+    users.sort(key=lambda user: lengths[user])  # histories of like length together: little padding, for all methods
+    records = []
     for backbone in arguments.backbones:
         methods = all_methods(data, backbone)
         for batch_size in arguments.batch_sizes:
-            rows.append({"backbone": backbone, "batch_size": batch_size})
-            rows[-1]["milliseconds"] = measure(methods, users, batch_size, arguments.turns)
-            print(json.dumps(rows[-1]), flush=True)
-    report = {
-        "dataset": arguments.dataset,
-        "users": len(users),
-        "mean_history": float(np.minimum(lengths[users], HISTORY).mean()),
-        "turns": arguments.turns,
-        "machine": f"{platform.machine()}, one thread, torch {torch.__version__}",
-        "rows": rows,
-    }
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    path = arguments.output / f"table5-{Path(arguments.dataset).name}"
-    path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown(report))
-    print(markdown(report))
+            measured = job(arguments.dataset, backbone, batch_size, len(users), arguments.turns)
+            record = {
+                "job": asdict(measured),
+                "milliseconds": measure(methods, users, batch_size, arguments.turns),
+                "mean_history": float(np.minimum(lengths[users], HISTORY).mean()),
+                "machine": f"{platform.machine()}, one thread, torch {torch.__version__}",
+            }
+            print(json.dumps(record), flush=True)
+            records.append(record)
+    Records(arguments.results).put(arguments.dataset, records)
+    print("\n".join(table(records)))
+
+
+def job(dataset: str, backbone: str, batch_size: int, users: int = 16, turns: int = 3) -> Job:
+    """The job by which a measurement is found."""
+    settings = {"backbone": backbone, "batch_size": batch_size, "users": users, "turns": turns}
+    return Job(dataset, "speed", "test", settings=settings)
+
+
+def recorded(dataset: str, results: Path) -> list[Record]:
+    """The records of a run with the default arguments."""
+    found = Recorded(results)
+    return [found(job(dataset, backbone, size)) for backbone in BACKBONES for size in BATCH_SIZES]
 
 
 def all_methods(data: IndexedSplits, backbone: str) -> dict[str, Recommend]:
@@ -258,27 +271,21 @@ def measure(methods: dict[str, Recommend], users: list[int], batch_size: int, tu
     return {name: statistics.median(own) for name, own in times.items()}
 
 
-def markdown(report: dict) -> str:
-    """The table; in brackets, how many times as long as TokenRec with the same kind of prompt."""
-    rows = report["rows"]
-    heads = [f"{row['backbone']}, {row['batch_size']} at once" for row in rows]
-    lines = [f"## Table V: milliseconds per user, {report['dataset']}", "", f"| | {' | '.join(heads)} |"]
-    lines.append(f"|---|{'---:|' * len(rows)}")
-    for name in rows[0]["milliseconds"]:
+def table(records: Sequence[Record]) -> list[str]:
+    """The lines of the table and the note below; in brackets, the time relative to TokenRec with the same kind of prompt."""
+    settings = [record["job"]["settings"] for record in records]
+    body = []
+    for name in records[0]["milliseconds"]:
         own = "TokenRec" + USER_ONLY * name.endswith(USER_ONLY)
-        times = [(row["milliseconds"][name], row["milliseconds"][own]) for row in rows]
-        cells = [f"{time:.2f}" + f" ({time / base:.1f}x)" * (name != own) for time, base in times]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += [
+        times = [(record["milliseconds"][name], record["milliseconds"][own]) for record in records]
+        body.append([name, *(f"{time:.2f}" + f" ({time / base:.1f}x)" * (name != own) for time, base in times)])
+    heads = [f"{one['backbone']}, {one['batch_size']} at once" for one in settings]
+    return [
+        *table_lines(["", *heads], body, numbers=True),
         "",
-        f"{report['users']} random users, {report['mean_history']:.1f} items of history on average (at most {HISTORY}); "
-        f"{TOP_K} unseen items each, {BEAMS} beams. CPU time, median of {report['turns']} turns. {report['machine']}. Random weights, "
-        "on both sizes: `cpu` is the T5 of that recipe, `t5-small` has the sizes of T5-small. TokenRec pools as its recipe "
-        "does (`cpu`: the encoder's mean; `paper`, with T5-small: one step of the decoder; `best`: the encoder's mean, with 16 codes a "
-        "user, and in the column `cpu` its own T5 of one layer). An item is five tokens in its prompts, "
-        "`item`, `_` and three codes; with P5, written out, `item`, `_` and two digits a token, and with P5-SID the digits alone.",
+        f"{settings[0]['users']} random users, {records[0]['mean_history']:.1f} items of history on average (at most {HISTORY});",
+        f"{TOP_K} unseen items each, {BEAMS} beams. CPU time, median of {settings[0]['turns']} turns. {records[0]['machine']}.",
     ]
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
