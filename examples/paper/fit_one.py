@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from baselines.base import evaluate, product_type
+from baselines.base import device, evaluate, product_type
 from baselines.registry import load_baseline
 from datasets import DatasetDict
 from harness import CHANGES, TOKENREC, VECTORS
@@ -91,7 +91,7 @@ def fit_tokenrec(job: dict[str, Any], splits: DatasetDict, work: Path) -> dict[s
     The T5s of `CHANGES` are trained in bfloat16 if the CPU has instructions for it, as the baselines with a T5 are; the record
     says so.
     """
-    bf16 = job["model"] in CHANGES and not torch.cuda.is_available() and product_type() == torch.bfloat16
+    bf16 = job["model"] in CHANGES and device().type == "cpu" and product_type() == torch.bfloat16
     recipe = {**job["settings"], "seed": job["seed"]}
     if bf16:
         retrieval = recipe["retrieval"]

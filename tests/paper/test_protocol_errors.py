@@ -1,6 +1,6 @@
 import numpy as np
+import protocol_errors
 import pytest
-import slips
 import torch
 
 from tokenrec_hf.data.interaction_matrix import InteractionMatrix
@@ -19,11 +19,11 @@ def true(sequences):
     pairs = [(user, item) for user, items in sequences.items() for item in items[:-1]]
     trained_on = InteractionMatrix(*np.array(pairs).T, 4, 80)
     targets = np.array([items[-1] for items in sequences.values()])
-    return slips.Ranking(users, targets, *trained_on.of_users(users)), trained_on
+    return protocol_errors.Ranking(users, targets, *trained_on.of_users(users)), trained_on
 
 
 def test_only_sequences_of_more_than_51_items_are_cut_and_to_their_first_51(sequences, true):
-    cut = slips.cut_first(*true)
+    cut = protocol_errors.cut_first(*true)
     for number, items in enumerate(sequences.values()):
         assert cut.targets[number] == items[:51][-1]
         assert cut.seen[cut.indptr[number] : cut.indptr[number + 1]].tolist() == items[:51][:-1].tolist()
@@ -43,7 +43,17 @@ def test_ranks_are_those_of_a_naive_count(sequences, true, cosine, seen_score):
             scores = torch.cosine_similarity(vectors[1], vectors[0][user][None])
         scores[items[:-1]] = seen_score
         ranks.append(int((scores > scores[items[-1]]).sum()))
-    found = slips.rank(vectors, true[0], cosine=cosine, seen_score=seen_score)
+    found = protocol_errors.rank(vectors, true[0], cosine=cosine, seen_score=seen_score)
     assert found["hr@20"] == np.mean([rank < 20 for rank in ranks])
     assert found["hr@10"] == np.mean([rank < 10 for rank in ranks])
     assert len(set(ranks)) > 2
+
+
+def test_the_table_has_dot_product_and_cosine_side_by_side():
+    records = [
+        {"metrics": {f"ours, {way}": {"hr@20": value, "ndcg@20": value / 2} for way in ("dot product", "cosine")}}
+        for value in (0.2, 0.4)
+    ]
+    assert protocol_errors.table(records)[-1] == (
+        "| ours, dot product / cosine | .3000 ± .1414 / .3000 ± .1414 | .1500 ± .0707 / .1500 ± .0707 |"
+    )

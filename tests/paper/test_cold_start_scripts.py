@@ -1,3 +1,5 @@
+"""The scripts that measure cold-start users and items run on the demo data."""
+
 import json
 import subprocess
 import sys
