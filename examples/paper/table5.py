@@ -40,6 +40,7 @@ from tokenrec_hf import (
     load_interactions,
     load_recipe,
 )
+from tokenrec_hf.data.interaction_matrix import InteractionMatrix
 from tokenrec_hf.data.splits import IndexedSplits, index_splits
 from tokenrec_hf.repository.build import build_retrieval_model
 
@@ -65,16 +66,16 @@ Recommend = Callable[[Sequence[int]], list[list[str]]]
 
 
 class WrittenOutP5(P5SID):
-    """P5 whose ids are written out, `item_1234`, as five tokens: `item`, `_`, two of digits and the end of the sequence."""
+    """P5 with written-out ids, `item_1234`, of five tokens: `item`, `_`, two of digits and the end of the sequence."""
 
-    def item_ids(self, train):
+    def item_ids(self, train: InteractionMatrix) -> np.ndarray:
         """The digits in pairs as in P5-SID, with constant symbols around them."""
         numbers = sequential_ids(train, self.seed)
         item, underscore, end = (np.full((len(numbers), 1), BASE + i) for i in range(3))
         return np.concatenate([item, underscore, numbers, end], axis=1)
 
-    def build(self, train):
-        """As in P5; in a prompt, an id has no end."""
+    def build(self, train: InteractionMatrix) -> None:
+        """As in P5; an id in a prompt has no end token."""
         super().build(train)
         self.item_tokens = self.item_tokens[:, :-1]
 
@@ -127,7 +128,7 @@ def recorded(dataset: str, results: Path) -> list[Record]:
 
 
 def all_methods(data: IndexedSplits, backbone: str) -> dict[str, Recommend]:
-    """Those of TokenRec and of P5: each takes user rows and gives 20 unseen items of each."""
+    """The methods of TokenRec and P5: each takes user rows and returns 20 unseen items for each."""
     best = tokenrec_methods(data, backbone, "best")
     return {
         **tokenrec_methods(data, backbone, RECIPES[backbone]),
@@ -137,12 +138,12 @@ def all_methods(data: IndexedSplits, backbone: str) -> dict[str, Recommend]:
 
 
 def tokenrec_methods(data: IndexedSplits, backbone: str, name: str) -> dict[str, Recommend]:
-    """TokenRec on random vectors: the words that `Recommender` writes, tokenizer, T5, projection, and the store's exact search.
+    """TokenRec on random vectors: `Recommender`'s prompts, tokenizer, T5, projection, and the store's exact search.
 
     Args:
-        data: its users, items and histories.
+        data: users, items and histories.
         backbone: sizes of T5, of `BACKBONES`.
-        name: the recipe whose vectors, tokens and pooling are taken.
+        name: recipe of the vectors, tokens and pooling.
     """
     recipe = load_recipe(name)
     torch.manual_seed(0)
@@ -169,7 +170,7 @@ def tokenrec_methods(data: IndexedSplits, backbone: str, name: str) -> dict[str,
     store.set_seen(data.user_ids, seen)
     recommender = Recommender(model, tokenizer, store)
 
-    def recommend(users, histories):
+    def recommend(users: Sequence[int], histories: list[list[str]]) -> list[list[str]]:
         found = recommender.recommend([data.user_ids[user] for user in users], histories, top_k=TOP_K)
         return [[row["item"] for row in own] for own in found]
 
@@ -181,11 +182,11 @@ def tokenrec_methods(data: IndexedSplits, backbone: str, name: str) -> dict[str,
 
 def p5_methods(data: IndexedSplits, backbone: str) -> dict[str, Recommend]:
     """P5 with `generate` of transformers and with this repository's beam search."""
-    names = np.array([*data.item_ids, ""], dtype=object)  # -1 is no item
+    names = np.array([*data.item_ids, ""], dtype=object)  # -1 stands for no item
     written, short = (random_p5(kind, data, backbone) for kind in (WrittenOutP5, P5SID))
     user_only = random_p5(WrittenOutP5, data, backbone, max_history=0)
 
-    def by_generate(p5):
+    def by_generate(p5: P5SID) -> Recommend:
         return lambda users: names[generate(p5, np.array(users))].tolist()
 
     return {
@@ -197,7 +198,7 @@ def p5_methods(data: IndexedSplits, backbone: str) -> dict[str, Recommend]:
 
 
 def random_p5(kind: type[P5SID], data: IndexedSplits, backbone: str, max_history: int = HISTORY) -> P5SID:
-    """A P5 that was not trained."""
+    """An untrained P5."""
     torch.manual_seed(0)
     p5 = kind(max_history=max_history, beams=BEAMS, t5=BACKBONES[backbone])
     p5.train = data.interactions
@@ -208,12 +209,12 @@ def random_p5(kind: type[P5SID], data: IndexedSplits, backbone: str, max_history
 
 @torch.inference_mode()
 def generate(p5: P5SID, users: np.ndarray, memory: float = 3e8) -> np.ndarray:
-    """Unseen items by beam search of transformers, restricted to valid ids, `[B, BEAMS]`; -1 where none is left.
+    """Unseen items by the beam search of transformers, restricted to valid ids, `[B, BEAMS]`; -1 if no item is left.
 
     Args:
-        p5: with ids of one length.
-        users: rows.
-        memory: bytes that the keys and values of all beams may take, which limits how many users are asked about at once.
+        p5: a model with ids of equal length.
+        users: user rows.
+        memory: bytes for the keys and values of all beams, which limits the batch.
     """
     config, trie, first = p5.network.t5.config, p5.trie, p5.network.first_symbol
     tokens, words, open_nodes = p5.inputs(users)
@@ -225,7 +226,7 @@ def generate(p5: P5SID, users: np.ndarray, memory: float = 3e8) -> np.ndarray:
     children = children_of(trie)
     closed = [set(np.flatnonzero(~row)) for row in open_nodes.numpy()]
 
-    def allowed(row, written):
+    def allowed(row: int, written: torch.Tensor) -> list[int]:
         node = 0
         for token in written[1:].tolist():
             node = children[node][token - first]
@@ -249,7 +250,7 @@ def generate(p5: P5SID, users: np.ndarray, memory: float = 3e8) -> np.ndarray:
 
 @lru_cache
 def children_of(trie: IdTrie) -> list[dict[int, int]]:
-    """For each node, the nodes after it by symbol, as `prefix_allowed_tokens_fn` wants them."""
+    """For each node, its children by symbol, for `prefix_allowed_tokens_fn`."""
     children: list[dict[int, int]] = [{} for _ in trie.children]
     for node, symbol in (trie.children >= 0).nonzero().tolist():
         children[node][symbol] = int(trie.children[node, symbol])
@@ -257,7 +258,7 @@ def children_of(trie: IdTrie) -> list[dict[int, int]]:
 
 
 def measure(methods: dict[str, Recommend], users: list[int], batch_size: int, turns: int) -> dict[str, float]:
-    """Milliseconds of CPU time per user of each method, the median of its turns, after one batch that does not count."""
+    """Milliseconds of CPU time per user of each method, the median of its turns after one warm-up batch."""
     times: dict[str, list[float]] = {name: [] for name in methods}
     batches = [users[start : start + batch_size] for start in range(0, len(users), batch_size)]
     for recommend in methods.values():
