@@ -46,6 +46,7 @@ setup(
         "protobuf>=5",
         "pyyaml>=6",
         "tqdm>=4.60",
+        "wrapt>=1.16",
     ],
     extras_require={
         "test": TEST,
