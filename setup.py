@@ -58,7 +58,7 @@ setup(
         "milvus": MILVUS,
         "faiss": FAISS,
         "paper": PAPER,
-        "dev": [*TEST, "ruff>=0.15", "mypy>=1.15", "types-PyYAML"],
+        "dev": [*TEST, "ruff>=0.15", "mypy>=1.15", "types-PyYAML", "pre-commit>=4"],
     },
     entry_points={"console_scripts": ["tokenrec=tokenrec_hf.cli.app:main"]},
     classifiers=[
