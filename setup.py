@@ -45,7 +45,9 @@ setup(
         "pyarrow>=17",
         "protobuf>=5",
         "pyyaml>=6",
+        "rich>=13",
         "tqdm>=4.60",
+        "typer>=0.29",
     ],
     extras_require={
         "test": TEST,
