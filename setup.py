@@ -48,6 +48,7 @@ setup(
         "rich>=13",
         "tqdm>=4.60",
         "typer>=0.29",
+        "wrapt>=1.16",
     ],
     extras_require={
         "test": TEST,

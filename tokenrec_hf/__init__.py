@@ -1,20 +1,22 @@
 """TokenRec for the Hugging Face stack: users and items as tokens of T5, recommendations by vector retrieval.
 
-Importing the package costs next to nothing: names are loaded when they are used, and `AutoConfig`, `AutoModel`,
-`AutoTokenizer` and `pipeline` learn the *names* of the classes here as soon as their modules are imported, not before.
+Importing the package is cheap: public names are imported when they are used, and the classes are registered with `AutoConfig`,
+`AutoModel`, `AutoTokenizer` and `pipeline` when transformers is imported, before or after.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.abc
-import importlib.util
 import sys
-import types
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from wrapt import when_imported
 
 __version__ = "0.1.0"
 
-_MODULES = {
+_NAMES = {
     "data.interactions": ("load_interactions",),
     "data.splits": ("leave_one_out",),
     "data.interaction_matrix": ("InteractionMatrix",),
@@ -26,7 +28,7 @@ _MODULES = {
         "MQTokenizerConfig",
         "T5GenerativeRetrievalConfig",
     ),
-    "models.modeling_collaborative": ("FISMModel", "HistoryEncoder", "LightGCNModel", "MatrixFactorizationModel"),
+    "models.modeling_collaborative": ("CollaborativeModel", "FISMModel", "LightGCNModel", "MatrixFactorizationModel"),
     "models.embedding_store": ("EmbeddingStore",),
     "models.modeling_mq_tokenizer": ("MQTokenizerModel",),
     "models.tokenization_tokenrec": ("TokenRecTokenizer",),
@@ -42,99 +44,83 @@ _MODULES = {
     "repository.build": ("train",),
     "repository.repository": ("Repository",),
 }
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
-__all__ = sorted(_HOME)
-
-# model_type -> (configuration, model, tokenizer or None)
-_AUTO = {
-    "t5_generative_retrieval": ("T5GenerativeRetrievalConfig", "T5ForGenerativeRetrieval", "TokenRecTokenizer"),
-    "tokenrec_mq_tokenizer": ("MQTokenizerConfig", "MQTokenizerModel", None),
-    "tokenrec_lightgcn": ("LightGCNConfig", "LightGCNModel", None),
-    "tokenrec_fism": ("FISMConfig", "FISMModel", None),
-    "tokenrec_matrix_factorization": ("MatrixFactorizationConfig", "MatrixFactorizationModel", None),
-}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+__all__ = sorted(_MODULE_OF)
 
 
-def __getattr__(name: str):
-    if name in _HOME:
-        return getattr(importlib.import_module("." + _HOME[name], __name__), name)
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
 
 
-def _register_configs(module) -> None:
-    for model_type, (config, _, _) in _AUTO.items():
-        module.CONFIG_MAPPING_NAMES[model_type] = config
-        module.CONFIG_MAPPING._mapping.setdefault(model_type, config)
+def _register_classes() -> None:
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+    from .models.configuration_tokenrec import T5GenerativeRetrievalConfig
+    from .models.modeling_collaborative import COLLABORATIVE_MODELS
+    from .models.modeling_mq_tokenizer import MQTokenizerModel
+    from .models.modeling_t5_retrieval import T5ForGenerativeRetrieval
+    from .models.tokenization_tokenrec import TokenRecTokenizer
+
+    models: list[Any] = [*COLLABORATIVE_MODELS.values(), MQTokenizerModel, T5ForGenerativeRetrieval]
+    for model in models:
+        AutoConfig.register(model.config_class.model_type, model.config_class)
+        AutoModel.register(model.config_class, model)
+    AutoTokenizer.register(T5GenerativeRetrievalConfig, TokenRecTokenizer)
 
 
-def _register_models(module) -> None:
-    for model_type, (config, model, _) in _AUTO.items():
-        module.MODEL_MAPPING_NAMES[model_type] = model
-        module.MODEL_MAPPING._reverse_config_mapping[config] = model_type
+def _register_pipeline() -> None:
+    from transformers import AutoModel
+    from transformers.pipelines import PIPELINE_REGISTRY
+
+    from .models.pipeline_generative_retrieval import GenerativeRetrievalPipeline
+
+    PIPELINE_REGISTRY.register_pipeline(
+        "generative-retrieval", pipeline_class=GenerativeRetrievalPipeline, pt_model=AutoModel, type="text"
+    )
 
 
-def _register_tokenizers(module) -> None:
-    for model_type, (config, _, tokenizer) in _AUTO.items():
-        if tokenizer is not None:
-            module.TOKENIZER_MAPPING_NAMES[model_type] = tokenizer
-            module.TOKENIZER_MAPPING._reverse_config_mapping[config] = model_type
+def _once_imported(register: Callable[[], None], module_name: str, own: tuple[str, ...]) -> None:
+    """Calls `register` once, when a module of transformers is imported and none of our own modules is half imported.
+
+    Args:
+        register: imports classes from the own modules and registers them.
+        module_name: the module of transformers.
+        own: names in `tokenrec_hf.models`. They import transformers, so the first of them may be half imported when that is
+            done; the registration then waits for its end.
+    """
+    names = [f"{__name__}.models.{name}" for name in own]
+    complete: set[str] = set()
+    done = False
+
+    def imported(module: ModuleType) -> None:
+        nonlocal done
+        complete.add(module.__name__)
+        begun = {name for name in names if name in sys.modules}
+        if not done and module_name in complete and begun <= complete:
+            done = True
+            register()
+
+    for name in (module_name, *names):
+        when_imported(name)(imported)
 
 
-def _register_pipeline(module) -> None:
-    module.PIPELINE_REGISTRY.supported_tasks["generative-retrieval"] = {
-        "impl": f"{__name__}.models.pipeline_generative_retrieval.GenerativeRetrievalPipeline",
-        "pt": (module.AutoModel,),
-        "type": "text",
-    }
-
-
-_REGISTER = {
-    "transformers.models.auto.configuration_auto": _register_configs,
-    "transformers.models.auto.modeling_auto": _register_models,
-    "transformers.models.auto.tokenization_auto": _register_tokenizers,
-    "transformers.pipelines": _register_pipeline,
-}
-
-
-class _AutoFinder(importlib.abc.MetaPathFinder):
-    """Registers the names right after transformers' modules have been imported by whoever needs them."""
-
-    _busy: set[str] = set()
-
-    def find_spec(self, name, path=None, target=None):
-        if name not in _REGISTER or name in self._busy:
-            return None
-        self._busy.add(name)
-        try:
-            spec = importlib.util.find_spec(name)
-        finally:
-            self._busy.discard(name)
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
-
-        def execute_and_register(module):
-            execute(module)
-            _REGISTER[name](module)
-
-        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
-        return spec
-
-
-def _install() -> None:
-    # transformers looks a model type's classes up as attributes of `transformers.models.<model_type>`.
-    for model_type in _AUTO:
-        alias = types.ModuleType(f"transformers.models.{model_type}")
-        alias.__dict__.update(__getattr__=__getattr__, __file__=__file__, __path__=[])
-        sys.modules.setdefault(alias.__name__, alias)
-    for name, register in _REGISTER.items():
-        if name in sys.modules:
-            register(sys.modules[name])
-    sys.meta_path.insert(0, _AutoFinder())
-
-
-_install()
+# Not when an Auto class is imported: transformers imports those in the middle of modules that our classes need, among them
+# `modeling_layers` and `configuration_t5`. Nothing of it is half imported when `import transformers` itself ends.
+_once_imported(
+    _register_classes,
+    "transformers",
+    (
+        "configuration_tokenrec",
+        "modeling_collaborative",
+        "modeling_mq_tokenizer",
+        "modeling_t5_retrieval",
+        "tokenization_tokenrec",
+    ),
+)
+_once_imported(_register_pipeline, "transformers.pipelines", ("pipeline_generative_retrieval",))

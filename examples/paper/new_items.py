@@ -19,8 +19,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from tokenrec_hf import HistoryEncoder, evaluate_embeddings
+from tokenrec_hf import evaluate_embeddings
 from tokenrec_hf.data.splits import IndexedSplits, index_splits
+from tokenrec_hf.models.modeling_collaborative import HistoryEncoder
+from tokenrec_hf.models.recommender import RepositoryFolder
 from tokenrec_hf.repository.build import load_splits
 from tokenrec_hf.training.closed_forms import fold_in, fold_in_items
 
@@ -33,7 +35,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of their choice")
     arguments = parser.parse_args()
     selection = arguments.repository / "training" / "selection"
-    encoder = HistoryEncoder.from_pretrained(selection if selection.is_dir() else arguments.repository)
+    folder = selection if selection.is_dir() else arguments.repository
+    encoder = RepositoryFolder(folder).load_history_encoder()
     if encoder is None:
         parser.error(f"{arguments.repository} has no FISM; train it with --recipe best.")
     data = index_splits(load_splits(arguments.repository), "validation")
@@ -91,7 +94,7 @@ def _users(model, tables, interactions, items) -> torch.Tensor:
     ages = np.repeat(interactions.indptr[1:], lengths) - 1 - np.arange(len(items))
     users, items, ages = (torch.from_numpy(np.asarray(one)).long() for one in (interactions.users, items, ages))
     with torch.no_grad():
-        return model.pool(users, items, ages, interactions.num_users)
+        return model.history_vectors(users, items, ages, interactions.num_users)
 
 
 def measure(users: torch.Tensor, items: torch.Tensor, data: IndexedSplits, group) -> tuple[float, float]:

@@ -50,7 +50,7 @@ def parts(mqs):
         decoder_start_token_id=0,
         space_ids=dict(store.space_ids),
     )
-    return T5ForGenerativeRetrieval(config), tokenizer, store
+    return T5ForGenerativeRetrieval(config).eval(), tokenizer, store
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from ..models.prompts import (
     USER_ONLY_TEMPLATES,
     PromptTemplate,
 )
+from ..models.recommender import RepositoryFolder
 from ..models.tokenization_tokenrec import TokenRecTokenizer
 from .metrics import RankingMetrics, evaluate_embeddings
 
@@ -81,7 +82,8 @@ def evaluate_retrieval(
     tokenizer = TokenRecTokenizer.from_pretrained(folder)
     store = store or EmbeddingStore.open(folder / "store")
     templates = TEMPLATES[variant]
-    if variant == "tokenrec_history_only" and (encoder := HistoryEncoder.from_pretrained(folder)) is not None:
+    encoder = RepositoryFolder(folder).load_history_encoder() if variant == "tokenrec_history_only" else None
+    if encoder is not None:
         # As the recommender does: nothing of the user is used but the history.
         templates = HISTORY_TEMPLATES
         tokenizer.add_users(_vectors_of_histories(encoder, data))

@@ -1,4 +1,4 @@
-"""Configurations of the collaborative-filtering models (section II-C1 of TokenRec): sizes, loss and regularisation."""
+"""Configurations of the collaborative models, the MQ-Tokenizers and T5: sizes, losses and regularisation of TokenRec."""
 
 from __future__ import annotations
 
@@ -8,110 +8,113 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, T5Config
 
 
+def _require(
+    config: PreTrainedConfig, *, at_least: dict[str, float] | None = None, above_zero: tuple[str, ...] = ()
+) -> None:
+    """Raises ValueError for a field that is too small; fields that are None are skipped."""
+    for name, least in (at_least or {}).items():
+        if getattr(config, name) < least:
+            raise ValueError(f"{name} is {getattr(config, name)} but must be at least {least}.")
+    for name in above_zero:
+        if getattr(config, name) is not None and getattr(config, name) <= 0:
+            raise ValueError(f"{name} is {getattr(config, name)} but must be above 0.")
+
+
 @strict
-class MatrixFactorizationConfig(PreTrainedConfig):
-    """Configuration of [`MatrixFactorizationModel`].
+class CollaborativeConfig(PreTrainedConfig):
+    """Fields that the configurations of all collaborative models have (section II-C1 of TokenRec, arXiv 2406.10450).
+
+    The counts are set by [`~CollaborativeModel.from_interactions`].
 
     Args:
         num_users: number of users.
         num_items: number of items.
-        embedding_dim: d, the size of a user or item vector.
-        loss_type: `"bpr"` (pairwise, on dot products) or `"softmax"` (cross-entropy over cosine / `temperature`).
-        temperature: tau of the softmax loss.
-        l2_weight: weight of the squared norm of a batch's layer-0 embeddings, per interaction (BPR's regulariser).
-        initializer_range: standard deviation of the initial embeddings.
-    """
-
-    model_type = "tokenrec_matrix_factorization"
-
-    num_users: int = 0
-    num_items: int = 0
-    embedding_dim: int = 64
-    loss_type: str = "bpr"
-    temperature: float | int = 0.1
-    l2_weight: float | int = 1e-4
-    initializer_range: float | int = 0.1
-
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
-        if self.embedding_dim < 1:
-            raise ValueError(f"embedding_dim is {self.embedding_dim} but must be at least 1.")
-        if self.loss_type not in ("bpr", "softmax"):
-            raise ValueError(f"loss_type is {self.loss_type!r} but must be 'bpr' or 'softmax'.")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature is {self.temperature} but must be above 0.")
-
-
-@strict
-class LightGCNConfig(MatrixFactorizationConfig):
-    """Configuration of [`LightGCNModel`]: that of matrix factorisation and the graph.
-
-    Args:
-        num_layers: n, the number of propagation steps; the final representation is the mean over layers 0..n.
-        num_interactions: number of edges of the user-item graph, which is stored with the model.
-    """
-
-    model_type = "tokenrec_lightgcn"
-
-    num_layers: int = 3
-    num_interactions: int = 0
-
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
-        if self.num_layers < 0:
-            raise ValueError(f"num_layers is {self.num_layers} but must be at least 0.")
-
-
-@strict
-class FISMConfig(PreTrainedConfig):
-    """Configuration of [`FISMModel`].
-
-    Args:
-        num_users: number of users.
-        num_items: number of items.
-        num_interactions: number of interactions, which are stored with the model, since users are made of them.
-        num_folded_items: how many of the items, the last ones, came after the training: their rows are estimates
-            (`fold_in_items`).
+        num_interactions: number of interactions that are stored with the model; 0 for a model that stores none.
+        num_folded_items: number of items, the last ones, that were added after training; their rows are estimates.
         embedding_dim: d, the size of a user or item vector.
         temperature: tau of the softmax loss.
-        half_life: after how many further items of its user an item of the history counts half. None: all count alike, and the
-            order of a history does not matter.
-        recent_half_life: the same of a second table, of what an item says about the very next ones. None, or without
-            `half_life`: there is no such table.
-        dropout_rate: of the elements of the items of a history, while training.
-        history_smoothing, item_smoothing: how far the rows that histories are made of, and those of q, are moved after the
-            training to what is expected of items with such neighbours (`smooth_tables`), from 0 to 1.
         initializer_range: standard deviation of the initial embeddings.
     """
-
-    model_type = "tokenrec_fism"
 
     num_users: int = 0
     num_items: int = 0
     num_interactions: int = 0
     num_folded_items: int = 0
-    embedding_dim: int = 128
+    embedding_dim: int = 64
     temperature: float | int = 0.1
+    initializer_range: float | int = 0.1
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        _require(self, at_least={"embedding_dim": 1}, above_zero=("temperature",))
+
+
+@strict
+class MatrixFactorizationConfig(CollaborativeConfig):
+    """Configuration of [`MatrixFactorizationModel`], besides the fields of [`CollaborativeConfig`].
+
+    Args:
+        loss_type: `"bpr"` (pairwise, on dot products) or `"softmax"` (cross-entropy over cosine / `temperature`).
+        l2_weight: weight of the squared norm of a batch's layer-0 embeddings, per interaction (the regulariser of BPR).
+    """
+
+    model_type = "tokenrec_matrix_factorization"
+
+    loss_type: str = "bpr"
+    l2_weight: float | int = 1e-4
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.loss_type not in ("bpr", "softmax"):
+            raise ValueError(f"loss_type is {self.loss_type!r} but must be 'bpr' or 'softmax'.")
+
+
+@strict
+class LightGCNConfig(MatrixFactorizationConfig):
+    """Configuration of [`LightGCNModel`], besides the fields of [`MatrixFactorizationConfig`].
+
+    Args:
+        num_layers: n, the number of propagation steps; the final representation is the mean over layers 0..n.
+    """
+
+    model_type = "tokenrec_lightgcn"
+
+    num_layers: int = 3
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        _require(self, at_least={"num_layers": 0})
+
+
+@strict
+class FISMConfig(CollaborativeConfig):
+    """Configuration of [`FISMModel`], besides the fields of [`CollaborativeConfig`].
+
+    Args:
+        half_life: number of later items of the same user after which an item of the history counts half. None: all items count
+            alike and the order of a history is ignored.
+        recent_half_life: the same for a second table, which describes the items that follow immediately. There is no such table
+            if this or `half_life` is None.
+        dropout_rate: dropout of the elements of the history items' vectors in training.
+        history_smoothing, item_smoothing: from 0 to 1: how far the rows of the history tables, and of the table of q, move after
+            training towards their estimates from the neighbours in the histories (`smooth_tables`).
+    """
+
+    model_type = "tokenrec_fism"
+
+    embedding_dim: int = 128
     half_life: float | int | None = None
     recent_half_life: float | int | None = None
     dropout_rate: float | int = 0.3
     history_smoothing: float | int = 0.0
     item_smoothing: float | int = 0.0
-    initializer_range: float | int = 0.1
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        if self.embedding_dim < 1:
-            raise ValueError(f"embedding_dim is {self.embedding_dim} but must be at least 1.")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature is {self.temperature} but must be above 0.")
+        _require(self, above_zero=("half_life", "recent_half_life"))
         for name in ("history_smoothing", "item_smoothing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)} but must be from 0 to 1.")
-        for name in ("half_life", "recent_half_life"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} is {value} but must be above 0, or null.")
         if not 0 <= self.dropout_rate < 1:
             raise ValueError(f"dropout_rate is {self.dropout_rate} but must be at least 0 and below 1.")
 
@@ -123,17 +126,17 @@ class MQTokenizerConfig(PreTrainedConfig):
     Args:
         embedding_dim: d, the size of the collaborative vectors.
         num_codebooks: K, the number of encoders and of tokens per user or item. The paper suggests 3.
-        codebook_size: L, the number of codewords of each codebook. The paper: 256 for small data, 512 for larger.
+        codebook_size: L, the number of codewords of each codebook. The paper uses 256 for small data and 512 for larger data.
         codebook_dim: d_c, the size of a codeword.
         hidden_dim: width of the hidden layers of encoders and decoder.
-        mask_ratio: rho, the probability that an input element is zeroed while training (Eq. 2). The paper's best: 0.2.
+        mask_ratio: rho, the probability that an input element is zeroed in training (Eq. 2). The paper's best value is 0.2.
         commitment_weight: beta, the weight of the commitment loss (Eq. 13-14).
-        kmeans_init: start the codebooks from a k-means of the encoder outputs (else from random numbers).
-        residual: not the paper's: no encoders and no decoder; each codebook quantises what the ones before it have left of the
-            vector, and their sum is its reconstruction (residual quantisation). k-means finds such codebooks, without any
-            training, and they lose less of vectors of many dimensions. `codebook_dim` is then `embedding_dim`, and `hidden_dim`
-            means nothing.
-        revive_dead: while training, replace codewords that are no longer used by encoder outputs of the batch.
+        kmeans_init: start the codebooks from a k-means of the encoder outputs, not from random numbers.
+        residual: residual quantisation, which is not in the paper. There are no encoders and no decoder; each codebook quantises
+            the residual of the codebooks before it, and a vector is reconstructed as the sum of its codewords. k-means alone
+            trains such codebooks, and they lose less variance of high-dimensional vectors. `codebook_dim` is then
+            `embedding_dim`, and `hidden_dim` is ignored.
+        revive_dead: in training, replace unused codewords by encoder outputs of the batch.
     """
 
     model_type = "tokenrec_mq_tokenizer"
@@ -153,18 +156,15 @@ class MQTokenizerConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.residual:
             self.codebook_dim = self.embedding_dim
-        for name in ("embedding_dim", "num_codebooks", "codebook_size", "codebook_dim", "hidden_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)} but must be at least 1.")
+        sizes = ("embedding_dim", "num_codebooks", "codebook_size", "codebook_dim", "hidden_dim")
+        _require(self, at_least={**dict.fromkeys(sizes, 1), "commitment_weight": 0})
         if not 0 <= self.mask_ratio <= 1:
             raise ValueError(f"mask_ratio is {self.mask_ratio} but must be between 0 and 1.")
-        if self.commitment_weight < 0:
-            raise ValueError(f"commitment_weight is {self.commitment_weight} but must be at least 0.")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as they are saved."""
         fields = super().to_dict()
-        # A class with "Tokenizer" in its name is taken for a text tokenizer, whose code is recorded as a pair of classes.
+        # transformers records the code of a class with "Tokenizer" in its name as a pair, as for text tokenizers.
         for auto_class, reference in fields.get("auto_map", {}).items():
             fields["auto_map"][auto_class] = reference if isinstance(reference, str) else reference[0]
         return fields
@@ -177,16 +177,16 @@ class T5GenerativeRetrievalConfig(T5Config):
     Args:
         embedding_dim: d, the size of the item vectors that queries are compared with.
         projection_dim: width of the two hidden layers of the projection (Eq. 18). Default: `2 * d_model`.
-        pooling: `"decoder"` (one decoder step, the paper's) or `"mean"` (mean of the encoder's outputs, no decoder at all).
+        pooling: `"decoder"` (one decoder step, as in the paper) or `"mean"` (mean of the encoder's outputs, without a decoder).
         loss_type: `"cosine_ranking"` (Eq. 20) or `"softmax"` (cross-entropy over cosine / `temperature`).
-        margin: gamma of Eq. 20; negatives below this cosine cost nothing. The paper: 0 to 0.2.
+        margin: gamma of Eq. 20; negatives below this cosine add no loss. The paper uses 0 to 0.2.
         temperature: tau of the softmax loss.
-        alignment_weight: weight of 1 - cos(z, p_i), which draws the query to the collaborative vector of the prompt's user;
-            0 (the paper's) leaves it out.
-        user_shortcut: add to the projection what the codewords of the prompt's user stand for, so that T5 says what to change
-            about the user's vector instead of all of it. Needs residual codebooks. Default: no, as in the paper.
+        alignment_weight: weight of 1 - cos(z, p_i), which draws the query to the collaborative vector of the prompt's user.
+            0, as in the paper, leaves the term out.
+        user_shortcut: add the codewords of the prompt's user to the projection, so that T5 predicts only the difference from
+            the user's vector. Needs residual codebooks. The paper does not do this.
         user_code_tokens: the vocabulary ids `[first, end)` of the users' code tokens, for `user_shortcut`.
-        space_ids: fingerprints of the MQ-Tokenizers whose tokens the model was trained on, `{"user": ..., "item": ...}`.
+        space_ids: fingerprints of the MQ-Tokenizers that made the tokens of training, `{"user": ..., "item": ...}`.
     """
 
     model_type = "t5_generative_retrieval"
@@ -207,23 +207,18 @@ class T5GenerativeRetrievalConfig(T5Config):
         if self.projection_dim is None:
             self.projection_dim = 2 * self.d_model
         super().__post_init__(**kwargs)
-        if self.embedding_dim < 1:
-            raise ValueError(f"embedding_dim is {self.embedding_dim} but must be at least 1.")
+        _require(self, at_least={"embedding_dim": 1, "alignment_weight": 0}, above_zero=("temperature",))
         if self.pooling not in ("decoder", "mean"):
             raise ValueError(f"pooling is {self.pooling!r} but must be 'decoder' or 'mean'.")
         if self.loss_type not in ("cosine_ranking", "softmax"):
             raise ValueError(f"loss_type is {self.loss_type!r} but must be 'cosine_ranking' or 'softmax'.")
-        if self.alignment_weight < 0:
-            raise ValueError(f"alignment_weight is {self.alignment_weight} but must be at least 0.")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature is {self.temperature} but must be above 0.")
 
     @property
     def custom_pipelines(self) -> dict[str, dict[str, str]]:
-        """The pipeline whose code lies beside this class in a shared repository, for `pipeline(..., trust_remote_code=True)`.
+        """The pipeline in a shared repository, for `pipeline(..., trust_remote_code=True)`; it is not part of `config.json`.
 
-        Empty where the task is registered, as it is once `tokenrec_hf` is imported: transformers wants trust whenever a
-        configuration names a pipeline, even for one that it has already. So it is no part of `config.json`.
+        Empty where the task is registered, which `tokenrec_hf` does when it is imported: transformers asks for trust whenever a
+        configuration names a pipeline, even one that is registered.
         """
         from transformers.pipelines import PIPELINE_REGISTRY
 

@@ -1,20 +1,20 @@
 """Collaborative filtering: matrix factorisation, LightGCN and FISM (section II-C1 of TokenRec, arXiv 2406.10450).
 
-All give a vector p_i per user and q_j per item. LightGCN's are its *final* representations: the mean over layers 0..n of
-the embeddings propagated over the user-item graph (He et al., 2020), not the layer-0 tables. FISM's users are made of the
-items of their histories. The models know rows, not ids, and nothing about tokens or prompts.
+A model gives a vector p_i per user and q_j per item. Those of LightGCN are its *final* representations: the mean over layers
+0..n of the embeddings propagated over the user-item graph (He et al., 2020), not the layer-0 tables. Those of FISM's users are
+functions of their histories. The models work on rows; [`load_collaborative`] returns a saved model with the ids of its rows.
+
+To add a model, subclass [`CollaborativeModel`] and enter the class in `COLLABORATIVE_MODELS`.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-import huggingface_hub
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -23,12 +23,17 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from .codes import IdIndex, load_indexes, save_indexes
-from .configuration_tokenrec import FISMConfig, LightGCNConfig, MatrixFactorizationConfig
+from .codes import IdIndex, load_indexes, read_json, save_indexes
+from .configuration_tokenrec import CollaborativeConfig, FISMConfig, LightGCNConfig, MatrixFactorizationConfig
+
+if TYPE_CHECKING:
+    from typing import Self
+
+IDS = "ids.safetensors"
 
 
 class Interactions(Protocol):
-    """Users and the items they interacted with, as rows: what a fresh model is made for.
+    """The interactions that a fresh model is made for, as rows.
 
     Args:
         num_users: number of users.
@@ -51,24 +56,138 @@ class CollaborativeOutput(ModelOutput):
 
     Args:
         loss: scalar, when `labels` are given.
-        user_embeds: final representations of the users asked for, `[B, d]`.
+        user_embeds: final representations of the requested users, `[B, d]`.
     """
 
     loss: torch.Tensor | None = None
     user_embeds: torch.Tensor | None = None
 
 
-class MatrixFactorizationModel(PreTrainedModel):
+class CollaborativeModel(PreTrainedModel):
+    """Base class of the collaborative models.
+
+    A subclass sets `config_class` and defines `tables`, `user_embeddings`, `item_embeddings` and a `forward` that returns
+    [`CollaborativeOutput`]. A model whose users are functions of their histories also defines `history_vectors`. All vectors
+    must be linear in the tables up to their length, because retraining rotates the tables to rotate the vectors.
+
+    Attributes:
+        keeps_interactions: whether the interactions of training are buffers of the model.
+        users_are_histories: whether `history_vectors` computes user vectors, so that users have no rows in the tables.
+    """
+
+    keeps_interactions: ClassVar[bool] = True
+    users_are_histories: ClassVar[bool] = False
+
+    config_class: type[CollaborativeConfig] = CollaborativeConfig
+    config: CollaborativeConfig
+    main_input_name = "user_ids"
+    # The loss is a mean already, so Trainer need not count the examples of a step.
+    accepts_loss_kwargs = False
+    edge_users: torch.Tensor
+    edge_items: torch.Tensor
+
+    def __init__(self, config: CollaborativeConfig):
+        super().__init__(config)
+        if self.keeps_interactions:
+            # Sorted by user, each user's in time order.
+            self.register_buffer("edge_users", torch.zeros(config.num_interactions, dtype=torch.int32))
+            self.register_buffer("edge_items", torch.zeros(config.num_interactions, dtype=torch.int32))
+
+    @classmethod
+    def from_interactions(cls, config: CollaborativeConfig, interactions: Interactions) -> Self:
+        """A fresh model for the users and items of `interactions` (the training interactions only).
+
+        Args:
+            config: its counts of users, items and interactions are set.
+            interactions: stored with the model where `keeps_interactions` is true.
+        """
+        config.num_users, config.num_items = interactions.num_users, interactions.num_items
+        config.num_interactions = len(interactions) if cls.keeps_interactions else 0
+        model = cls(config)
+        if cls.keeps_interactions:
+            model.edge_users.copy_(torch.from_numpy(interactions.users))
+            model.edge_items.copy_(torch.from_numpy(interactions.items))
+        return model
+
+    def resized(self, interactions: Interactions) -> Self:
+        """A fresh model with the settings of this one for other users, items and interactions."""
+        return self.from_interactions(type(self.config).from_dict(self.config.to_dict()), interactions)
+
+    def without_users(self, keep: np.ndarray) -> Self:
+        """A model with the same items and only some of the users.
+
+        Args:
+            keep: whether to keep each user, bool `[num_users]`. The others lose their rows in the tables and their interactions.
+        """
+        kept = torch.from_numpy(keep)
+        users, items = self.interactions() or (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
+        inside = keep[users]
+        settings = {"num_users": int(keep.sum()), "num_interactions": int(inside.sum())}
+        model = type(self)(type(self.config).from_dict({**self.config.to_dict(), **settings}))
+        if self.keeps_interactions:
+            model.edge_users.copy_(torch.from_numpy((np.cumsum(keep) - 1)[users[inside]]))
+            model.edge_items.copy_(torch.from_numpy(items[inside]))
+        with torch.no_grad():
+            for (kind, table), (_, former) in zip(model.tables(), self.tables()):
+                table.weight.copy_(former.weight[kept] if kind == "user" else former.weight)
+        return model.eval()
+
+    def interactions(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """User and item rows of the training interactions, int64 `[n]` each; None if the model does not keep them."""
+        if not self.keeps_interactions:
+            return None
+        return self.edge_users.cpu().numpy().astype(np.int64), self.edge_items.cpu().numpy().astype(np.int64)
+
+    def tables(self) -> list[tuple[str, nn.Embedding]]:
+        """The learned tables, each with the kind of its rows, `"user"` or `"item"`."""
+        raise NotImplementedError
+
+    def user_embeddings(self) -> torch.Tensor:
+        """Final user representations p, detached, `[num_users, d]`."""
+        raise NotImplementedError
+
+    def item_embeddings(self) -> torch.Tensor:
+        """Final item representations q, detached, `[num_items, d]`."""
+        raise NotImplementedError
+
+    @property
+    def ordered_histories(self) -> bool:
+        """Whether the order of a history changes the vector of its user."""
+        return False
+
+    def history_vectors(
+        self, rows: torch.Tensor, items: torch.Tensor, ages: torch.Tensor, count: int, dropout_rate: float = 0.0
+    ) -> torch.Tensor:
+        """User vectors p of histories; only where `users_are_histories` is true.
+
+        Args:
+            rows: the history that each interaction belongs to, LongTensor `[n]` of values in `[0, count)`.
+            items: its item row, LongTensor `[n]`.
+            ages: number of items that followed it in the history, LongTensor `[n]`.
+            count: number of histories.
+            dropout_rate: dropout of the item vectors.
+
+        Returns:
+            `[count, d]`, zero for a history without interactions.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has a vector per user and cannot make one from a history.")
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=self.config.initializer_range)
+
+
+class MatrixFactorizationModel(CollaborativeModel):
     """Matrix factorisation: one free vector per user and per item.
 
     Args:
         config: a [`MatrixFactorizationConfig`] with `num_users` and `num_items` set.
     """
 
+    keeps_interactions = False
     config_class = MatrixFactorizationConfig
-    base_model_prefix = "collaborative"
-    main_input_name = "user_ids"
-    accepts_loss_kwargs = False
+    config: MatrixFactorizationConfig
 
     def __init__(self, config: MatrixFactorizationConfig):
         super().__init__(config)
@@ -76,14 +195,8 @@ class MatrixFactorizationModel(PreTrainedModel):
         self.item_table = nn.Embedding(config.num_items, config.embedding_dim)
         self.post_init()
 
-    @classmethod
-    def from_interactions(cls, config, interactions: Interactions):
-        """A fresh model of the users and items of `interactions` (the training interactions only)."""
-        config.num_users, config.num_items = interactions.num_users, interactions.num_items
-        return cls(config)
-
     def tables(self) -> list[tuple[str, nn.Embedding]]:
-        """What is learned, a row a user or an item: `("user" or "item", table)`."""
+        """The layer-0 embeddings of users and of items."""
         return [("user", self.user_table), ("item", self.item_table)]
 
     def user_embeddings(self) -> torch.Tensor:
@@ -111,11 +224,11 @@ class MatrixFactorizationModel(PreTrainedModel):
         Args:
             user_ids: user rows, `[B]`.
             labels: row of an item that each user interacted with, `[B]`.
-            negative_ids: rows of items that each user has not interacted with, `[B, m]`. Needed by the BPR loss; with the
-                softmax loss, they are the sampled competitors, and without them all items compete.
+            negative_ids: rows of items that each user has not interacted with, `[B, m]`. The BPR loss needs them; with the
+                softmax loss they are the sampled competitors, and without them all items compete.
         """
         users, items = self.representations()
-        # F.embedding and not indexing, whose gradient depends on the order in which threads happen to add.
+        # F.embedding, because the gradient of indexing depends on the order in which threads add.
         user = F.embedding(user_ids, users)  # [B, d]
         if labels is None:
             return CollaborativeOutput(user_embeds=user)
@@ -124,7 +237,9 @@ class MatrixFactorizationModel(PreTrainedModel):
             loss = loss + self.config.l2_weight * self._squared_norm(user_ids, labels, negative_ids)
         return CollaborativeOutput(loss=loss, user_embeds=user)
 
-    def _loss(self, user, items, labels, negative_ids):
+    def _loss(
+        self, user: torch.Tensor, items: torch.Tensor, labels: torch.Tensor, negative_ids: torch.Tensor | None
+    ) -> torch.Tensor:
         if self.config.loss_type == "bpr":
             if negative_ids is None:
                 raise ValueError(
@@ -140,37 +255,24 @@ class MatrixFactorizationModel(PreTrainedModel):
         scores = torch.einsum("bd,bmd->bm", user, F.embedding(candidates, items)) / self.config.temperature
         return F.cross_entropy(scores, torch.zeros_like(labels))
 
-    def _squared_norm(self, user_ids, labels, negative_ids):
+    def _squared_norm(
+        self, user_ids: torch.Tensor, labels: torch.Tensor, negative_ids: torch.Tensor | None
+    ) -> torch.Tensor:
         rows = labels if negative_ids is None else torch.cat([labels, negative_ids.flatten()])
         squares = self.user_table(user_ids).square().sum() + self.item_table(rows).square().sum()
         return squares / (2 * len(user_ids))
 
-    @torch.no_grad()
-    def _init_weights(self, module):
-        if isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=self.config.initializer_range)
-
-
-def _with_edges(model_class, config, interactions: Interactions):
-    """A fresh model that holds the interactions as buffers, sorted by user and each user's in time order."""
-    config.num_users, config.num_items = interactions.num_users, interactions.num_items
-    config.num_interactions = len(interactions)
-    model = model_class(config)
-    model.edge_users.copy_(torch.from_numpy(interactions.users))
-    model.edge_items.copy_(torch.from_numpy(interactions.items))
-    return model
-
 
 @dataclass(frozen=True)
 class _SparseMatrix:
-    """A sparse matrix to be multiplied by dense ones, its entries in the order of their rows.
+    """A sparse matrix for products with dense ones.
 
-    The product is a weighted `embedding_bag`, which a CPU does in about a third of the time that a sparse CSR tensor takes.
+    The product is a weighted `embedding_bag`, which takes a CPU about a third of the time of a sparse CSR tensor.
 
     Args:
-        columns: of the entries, int32, `[n]`.
-        offsets: where each row begins, and the end of the last one, int32, `[num_rows + 1]`.
-        values: of the entries, `[n]`.
+        columns: column of each entry, in the order of the rows, int32 `[n]`.
+        offsets: first entry of each row, and the number of entries, int32 `[num_rows + 1]`.
+        values: value of each entry, `[n]`.
     """
 
     columns: torch.Tensor
@@ -202,12 +304,12 @@ class _Propagation(torch.autograd.Function):
     """A sparse matrix times a dense one, with the transposed product as its backward pass."""
 
     @staticmethod
-    def forward(ctx, matrix, transposed, dense):
+    def forward(ctx: Any, matrix: _SparseMatrix, transposed: _SparseMatrix, dense: torch.Tensor) -> torch.Tensor:
         ctx.transposed = transposed
         return matrix @ dense
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, None, torch.Tensor]:
         return None, None, ctx.transposed @ grad
 
 
@@ -218,23 +320,16 @@ class LightGCNModel(MatrixFactorizationModel):
     the mean of E^(0)..E^(n). The edges are buffers of the model, so a loaded model propagates without the data.
 
     Args:
-        config: a [`LightGCNConfig`]; use [`LightGCNModel.from_interactions`] to fill its sizes.
+        config: a [`LightGCNConfig`]; [`~CollaborativeModel.from_interactions`] fills its counts.
     """
 
+    keeps_interactions = True
     config_class = LightGCNConfig
-    edge_users: torch.Tensor
-    edge_items: torch.Tensor
+    config: LightGCNConfig
 
     def __init__(self, config: LightGCNConfig):
         super().__init__(config)
-        self.register_buffer("edge_users", torch.zeros(config.num_interactions, dtype=torch.int32))
-        self.register_buffer("edge_items", torch.zeros(config.num_interactions, dtype=torch.int32))
         self._adjacency: _SparseMatrix | None = None
-
-    @classmethod
-    def from_interactions(cls, config: LightGCNConfig, interactions: Interactions) -> LightGCNModel:
-        """A fresh model over the graph of `interactions` (the training interactions only)."""
-        return _with_edges(cls, config, interactions)
 
     def adjacency(self) -> _SparseMatrix:
         """The symmetrically normalised adjacency matrix, `[num_users + num_items] * 2`, built once."""
@@ -258,26 +353,23 @@ class LightGCNModel(MatrixFactorizationModel):
         return mean[: self.config.num_users], mean[self.config.num_users :]
 
 
-class FISMModel(PreTrainedModel):
-    """Factored item similarity (Kabbur et al., 2013): a user is the sum of what the items of the history stand for.
+class FISMModel(CollaborativeModel):
+    """Factored item similarity (Kabbur et al., 2013): a user is the sum of the history vectors of the items in the history.
 
-    With a_i what item i says of its user and q_j what it is as a recommendation,
-    p_u = sum_{i in H_u} 2^(-age_i / half_life) a_i and the score is cos(p_u, q_j), trained by a softmax over all items. While
-    training, a history is split anew in every epoch into what p_u is made of and what is to be found, so nothing is asked
-    for that it is told: at random, or, with a `half_life`, into the past and the items that follow it. `age_i` is the number
-    of items that the user has had since. With a `recent_half_life`, sum_i 2^(-age_i / recent_half_life) b_i is added, b_i
-    being what item i says about the very next ones, as in Fossil (He and McAuley, 2016). The interactions are buffers of the model.
+    Item i has a history vector a_i and a target vector q_i. p_u = sum_{i in H_u} 2^(-age_i / half_life) a_i, and the score
+    is cos(p_u, q_j), trained by a softmax over all items. `age_i` is the number of items that the user has had since i.
+    Training splits each history anew in every epoch into input and targets, so that no target appears in its own input: at
+    random, or, with a `half_life`, into the past and the items that follow it. With a `recent_half_life`, a second history
+    vector b_i adds sum_i 2^(-age_i / recent_half_life) b_i, which describes the items that follow immediately, as in Fossil
+    (He and McAuley, 2016). The interactions are buffers of the model.
 
     Args:
-        config: a [`FISMConfig`]; use [`FISMModel.from_interactions`] to fill its sizes.
+        config: a [`FISMConfig`]; [`~CollaborativeModel.from_interactions`] fills its counts.
     """
 
+    users_are_histories = True
     config_class = FISMConfig
-    base_model_prefix = "collaborative"
-    main_input_name = "user_ids"
-    accepts_loss_kwargs = False
-    edge_users: torch.Tensor
-    edge_items: torch.Tensor
+    config: FISMConfig
 
     def __init__(self, config: FISMConfig):
         super().__init__(config)
@@ -286,18 +378,15 @@ class FISMModel(PreTrainedModel):
         self.recent_table = None
         if config.half_life is not None and config.recent_half_life is not None:
             self.recent_table = nn.Embedding(config.num_items, config.embedding_dim)
-        # Sorted by user, each user's in time order.
-        self.register_buffer("edge_users", torch.zeros(config.num_interactions, dtype=torch.int32))
-        self.register_buffer("edge_items", torch.zeros(config.num_interactions, dtype=torch.int32))
         self.post_init()
 
-    @classmethod
-    def from_interactions(cls, config: FISMConfig, interactions: Interactions) -> FISMModel:
-        """A fresh model of the histories in `interactions` (the training interactions only)."""
-        return _with_edges(cls, config, interactions)
+    @property
+    def ordered_histories(self) -> bool:
+        """Whether the order of a history changes the vector of its user: only with a `half_life`."""
+        return self.config.half_life is not None
 
     def tables(self) -> list[tuple[str, nn.Embedding]]:
-        """What is learned, a row an item: `("item", table)`."""
+        """The tables of a, of q and, with a `recent_half_life`, of b; all have a row per item."""
         tables = [self.history_table, self.item_table, self.recent_table]
         return [("item", table) for table in tables if table is not None]
 
@@ -307,29 +396,24 @@ class FISMModel(PreTrainedModel):
         lengths = torch.bincount(users, minlength=self.config.num_users)
         ages = lengths.cumsum(0)[users] - 1 - torch.arange(len(users), device=users.device)
         with torch.no_grad():
-            return self.pool(users, self.edge_items.long(), ages, self.config.num_users)
+            return self.history_vectors(users, self.edge_items.long(), ages, self.config.num_users)
 
     def item_embeddings(self) -> torch.Tensor:
         """Item representations q, of length 1, detached, `[num_items, d]`."""
         with torch.no_grad():
             return F.normalize(self.item_table.weight, dim=-1)
 
-    def pool(
+    def history_vectors(
         self, rows: torch.Tensor, items: torch.Tensor, ages: torch.Tensor, count: int, dropout_rate: float = 0.0
     ) -> torch.Tensor:
-        """p of length 1 of `count` histories, `[count, d]`: item `items[n]` of age `ages[n]` belongs to history `rows[n]`."""
-        said = self.summands(items, ages, dropout_rate)
-        return F.normalize(said.new_zeros(count, said.shape[1]).index_add(0, rows, said), dim=-1)
-
-    def summands(self, items: torch.Tensor, ages: torch.Tensor, dropout_rate: float = 0.0) -> torch.Tensor:
-        """What items `[n]` of these ages `[n]` add to the vector of whoever has had them, `[n, d]`."""
-        said = F.dropout(self.history_table(items), dropout_rate)  # [n, d]
+        """User vectors p of histories, of length 1, `[count, d]`; see [`CollaborativeModel.history_vectors`]."""
+        summands = F.dropout(self.history_table(items), dropout_rate)  # [n, d]
         if self.config.half_life is not None:
-            said = said * torch.exp2(-ages[:, None] / self.config.half_life)
-        if self.recent_table is not None:
+            summands = summands * torch.exp2(-ages[:, None] / self.config.half_life)
+        if self.recent_table is not None and self.config.recent_half_life is not None:
             recent = F.dropout(self.recent_table(items), dropout_rate)
-            said = said + recent * torch.exp2(-ages[:, None] / self.config.recent_half_life)
-        return said
+            summands = summands + recent * torch.exp2(-ages[:, None] / self.config.recent_half_life)
+        return F.normalize(summands.new_zeros(count, summands.shape[1]).index_add(0, rows, summands), dim=-1)
 
     def forward(
         self,
@@ -343,19 +427,19 @@ class FISMModel(PreTrainedModel):
 
         Args:
             user_ids: user rows, `[B]`.
-            labels: rows of the items to find, `[B]` or `[B, P]`; -100 is padding. A user with n of them counts as sqrt(n).
-            history_rows, history_items, history_ages: the history of each user, see [`~FISMModel.pool`], in place of the
-                whole one; its items do not compete.
+            labels: rows of the target items, `[B]` or `[B, P]`; -100 is padding. A user with n targets has the weight sqrt(n).
+            history_rows, history_items, history_ages: partial histories, see [`~FISMModel.history_vectors`], which replace
+                the whole ones; their items do not compete.
         """
         if history_rows is None or history_items is None or history_ages is None:
             users = self.user_embeddings()[user_ids]
         else:
             dropout_rate = self.config.dropout_rate if self.training else 0.0
-            users = self.pool(history_rows, history_items, history_ages, len(user_ids), dropout_rate)  # [B, d]
+            users = self.history_vectors(history_rows, history_items, history_ages, len(user_ids), dropout_rate)
         if labels is None:
             return CollaborativeOutput(user_embeds=users)
         scores = users @ F.normalize(self.item_table.weight, dim=-1).T / self.config.temperature  # [B, num_items]
-        if history_rows is not None:
+        if history_rows is not None and history_items is not None:
             scores = scores.index_put((history_rows, history_items), scores.new_tensor(-torch.inf))
         labels = labels.view(len(labels), -1)  # [B, P]
         valid = labels >= 0
@@ -365,24 +449,89 @@ class FISMModel(PreTrainedModel):
         loss = (terms.sum(dim=1) / counts.sqrt()).sum() / counts.sqrt().sum()
         return CollaborativeOutput(loss=loss, user_embeds=users)
 
-    @torch.no_grad()
-    def _init_weights(self, module):
-        if isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=self.config.initializer_range)
 
-
-CollaborativeConfig = MatrixFactorizationConfig | FISMConfig
-COLLABORATIVE_MODELS: dict[str, type[MatrixFactorizationModel] | type[FISMModel]] = {
+COLLABORATIVE_MODELS: dict[str, type[CollaborativeModel]] = {
     "lightgcn": LightGCNModel,
     "matrix_factorization": MatrixFactorizationModel,
     "fism": FISMModel,
 }
 
 
+class HistoryEncoder:
+    """Makes user vectors from histories of item ids.
+
+    Args:
+        model: a collaborative model whose `users_are_histories`.
+        items: the ids of its items, in row order.
+
+    Raises:
+        ValueError: the number of ids is not the number of items.
+    """
+
+    def __init__(self, model: CollaborativeModel, items: IdIndex):
+        if len(items) != model.config.num_items:
+            raise ValueError(
+                f"there are {len(items)} ids for {model.config.num_items} items of the collaborative model."
+            )
+        self.model, self.items = model, items
+
+    def encode(self, histories: Sequence[Sequence[str]]) -> tuple[torch.Tensor, np.ndarray]:
+        """Vectors p of histories, oldest item first.
+
+        Items that the model does not know, because they have vectors but no interactions, add nothing but do age the items
+        before them.
+
+        Args:
+            histories: the item ids of each history.
+
+        Returns:
+            `[n, d]`, of length 1, and bool `[n]`: whether any item of the history is known. If none is, the vector is zero.
+        """
+        sizes = np.array([len(history) for history in histories], dtype=np.int64)
+        rows = np.repeat(np.arange(len(sizes)), sizes)
+        ages = np.repeat(np.cumsum(sizes), sizes) - 1 - np.arange(len(rows))
+        items = self.items.rows([item for history in histories for item in history])
+        inside = items >= 0
+        row, item, age = (torch.from_numpy(array[inside]) for array in (rows, items, ages))
+        with torch.no_grad():
+            vectors = self.model.history_vectors(row, item, age, len(sizes))
+        return vectors, np.bincount(rows[inside], minlength=len(sizes)) > 0
+
+
+def save_collaborative(model: CollaborativeModel, ids: Mapping[str, Sequence[str]], folder: str | os.PathLike) -> None:
+    """Writes a model and the `"user"` and `"item"` ids of its rows."""
+    model.save_pretrained(folder)
+    save_indexes({kind: IdIndex(names, kind) for kind, names in ids.items()}, Path(folder) / IDS)
+
+
+def collaborative_class(folder: str | os.PathLike) -> type[CollaborativeModel]:
+    """The class of the model that `save_collaborative` wrote, found without loading it.
+
+    Raises:
+        ValueError: there is no such kind of collaborative model.
+    """
+    path = Path(folder) / "config.json"
+    model_type = read_json(path).get("model_type")
+    for model_class in COLLABORATIVE_MODELS.values():
+        if model_class.config_class.model_type == model_type:
+            return model_class
+    raise ValueError(f"{path} has the model_type {model_type!r}, which is none of the COLLABORATIVE_MODELS.")
+
+
+def load_collaborative(folder: str | os.PathLike) -> tuple[CollaborativeModel, dict[str, IdIndex]]:
+    """Reads a model that `save_collaborative` wrote, in evaluation mode, and the `"user"` and `"item"` ids of its rows.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged.
+    """
+    return collaborative_class(folder).from_pretrained(folder).eval(), load_indexes(Path(folder) / IDS)
+
+
 def augment_norm(
     users: torch.Tensor, items: torch.Tensor, norm: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Vectors of one more dimension whose *cosine* ranks items as the dot product of the given ones does.
+    """Adds a dimension in which the *cosine* ranks items as the dot product of the given vectors does.
 
     Retrieval is by cosine (Eq. 19), but BPR trains dot products, where an item's norm carries its popularity. With M the
     largest norm of an item, (q, sqrt(M^2 - ||q||^2)) has norm M for every item and (p, 0) leaves the product unchanged
@@ -391,7 +540,7 @@ def augment_norm(
     Args:
         users: p, `[num_users, d]`.
         items: q, `[num_items, d]`.
-        norm: M; by default that of `items`. For newcomers it is that of the items that they join, and one that is longer
+        norm: M; by default the largest norm of `items`. For cold-start items it is the M of the known items; a longer item
             keeps its own length.
 
     Returns:
@@ -403,86 +552,6 @@ def augment_norm(
     return torch.cat([users, torch.zeros_like(users[:, :1])], dim=1), torch.cat([items, rest], dim=1)
 
 
-MatrixFactorizationConfig.register_for_auto_class()
-LightGCNConfig.register_for_auto_class()
-FISMConfig.register_for_auto_class()
-MatrixFactorizationModel.register_for_auto_class("AutoModel")
-LightGCNModel.register_for_auto_class("AutoModel")
-FISMModel.register_for_auto_class("AutoModel")
-
-
-FOLDER, IDS = "collaborative", "ids.safetensors"
-
-
-class HistoryEncoder:
-    """A [`FISMModel`] that knows its items by their ids.
-
-    Args:
-        model: gives the vectors.
-        items: the ids of its items, in row order.
-
-    Raises:
-        ValueError: there are more ids than items, or fewer.
-    """
-
-    def __init__(self, model: FISMModel, items: IdIndex):
-        if len(items) != model.config.num_items:
-            raise ValueError(
-                f"there are {len(items)} ids for {model.config.num_items} items of the collaborative model."
-            )
-        self.model, self.items = model, items
-
-    @classmethod
-    def from_pretrained(
-        cls, name: str | os.PathLike, *, revision: str | None = None, token: str | bool | None = None
-    ) -> HistoryEncoder | None:
-        """That of a trained repository, or None where its collaborative model is another one, or was left out.
-
-        Args:
-            name: its folder, or its name on the Hub.
-            revision: branch, tag or commit of the Hub repository.
-            token: Hub token; by default the one that is logged in.
-        """
-        if not Path(name).is_dir():
-            name = huggingface_hub.snapshot_download(
-                str(name), revision=revision, token=token, allow_patterns=f"{FOLDER}/*"
-            )
-        source = Path(name) / FOLDER
-        config, ids = source / "config.json", source / IDS
-        if not (config.is_file() and ids.is_file()):
-            return None
-        if json.loads(config.read_text(encoding="utf-8"))["model_type"] != FISMModel.config_class.model_type:
-            return None
-        return cls(FISMModel.from_pretrained(source).eval(), load_indexes(ids)["item"])
-
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Writes it as the `collaborative/` of a repository that has no users: items only, no history of anybody."""
-        config = FISMConfig.from_dict({**self.model.config.to_dict(), "num_users": 0, "num_interactions": 0})
-        model = FISMModel(config)
-        with torch.no_grad():
-            for (_, table), (_, mine) in zip(model.tables(), self.model.tables()):
-                table.weight.copy_(mine.weight)
-        model.save_pretrained(folder)
-        save_indexes({"user": IdIndex([], "user"), "item": self.items}, Path(folder) / IDS)
-
-    def encode(self, histories: Sequence[Sequence[str]]) -> tuple[torch.Tensor, np.ndarray]:
-        """Vectors p of histories, oldest item first.
-
-        Items that the model does not know (vectors without interactions) say nothing, but those before them are the older
-        for it.
-
-        Args:
-            histories: item ids of each.
-
-        Returns:
-            `[n, d]`, of length 1, and bool `[n]`: whether any item of the history is known; if not, the vector is zero.
-        """
-        sizes = np.array([len(one) for one in histories], dtype=np.int64)
-        rows = np.repeat(np.arange(len(sizes)), sizes)
-        ages = np.repeat(np.cumsum(sizes), sizes) - 1 - np.arange(len(rows))
-        items = self.items.rows([item for one in histories for item in one])
-        inside = items >= 0
-        row, item, age = (torch.from_numpy(one[inside]) for one in (rows, items, ages))
-        with torch.no_grad():
-            vectors = self.model.pool(row, item, age, len(sizes))
-        return vectors, np.bincount(rows[inside], minlength=len(sizes)) > 0
+for _model_class in COLLABORATIVE_MODELS.values():
+    _model_class.config_class.register_for_auto_class()
+    _model_class.register_for_auto_class("AutoModel")

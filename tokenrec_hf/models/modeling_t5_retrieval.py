@@ -7,7 +7,6 @@ to the embedding store and are bound to the model at run time; they are no part 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -210,6 +209,30 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
             return self.projection(hidden) + self._user_vectors(input_ids).to(hidden)
         return self.projection(hidden)
 
+    @torch.inference_mode()
+    def encode_by_length(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """z of prompts, `[B, d]`, without gradient or dropout: prompts of similar length together, to save padding.
+
+        Args:
+            input_ids: `[B, T]`, on any device.
+            attention_mask: `[B, T]`, 0 at padding. Default: derived from the padding id.
+        """
+        if attention_mask is None:
+            attention_mask = input_ids.ne(cast(int, self.config.pad_token_id)).long()
+        lengths = attention_mask.shape[1] - attention_mask.flip(1).argmax(dim=1)  # without the padding at the end, [B]
+        # The longest prompt of a group is at most twice as long as its shortest.
+        groups = lengths.clamp(min=SHORT_PROMPT).float().log2().ceil()
+        queries = torch.empty(len(input_ids), self.config.embedding_dim, dtype=self.dtype, device=self.device)
+        was_training = self.training
+        self.eval()
+        for group in groups.unique():
+            rows = (groups == group).nonzero().flatten()
+            width = int(lengths[rows].max())
+            ids, mask = (part[rows, :width].to(self.device) for part in (input_ids, attention_mask))
+            queries[rows.to(self.device)] = self.encode_queries(ids, mask).to(queries)
+        self.train(was_training)
+        return queries
+
     def _user_vectors(self, input_ids: torch.Tensor | None) -> torch.Tensor:
         """The sum of the codewords of the user tokens in each prompt, `[B, d]`."""
         if input_ids is None:
@@ -309,61 +332,6 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
         banned = torch.zeros(len(scores), width + 1, dtype=torch.bool, device=scores.device)
         banned.scatter_(1, torch.where(rows >= 0, rows, width), True)
         return scores.masked_fill(banned[:, :width], float("-inf"))
-
-    @torch.inference_mode()
-    def recommend(
-        self, inputs: Mapping, store, top_k: int = 10, exclude_seen: bool = True, where: Mapping | None = None
-    ):
-        """The `top_k` items of `store` nearest to each prompt's query (Eq. 19).
-
-        Args:
-            inputs: tokenised prompts: `input_ids` `[B, T]` and `attention_mask` as tensors and, for `exclude_seen`, the lists
-                `user_ids` and `item_ids` that the tokenizer adds with `return_entities=True`.
-            store: an [`EmbeddingStore`].
-            top_k: how many items; fewer come back where fewer are left.
-            exclude_seen: leave out the items of the prompt and those that the store knows its users have seen.
-            where: only items with this metadata, see [`EmbeddingStore.search`].
-
-        Returns:
-            Per prompt a list of `{"item": id, "score": cosine}`, best first.
-
-        Raises:
-            ValueError: `exclude_seen` without the ids, or a store of another embedding space.
-        """
-        self._check_store(store)
-        queries = self.eval()._encode_by_length(inputs["input_ids"], inputs.get("attention_mask"))
-        exclude = self._seen(inputs, store) if exclude_seen else None
-        ids, scores = store.search(queries.float().cpu(), top_k, exclude, where)
-        return [[{"item": i, "score": s} for i, s in zip(*row)] for row in zip(ids, scores)]
-
-    def _encode_by_length(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """z of prompts of all lengths, `[B, d]`: those of like length together, so that short ones are not padded to the longest."""
-        if attention_mask is None:
-            attention_mask = input_ids.ne(cast(int, self.config.pad_token_id)).long()
-        last = attention_mask.shape[1] - attention_mask.flip(1).argmax(dim=1)  # without the padding at the end, [B]
-        # Each group's longest prompt is at most twice as long as its shortest.
-        groups = last.clamp(min=SHORT_PROMPT).float().log2().ceil()
-        queries = torch.empty(len(input_ids), self.config.embedding_dim, dtype=self.dtype, device=self.device)
-        for group in groups.unique():
-            rows = (groups == group).nonzero().flatten()
-            width = int(last[rows].max())
-            ids, mask = (part[rows, :width].to(self.device) for part in (input_ids, attention_mask))
-            queries[rows.to(self.device)] = self.encode_queries(ids, mask).to(queries)
-        return queries
-
-    def _check_store(self, store) -> None:
-        for kind, space_id in (self.config.space_ids or {}).items():
-            store.check_space(kind, space_id, "the model")
-
-    @staticmethod
-    def _seen(inputs, store) -> list[list[str]]:
-        if "user_ids" not in inputs or "item_ids" not in inputs:
-            raise ValueError(
-                "exclude_seen needs to know which users and items the prompts name: tokenise them with return_entities=True, "
-                "or pass exclude_seen=False."
-            )
-        recorded = [store.seen(users) for users in inputs["user_ids"]]
-        return [[*named, *(i for row in rows for i in row)] for named, rows in zip(inputs["item_ids"], recorded)]
 
     @torch.no_grad()
     def _init_weights(self, module):

@@ -1,34 +1,43 @@
-"""The transformers pipeline of the task `generative-retrieval`: users and histories in, items with scores out."""
+"""The transformers pipeline of the task `generative-retrieval`: users and histories in, items with scores out.
+
+It reads requests and leaves the answers to [`Recommender`]. Apart from the recommender, because `transformers.Pipeline` takes longer
+to import than a recommendation takes.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import Pipeline
 from transformers.dynamic_module_utils import custom_object_save
 
 from .embedding_store import EmbeddingStore
 from .modeling_collaborative import HistoryEncoder
+from .modeling_t5_retrieval import T5ForGenerativeRetrieval
 from .prompts import PromptTemplate
-from .recommender import Recommender
+from .recommender import Recommender, RepositoryFolder, fetch_repository
+from .tokenization_tokenrec import TokenRecTokenizer
+
+if TYPE_CHECKING:
+    pass
 
 
 class GenerativeRetrievalPipeline(Pipeline):
-    """Recommends items for users, for histories, or for prompts of one's own.
+    """Recommends items for users, for histories, or for prompts.
 
     Args:
         model: a [`T5ForGenerativeRetrieval`].
         tokenizer: its [`TokenRecTokenizer`].
-        store: its [`EmbeddingStore`]; by default that of the repository and revision which the model was loaded from.
-        history_encoder: makes user tokens for requests that name no user; where the store comes from the model's repository,
-            so does this, if there is one.
+        store: its [`EmbeddingStore`]; by default that of the repository and revision that the model was loaded from.
+        history_encoder: makes user tokens for requests without a user; by default that of the same repository, if the store is
+            too.
         kwargs: `batch_size` (1), `device`, and defaults for the arguments of a call.
 
     Raises:
         FileNotFoundError: no store was given and there is none beside the model.
-        ValueError: the three do not belong together.
+        ValueError: the parts do not belong together.
 
     Example:
         >>> recommend = pipeline("generative-retrieval", model="out")
@@ -42,26 +51,24 @@ class GenerativeRetrievalPipeline(Pipeline):
     _load_video_processor = False  # type: ignore[assignment]
     _load_feature_extractor = False  # type: ignore[assignment]
 
-    model: Any
-    tokenizer: Any
+    model: T5ForGenerativeRetrieval
+    tokenizer: TokenRecTokenizer  # type: ignore[assignment]
 
     def __init__(
         self,
-        model,
-        tokenizer,
+        model: T5ForGenerativeRetrieval,
+        tokenizer: TokenRecTokenizer,
         store: EmbeddingStore | None = None,
         history_encoder: HistoryEncoder | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
-        super().__init__(model=model, tokenizer=tokenizer, **kwargs)
+        super().__init__(model=model, tokenizer=tokenizer, **kwargs)  # type: ignore[arg-type]
         if store is None:
-            store = EmbeddingStore.from_pretrained(model.name_or_path, revision=model.loaded_revision)
-            history_encoder = history_encoder or HistoryEncoder.from_pretrained(
-                model.name_or_path, revision=model.loaded_revision
-            )
+            parts = RepositoryFolder(fetch_repository(str(model.name_or_path), revision=model.loaded_revision))
+            store, history_encoder = parts.open_store(), history_encoder or parts.load_history_encoder()
         self.recommender = Recommender(model, tokenizer, store, history_encoder)
 
-    def __call__(self, inputs, **kwargs):  # type: ignore[override]
+    def __call__(self, inputs: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """The best items for one request, or for each of several.
 
         Args:
@@ -85,7 +92,7 @@ class GenerativeRetrievalPipeline(Pipeline):
             KeyError: a user or an item is unknown.
             ValueError: a request or a prompt is not as said above.
         """
-        # A column of a dataset is several requests too, which the base class sees in nothing but a list.
+        # The base class takes only a list for several requests, but the column of a dataset is a sequence too.
         if isinstance(inputs, Sequence) and not isinstance(inputs, str):
             inputs = list(inputs)
             if not inputs:
@@ -101,7 +108,7 @@ class GenerativeRetrievalPipeline(Pipeline):
         """
         os.makedirs(save_directory, exist_ok=True)
         custom_object_save(self, save_directory)
-        self.recommender.store.save_pretrained(os.path.join(save_directory, "store"))
+        self.recommender.store.save_pretrained(RepositoryFolder(save_directory).store)
         self.tokenizer.save_pretrained(save_directory)
         # Last, because config.json is what makes the folder a repository.
         self.model.save_pretrained(save_directory, **kwargs)
@@ -144,13 +151,11 @@ class GenerativeRetrievalPipeline(Pipeline):
     def _forward(  # type: ignore[override]
         self, inputs: Mapping[str, Any], top_k: int = 10, exclude_seen: bool = True, where: Mapping | None = None
     ) -> dict[str, list]:
-        # A batch of one comes as `preprocess` made it, larger ones with a list of what each request has.
+        # A batch of one comes as `preprocess` made it; in larger ones each entry is a list over the requests.
         alone = isinstance(inputs["user_ids"], tuple)
         if alone:
             inputs = {**inputs, "user_ids": [inputs["user_ids"]], "item_ids": [inputs["item_ids"]]}
-        found = self.model.recommend(
-            inputs, self.recommender.store, top_k=top_k, exclude_seen=exclude_seen, where=where
-        )
+        found = self.recommender.answer(inputs, top_k=top_k, exclude_seen=exclude_seen, where=where)
         return {"recommendations": found[0] if alone else found}
 
     def postprocess(self, outputs: Mapping[str, list]) -> list[dict]:  # type: ignore[override]

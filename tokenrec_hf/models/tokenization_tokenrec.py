@@ -28,6 +28,8 @@ from .codes import MAX_ID_LENGTH, CodeTable, IdIndex, check_ids, load_tables, sa
 from .prompts import PromptTemplate
 
 LETTERS = {"user": "u", "item": "v"}
+# Folders of the MQ-Tokenizers in a trained repository.
+MQ_FOLDERS = {"user": "mq_user", "item": "mq_item"}
 T5_MAX_LENGTH = 512
 
 # "superuser_03" and "multi-item_list" name nobody, and what is already expanded stays as it is. The second group is the
@@ -378,11 +380,11 @@ class TokenRecTokenizer(TokenizersBackend):
                 if not self.name_or_path:
                     raise OSError("this tokenizer was not loaded from a folder or repository")
                 mq = MQTokenizerModel.from_pretrained(
-                    self.name_or_path, subfolder=f"mq_{kind}", revision=self._revision or "main"
+                    self.name_or_path, subfolder=MQ_FOLDERS[kind], revision=self._revision or "main"
                 )
             except OSError as error:
                 raise ValueError(
-                    f"no MQ-Tokenizer to make {kind} codes with: there is none in mq_{kind} of "
+                    f"no MQ-Tokenizer to make {kind} codes with: there is none in {MQ_FOLDERS[kind]} of "
                     f"{self.name_or_path or 'the tokenizer'!r}; give the one that made this tokenizer's codes with "
                     f"attach({kind}_mq=...)."
                 ) from error

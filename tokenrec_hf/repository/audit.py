@@ -16,20 +16,18 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import DatasetDict
-from transformers import AutoModel
 
 from ..data.collator import PromptDataset
 from ..data.splits import SPLITS, fingerprint, index_splits
 from ..evaluation.ranking import TEMPLATES, evaluation_collator
-from ..models.codes import IdIndex, load_indexes
+from ..models.codes import IdIndex, read_json
 from ..models.embedding_store import EmbeddingStore
-from ..models.modeling_collaborative import augment_norm
+from ..models.modeling_collaborative import augment_norm, load_collaborative
 from ..models.modeling_mq_tokenizer import MQTokenizerModel
 from ..models.recommender import check_repository
 from ..models.tokenization_tokenrec import TokenRecTokenizer
 from ..training.recipe import load_recipe
 from .build import load_splits
-from .repository import read_json
 from .update import ADDITIONS
 
 KINDS = ("user", "item")
@@ -214,8 +212,7 @@ class _Run:
         self.trained = ("train",) if run == "selection" else ("train", "validation")
         self.held_out = tuple(split for split in SPLITS if split not in self.trained)
         self.store, self.tokenizer = EmbeddingStore.open(folder / "store"), TokenRecTokenizer.from_pretrained(folder)
-        self.model: Any = AutoModel.from_pretrained(folder / "collaborative")
-        self.ids = load_indexes(folder / "collaborative" / "ids.safetensors")
+        self.model, self.ids = load_collaborative(folder / "collaborative")
 
     def checks(self, evaluated: Sequence[str]) -> list[Check]:
         """All of them; `evaluated` are the splits that this model is evaluated on."""
@@ -227,9 +224,9 @@ class _Run:
 
     def _collaborative(self) -> Check:
         """Whether the collaborative model was trained on exactly the interactions it may know."""
-        if hasattr(self.model, "edge_users"):
+        if (edges := self.model.interactions()) is not None:
             rows = {kind: self.data.index[kind].rows(self.ids[kind].ids()) for kind in KINDS}
-            edges = rows["user"][self.model.edge_users.numpy()], rows["item"][self.model.edge_items.numpy()]
+            edges = rows["user"][edges[0]], rows["item"][edges[1]]
             return self._same_pairs("collaborative", "the edges of the model", self.data.keys(*edges))
         # Sorted by user as the training has them, each user's in time order.
         users, items = (np.concatenate([self.data.rows[split][kind] for split in self.trained]) for kind in KINDS)

@@ -27,9 +27,10 @@ from transformers.dynamic_module_utils import custom_object_save
 from ..data.collator import DataCollatorForGenerativeRetrieval
 from ..data.splits import SPLITS, Holdout, IndexedSplits, fingerprint, index_splits
 from ..evaluation.ranking import evaluate_baselines, evaluate_retrieval
+from ..models.codes import read_json
 from ..models.configuration_tokenrec import T5GenerativeRetrievalConfig
 from ..models.embedding_store import EmbeddingStore
-from ..models.modeling_collaborative import COLLABORATIVE_MODELS, FISMModel, augment_norm
+from ..models.modeling_collaborative import CollaborativeModel, augment_norm, load_collaborative, save_collaborative
 from ..models.modeling_mq_tokenizer import MQTokenizerModel
 from ..models.modeling_t5_retrieval import T5ForGenerativeRetrieval
 from ..models.pipeline_generative_retrieval import GenerativeRetrievalPipeline
@@ -40,7 +41,6 @@ from ..training.recipe import Recipe, load_recipe, save_recipe
 from ..training.stages import SELECT_BY, train_collaborative, train_mq_tokenizer, train_retrieval
 from ..training.training_data import past_user_embeddings
 from .card import write_model_card
-from .repository import read_json, save_collaborative
 
 # What `half_life: auto` chooses from on validation: whether the order of a history matters.
 HALF_LIVES = (None, 8)
@@ -338,7 +338,7 @@ class _Run:
             self._save_collaborative(result.model, data)
         return outcome
 
-    def _save_collaborative(self, model, data: IndexedSplits) -> None:
+    def _save_collaborative(self, model: CollaborativeModel, data: IndexedSplits) -> None:
         # The model knows rows; whoever goes on training it must know whose they are.
         save_collaborative(model, {"user": data.user_ids, "item": data.item_ids}, self.folder / "collaborative")
         # Remote code is looked for in the root, even when a model in a subfolder is loaded.
@@ -346,9 +346,7 @@ class _Run:
 
     def _store(self, data: IndexedSplits) -> EmbeddingStore:
         """The store of the collaborative vectors and the items that users have seen, made anew from the model."""
-        model = COLLABORATIVE_MODELS[self.recipe["collaborative"]["model"]].from_pretrained(
-            self.folder / "collaborative"
-        )
+        model, _ = load_collaborative(self.folder / "collaborative")
         users, items = model.user_embeddings(), model.item_embeddings()
         if self.recipe["collaborative"]["augment_norm"]:
             users, items = augment_norm(users, items)
@@ -368,8 +366,8 @@ class _Run:
             if settings["user_codebooks"] is not None:
                 settings = {**settings, "config": {**settings["config"], "num_codebooks": settings["user_codebooks"]}}
             copies = USER_VECTORS // max(len(vectors), 1) - 1
-            if self.recipe["collaborative"]["model"] == "fism" and copies > 0:
-                model = FISMModel.from_pretrained(self.folder / "collaborative")
+            model, _ = load_collaborative(self.folder / "collaborative")
+            if model.users_are_histories and copies > 0:
                 parts = past_user_embeddings(model, data.interactions, copies, self.recipe["seed"])
         result = train_mq_tokenizer(
             vectors, settings, checkpoints, others=parts, name=f"{kind} MQ-Tokenizer", seed=seed
@@ -386,9 +384,9 @@ class _Run:
         model = build_retrieval_model(section, tokenizer, mqs["user"], mqs["item"], seed=self.recipe["seed"])
         model.bind_items(store.vectors("item"))
         pasts: dict[str, Any] = {}
-        if self.recipe["collaborative"]["model"] == "fism":
-            collaborative = FISMModel.from_pretrained(self.folder / "collaborative")
-            pasts = {"pool_history": collaborative.pool, "user_mq": mqs["user"]}
+        collaborative, _ = load_collaborative(self.folder / "collaborative")
+        if collaborative.users_are_histories:
+            pasts = {"pool_history": collaborative.history_vectors, "user_mq": mqs["user"]}
         if model.config.alignment_weight:
             pasts["user_vectors"] = store.vectors("user")
         if self.recipe["prompts"]["history_only"]:

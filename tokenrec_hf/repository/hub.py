@@ -7,12 +7,13 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import numpy as np
 from huggingface_hub import HfApi
 
 from ..models.codes import forget_ids
 from ..models.embedding_store import EmbeddingStore
-from ..models.modeling_collaborative import HistoryEncoder
-from ..models.recommender import CONTENT, WITH_USERS, check_repository, hub_errors
+from ..models.modeling_collaborative import save_collaborative
+from ..models.recommender import CONTENT, WITH_USERS, RepositoryFolder, check_repository, hub_errors
 from .card import write_model_card
 
 
@@ -80,5 +81,11 @@ def _copy(folder: Path, target: Path, include_users: bool) -> None:
         shutil.rmtree(target / "store")
         EmbeddingStore.open(folder).save_pretrained(target / "store", include_users=False)
         forget_ids(target / "codes.safetensors", "user")
-        if (encoder := HistoryEncoder.from_pretrained(folder)) is not None:
-            encoder.save_pretrained(target / "collaborative")
+        parts = RepositoryFolder(folder)
+        if parts.has_histories:
+            # The item side makes user tokens of anybody's history.
+            model, ids = parts.load_collaborative()
+            items_only = model.without_users(np.zeros(len(ids["user"]), dtype=bool))
+            save_collaborative(
+                items_only, {"user": [], "item": ids["item"].ids()}, RepositoryFolder(target).collaborative
+            )

@@ -11,12 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
-from transformers import AutoConfig
 
-from ..data.interaction_matrix import InteractionMatrix
-from ..models.codes import IdIndex, save_indexes
+from ..models.codes import read_json
 from ..models.embedding_store import MANIFEST, EmbeddingStore, flush_names, remove_leftovers
-from ..models.modeling_collaborative import COLLABORATIVE_MODELS
 from ..models.recommender import Recommender, RepositoryFolder, fetch_repository
 from ..training.recipe import Recipe
 
@@ -208,18 +205,6 @@ def _retraining_due(additions: Mapping[str, Any], metrics: Mapping[str, Any], is
     return reasons
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The content of a JSON file of a repository.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); copy it again, or train in another folder.") from error
-
-
 def _size(folder: Path) -> int:
     """Bytes of all files under a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -299,20 +284,3 @@ def _link_store(store: Path, staged: Path) -> None:
         except OSError:
             # Some file systems know no links.
             shutil.copyfile(store / entry["file"], link)
-
-
-def load_collaborative(folder: Path) -> Any:
-    """The model in `folder`, of whatever kind it is."""
-    kind = AutoConfig.from_pretrained(folder).model_type.removeprefix("tokenrec_")
-    return COLLABORATIVE_MODELS[kind].from_pretrained(folder)
-
-
-def save_collaborative(model: Any, ids: Mapping[str, Sequence[str]], folder: Path) -> None:
-    """Writes a model and the `"user"` and `"item"` ids of its rows."""
-    model.save_pretrained(folder)
-    save_indexes({kind: IdIndex(names, kind) for kind, names in ids.items()}, folder / "ids.safetensors")
-
-
-def resized(model: Any, matrix: InteractionMatrix) -> Any:
-    """A fresh model of the same kind for other users, items and interactions."""
-    return type(model).from_interactions(type(model.config).from_dict(model.config.to_dict()), matrix)

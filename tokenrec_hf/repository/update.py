@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -19,16 +18,22 @@ import torch
 from datasets import Dataset
 
 from ..data.interaction_matrix import InteractionMatrix
-from ..models.codes import IdIndex, load_indexes
+from ..models.codes import IdIndex
 from ..models.configuration_tokenrec import FISMConfig
 from ..models.embedding_store import EmbeddingStore
-from ..models.modeling_collaborative import FISMModel, HistoryEncoder, augment_norm
+from ..models.modeling_collaborative import (
+    FISMModel,
+    HistoryEncoder,
+    augment_norm,
+    load_collaborative,
+    save_collaborative,
+)
 from ..models.modeling_mq_tokenizer import MQTokenizerModel
-from ..models.recommender import check_repository
+from ..models.recommender import RepositoryFolder, check_repository
 from ..models.tokenization_tokenrec import TokenRecTokenizer
 from ..training.closed_forms import align, fold_in, fold_in_items
 from ..training.recipe import load_recipe
-from .repository import load_collaborative, repository_update, resized, save_collaborative
+from .repository import finish_update, repository_update
 
 ADDITIONS = "additions.json"
 # Of the epochs that the collaborative model was first trained for.
@@ -141,8 +146,9 @@ def add_to_repository(
         FileNotFoundError: the folder is no finished repository.
         ValueError: something given is wrong; then nothing has changed.
     """
-    check_repository(folder)
     folder = Path(folder)
+    finish_update(folder)
+    check_repository(folder)
     with repository_update(folder) as staged:
         space = _Space(folder, EmbeddingStore.open(staged / "store"))
         before = {kind: space.store.count(kind) for kind in ("user", "item")}
@@ -156,7 +162,7 @@ def add_to_repository(
         recorded = 0
         if interactions is not None:
             pairs = interactions["user_id"][:], interactions["item_id"][:]
-            encoder = HistoryEncoder.from_pretrained(folder)
+            encoder = RepositoryFolder(folder).load_history_encoder()
             if encoder is None:
                 found = _fold_in(space, *pairs)
             else:
@@ -253,7 +259,7 @@ def _with_new_items(
 
     Those of earlier additions, too, say of their users what the interactions by now make of it; their vectors in the store stay.
     """
-    store, former = space.store, load_indexes(space.folder / "collaborative" / "ids.safetensors")
+    store, former = space.store, RepositoryFolder(space.folder).load_collaborative()[1]
     trained = len(encoder.items) - encoder.model.config.num_folded_items
     trained_ids, new_items = encoder.items.ids()[:trained], _unknown(store, "item", items)
     names = [*store.ids("item"), *new_items]
@@ -265,7 +271,7 @@ def _with_new_items(
     user_rows, item_rows = _all_interactions(store, users, items, names)
     newcomers = np.flatnonzero((rows < 0) & (np.bincount(item_rows, minlength=len(rows)) > 0))
     rows[newcomers] = trained + np.arange(len(newcomers))
-    tables = fold_in_items(encoder.model, user_rows, rows[item_rows], trained)
+    tables = fold_in_items(cast(FISMModel, encoder.model), user_rows, rows[item_rows], trained)
     stored = newcomers < store.count("item")
     tables[1][torch.from_numpy(stored)] = space.plain("item")[torch.from_numpy(newcomers[stored])]
     if (lost := (tables[1] == 0).all(dim=1).numpy()).any():
@@ -354,24 +360,17 @@ def _retrain(space: _Space, staged: Path) -> None:
     # The Trainer takes longer to import than newcomers take to be added.
     from ..training.stages import train_collaborative
 
-    store, source = space.store, space.folder / "collaborative"
-    if not (source / "ids.safetensors").is_file():
-        raise ValueError(
-            f"{source} has no ids.safetensors, without which its model cannot be trained on; add without retraining, or train "
-            "the repository again."
-        )
+    store = space.store
     ids = {kind: store.ids(kind) for kind in ("user", "item")}
     indptr, seen = _seen_rows(store, ids["user"])
     matrix = InteractionMatrix(np.repeat(np.arange(len(indptr) - 1), np.diff(indptr)), seen, *map(len, ids.values()))
-    old = load_collaborative(source)
-    former = load_indexes(source / "ids.safetensors")
+    old, former = RepositoryFolder(space.folder).load_collaborative()
     if not len(former["user"]):
         raise ValueError(
             f"{space.folder} was pushed without users, so its collaborative model would forget them; add without retraining."
         )
-    model = resized(old, matrix)
-    if isinstance(model, FISMModel):
-        model.config.num_folded_items = 0
+    model = old.resized(matrix)
+    model.config.num_folded_items = 0
     with torch.no_grad():
         rows = {kind: former[kind].rows(ids[kind]) for kind in ids}
         common = {kind: torch.from_numpy(found >= 0) for kind, found in rows.items()}
@@ -447,8 +446,9 @@ def remove_from_repository(
         FileNotFoundError: the folder is no finished repository.
         ValueError: an id is not in the store; then nothing has changed.
     """
-    check_repository(folder)
     folder = Path(folder)
+    finish_update(folder)
+    check_repository(folder)
     with repository_update(folder) as staged:
         store = EmbeddingStore.open(staged / "store")
         for kind, ids in (("user", users), ("item", items)):
@@ -484,27 +484,15 @@ def _forget_codes(folder: Path, staged: Path, users: Sequence[str]) -> None:
 
 def _forget_collaborative(folder: Path, staged: Path, users: Sequence[str]) -> None:
     """Takes users' embeddings and edges out of the collaborative model."""
-    source = folder / "collaborative"
+    source = RepositoryFolder(folder).collaborative
     if not source.is_dir():
         return
-    if not (source / "ids.safetensors").is_file():
-        shutil.rmtree(source)
-        return
-    former = load_indexes(source / "ids.safetensors")
+    model, former = load_collaborative(source)
     keep = np.ones(len(former["user"]), dtype=bool)
     rows = former["user"].rows(users)
     keep[rows[rows >= 0]] = False
-    old = load_collaborative(source)
-    edges: tuple[np.ndarray, np.ndarray] = (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
-    if hasattr(old, "edge_users"):
-        of_users, of_items = old.edge_users.numpy(), old.edge_items.numpy()
-        edges = (np.cumsum(keep) - 1)[of_users[keep[of_users]]], of_items[keep[of_users]]
-    model = resized(old, InteractionMatrix(*edges, int(keep.sum()), len(former["item"])))
-    with torch.no_grad():
-        for (kind, table), (_, previous) in zip(model.tables(), old.tables()):
-            table.weight.copy_(previous.weight[torch.from_numpy(keep)] if kind == "user" else previous.weight)
     names = {"user": former["user"].kept(keep).ids(), "item": former["item"].ids()}
-    save_collaborative(model, names, staged / "collaborative")
+    save_collaborative(model.without_users(keep), names, RepositoryFolder(staged).collaborative)
 
 
 def _forget_interactions(folder: Path, staged: Path, users: Sequence[str]) -> None:

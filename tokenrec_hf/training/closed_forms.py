@@ -200,7 +200,7 @@ def _sides(model: FISMModel, tables, known, users, items) -> tuple[torch.Tensor,
     else:
         there = items[inside]
         before = _decayed_sums(said[there], users, inside, config.half_life)
-        if model.recent_table is not None:
+        if model.recent_table is not None and config.recent_half_life is not None:
             before += _decayed_sums(tables[2][there], users, inside, config.recent_half_life)
         backwards = targets[there].flip(0), users.max() - users.flip(0), inside.flip(0)
         after = _decayed_sums(*backwards, config.half_life).flip(0)

@@ -18,8 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 if TYPE_CHECKING:
-    from ..models.configuration_tokenrec import MQTokenizerConfig
-    from ..models.modeling_collaborative import CollaborativeConfig
+    from ..models.configuration_tokenrec import CollaborativeConfig, MQTokenizerConfig
 
 RECIPES = ("paper", "best", "cpu", "quickstart")
 AUTO = "auto"

@@ -35,7 +35,7 @@ from ..data.interaction_matrix import InteractionMatrix
 from ..data.splits import Holdout
 from ..evaluation.metrics import evaluate_embeddings
 from ..models.configuration_tokenrec import MQTokenizerConfig
-from ..models.modeling_collaborative import COLLABORATIVE_MODELS, FISMModel, MatrixFactorizationModel
+from ..models.modeling_collaborative import COLLABORATIVE_MODELS, CollaborativeModel
 from ..models.modeling_mq_tokenizer import MQTokenizerModel
 from ..models.modeling_t5_retrieval import T5ForGenerativeRetrieval
 from .closed_forms import smooth_tables
@@ -127,7 +127,7 @@ def train_collaborative(
     holdout: Holdout | None = None,
     epochs: float | None = None,
     seed: int = 0,
-    start: MatrixFactorizationModel | FISMModel | None = None,
+    start: CollaborativeModel | None = None,
 ) -> StageResult:
     """Step 0: LightGCN, matrix factorisation or FISM on the training interactions.
 
@@ -153,7 +153,7 @@ def train_collaborative(
         config = {name: value for name, value in settings["config"].items() if name in fields}
         model = kind.from_interactions(kind.config_class(**config), interactions)
     negatives = settings["num_negatives"]
-    evaluation_negatives = 0 if isinstance(model, FISMModel) else negatives
+    evaluation_negatives = 0 if model.users_are_histories else negatives
 
     def metrics(prediction):
         assert holdout is not None
@@ -164,8 +164,8 @@ def train_collaborative(
         model,
         settings,
         folder,
-        HistoryDataset(interactions, model.config.half_life is not None, seed)
-        if isinstance(model, FISMModel)
+        HistoryDataset(interactions, model.ordered_histories, seed)
+        if model.users_are_histories
         else InteractionDataset(interactions, negatives, seed),
         _as_is,
         name="collaborative model",
@@ -178,7 +178,7 @@ def train_collaborative(
         epochs=epochs,
         seed=seed,
     )
-    if isinstance(model, FISMModel) and (model.config.history_smoothing or model.config.item_smoothing):
+    if model.users_are_histories and (model.config.history_smoothing or model.config.item_smoothing):
         smooth_tables(model, interactions.users, interactions.items)
         if holdout is not None:
             result.metrics |= evaluate_embeddings(

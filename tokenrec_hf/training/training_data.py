@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, Sampler
 
 from ..data.interaction_matrix import InteractionMatrix, bounded, stateless_random
 from ..data.splits import Holdout
-from ..models.modeling_collaborative import FISMModel
+from ..models.modeling_collaborative import CollaborativeModel
 
 # Targets of an ordered history: few enough that they still are what comes next.
 NEXT_ITEMS = 5
@@ -149,7 +149,9 @@ class LengthGroupedSampler(_Drawn, Sampler[int]):
 
 
 @torch.no_grad()
-def past_user_embeddings(model: FISMModel, interactions: InteractionMatrix, copies: int, seed: int = 0) -> torch.Tensor:
+def past_user_embeddings(
+    model: CollaborativeModel, interactions: InteractionMatrix, copies: int, seed: int = 0
+) -> torch.Tensor:
     """User vectors p of parts of the histories, divided as in training.
 
     Args:
@@ -161,11 +163,11 @@ def past_user_embeddings(model: FISMModel, interactions: InteractionMatrix, copi
     Returns:
         `[copies * users, d]`, of length 1.
     """
-    dataset = HistoryDataset(interactions, model.config.half_life is not None, seed)
+    dataset = HistoryDataset(interactions, model.ordered_histories, seed)
     found = [torch.empty(0, model.config.embedding_dim)]
     for epoch in range(copies if len(dataset) else 0):
         dataset.set_epoch(epoch)
         batch = dataset.__getitems__(list(range(len(dataset))))
         rows, items, ages = (batch[f"history_{name}"] for name in ("rows", "items", "ages"))
-        found.append(model.pool(rows, items, ages, len(dataset)))
+        found.append(model.history_vectors(rows, items, ages, len(dataset)))
     return torch.cat(found)
