@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from typer.core import TyperCommand
 
     from ..models.embedding_store import EmbeddingStore
-    from ..models.recommender import Recommender
+    from ..models.recommender import Recommendation, Recommender
     from ..repository.repository import Repository
 
 # Data sets with item titles.
@@ -563,7 +563,7 @@ def _recommendations(
     titles: Mapping[str, str],
     user: str | None,
     history: list[str] | None,
-    found: Sequence[Document],
+    found: Sequence[Recommendation],
 ) -> Document:
     return {
         "user": user,
@@ -573,7 +573,7 @@ def _recommendations(
     }
 
 
-def _ranked(recommender: Recommender, titles: Mapping[str, str], found: Sequence[Document]) -> list[Document]:
+def _ranked(recommender: Recommender, titles: Mapping[str, str], found: Sequence[Recommendation]) -> list[Document]:
     """Items with rank, tokens and title."""
     tokens = _tokens(recommender, "item", [row["item"] for row in found])
     return [
