@@ -37,10 +37,10 @@ _NAMES = {
     "models.recommender": ("Recommender",),
     "models.pipeline_generative_retrieval": ("GenerativeRetrievalPipeline",),
     "evaluation.metrics": ("RankingMetrics", "evaluate_embeddings"),
-    "training.recipe": ("Recipe", "load_recipe"),
+    "training.recipe": ("Recipe",),
     "training.stages": ("SetEpoch",),
     "store.milvus": ("MilvusEmbeddingStore",),
-    "repository.update": ("NewVectors", "add_to_repository", "read_vectors", "remove_from_repository"),
+    "repository.update": ("NewVectors", "read_vectors"),
     "repository.build": ("train",),
     "repository.repository": ("Repository",),
 }

@@ -12,7 +12,7 @@ from tokenrec_hf import EmbeddingStore, NewVectors, Recommender
 from tokenrec_hf.models.codes import load_indexes
 from tokenrec_hf.models.modeling_collaborative import LightGCNModel
 from tokenrec_hf.models.modeling_mq_tokenizer import MQTokenizerModel
-from tokenrec_hf.models.recommender import RepositoryFolder
+from tokenrec_hf.models.recommender import load_history_encoder
 from tokenrec_hf.repository import update as module
 from tokenrec_hf.repository.hub import _copy
 from tokenrec_hf.repository.repository import describe_repository
@@ -88,7 +88,7 @@ def test_with_fism_users_are_what_they_have_had_by_now(fism_repository, tmp_path
         assert not torch.allclose(store.get("user", [one]), before.get("user", [one]), atol=1e-2)
         assert torch.equal(store.get("user", [given]), before.get("user", [other]))
         users = [one]
-    expected = RepositoryFolder(folder).load_history_encoder().encode(store.seen(users))[0]
+    expected = load_history_encoder(folder).encode(store.seen(users))[0]
     torch.testing.assert_close(store.get("user", users), expected, rtol=0, atol=1e-5)
     check_codes(folder)
 
@@ -100,9 +100,9 @@ def test_with_fism_a_new_item_says_something_of_those_who_have_it(fism_repositor
     items = [item for seen in before.seen(users) for item in seen]
     old = max(sorted(set(items)), key=items.count)
     audience = [user for user, seen in zip(users, before.seen(users)) if old in seen]
-    assert not RepositoryFolder(folder).load_history_encoder().encode([["nova"]])[1].any()
+    assert not load_history_encoder(folder).encode([["nova"]])[1].any()
     add_to_repository(folder, interactions=interactions(*((user, "nova") for user in audience[:-5])))
-    encoder = RepositoryFolder(folder).load_history_encoder()
+    encoder = load_history_encoder(folder)
     vectors, known = encoder.encode([["nova"], [old], *([item] for item in before.ids("item"))])
     assert known.all()
     # Of all items, those that the same people have had are who it speaks for.
@@ -111,7 +111,7 @@ def test_with_fism_a_new_item_says_something_of_those_who_have_it(fism_repositor
     assert encoder.model.config.num_folded_items == 1
     # What its users say of it is asked anew with each addition; items of the training stay as they are.
     add_to_repository(folder, interactions=interactions(*((user, "nova") for user in audience[-5:])))
-    again = RepositoryFolder(folder).load_history_encoder()
+    again = load_history_encoder(folder)
     assert again.model.config.num_folded_items == 1
     trained = again.model.history_table.weight[:-1]
     assert torch.equal(trained, encoder.model.history_table.weight[:-1])
@@ -129,7 +129,7 @@ def test_with_fism_a_new_item_says_something_of_those_who_have_it(fism_repositor
     assert [row["item"] for row in here] == [row["item"] for row in there]
     # Once it is trained on, it is an item like the others.
     add_to_repository(folder, interactions=interactions((audience[0], "nova")), retrain=True)
-    retrained = RepositoryFolder(folder).load_history_encoder().model
+    retrained = load_history_encoder(folder).model
     assert (retrained.config.num_items, retrained.config.num_folded_items) == (before.count("item") + 1, 0)
     assert (len(retrained.edge_items), retrained.config.num_items) == (
         sum(map(len, store.seen(users))),

@@ -22,6 +22,7 @@ import typer
 from typer import Argument, Option
 
 from .. import __version__
+from ..evaluation.variants import VARIANTS
 from . import output
 from .output import Blocks, Document, note, working
 
@@ -149,6 +150,11 @@ def _tokenrec(
     """Recommendation with users and items as tokens of T5 (TokenRec)."""
 
 
+def _variant(name: str) -> Any:
+    """The flag of `tokenrec evaluate` for a variant of the prompts."""
+    return Option(VARIANTS[name].flag, help=f"Evaluate with {VARIANTS[name].help}.")
+
+
 # The commands ---------------------------------------------------------------------------------------------------------
 
 
@@ -160,7 +166,6 @@ def quickstart(
     from ..data.interactions import load_interactions
     from ..data.splits import leave_one_out
     from ..repository import build
-    from ..repository.repository import Repository
     from ..training.recipe import Recipe
 
     _quiet()
@@ -172,8 +177,7 @@ def quickstart(
             "number of epochs, then again with the validation items; this takes a few minutes."
         )
     log = (lambda line: None) if finished else note
-    build.train(splits, Recipe.load("quickstart"), output_dir, dataset_name="demo", log=log)
-    repository = Repository(output_dir)
+    repository = build.train(splits, Recipe.load("quickstart"), output_dir, dataset_name="demo", log=log)
     recommender, titles = repository.recommender(), _titles("demo")
     users = splits["test"]["user_id"][:3]
     found = recommender.recommend(users, top_k=5)
@@ -233,7 +237,6 @@ def train(
     from ..data.interactions import load_interactions
     from ..data.splits import leave_one_out
     from ..repository import build
-    from ..repository.repository import Repository
 
     _quiet()
     interactions = load_interactions(
@@ -246,8 +249,8 @@ def train(
         k_core=k_core,
     )
     splits, name = leave_one_out(interactions), _dataset_name(dataset)
-    build.train(splits, loaded, output_dir, dataset_name=name, refit=not no_refit, log=note)
-    return {"repository": output_dir, **Repository(output_dir).metrics}
+    trained = build.train(splits, loaded, output_dir, dataset_name=name, refit=not no_refit, log=note)
+    return {"repository": output_dir, **trained.metrics}
 
 
 @_command("tokenrec evaluate out --split test --unseen-prompt", show=output.show_evaluation)
@@ -256,16 +259,17 @@ def evaluate(
     revision: Revision = None,
     store: URI = None,
     split: Annotated[Literal["test", "validation"], Option(help="Held-out items to rank.")] = "test",
-    unseen_prompt: Annotated[bool, Option("--unseen-prompt", help="Ask with words that training never used.")] = False,
-    history_only: Annotated[bool, Option("--history-only", help="Ask with the history, as for unknown users.")] = False,
-    user_id_only: Annotated[bool, Option("--user-id-only", help="Ask without the history.")] = False,
+    unseen_prompt: Annotated[bool, _variant("tokenrec_unseen_prompt")] = False,
+    history_only: Annotated[bool, _variant("tokenrec_history_only")] = False,
+    user_id_only: Annotated[bool, _variant("tokenrec_user_id_only")] = False,
     audit: Annotated[bool, Option("--audit", help="Only check that no part has seen the held-out items.")] = False,
 ) -> Document:
     """Rank all items for every user and measure the rank of the held-out item."""
-    flags = {"unseen-prompt": unseen_prompt, "history-only": history_only, "user-id-only": user_id_only, "audit": audit}
-    given = [name for name, value in flags.items() if value]
-    if len(given) > 1:
-        raise UsageError(f"--{given[0]} is not allowed with --{given[1]}.")
+    variants = {"unseen_prompt": unseen_prompt, "history_only": history_only, "user_id_only": user_id_only}
+    given = [f"tokenrec_{name}" for name, is_given in variants.items() if is_given]
+    flags = [*(str(VARIANTS[name].flag) for name in given), *["--audit"] * audit]
+    if len(flags) > 1:
+        raise UsageError(f"{flags[0]} is not allowed with {flags[1]}.")
     if audit and store:
         raise UsageError("--audit checks the repository's own store; leave out --store.")
     opened = _open(repository, revision)
@@ -275,10 +279,9 @@ def evaluate(
             checks = opened.audit()
         passed = all(check.passed is not False for check in checks)
         return {"repository": repository, "passed": passed, "checks": [asdict(check) for check in checks]}
-    if store and split == "validation" and opened.metrics["refit"]:
+    if store and split == "validation" and opened.info()["refit"]:
         raise UsageError("--store holds the vectors of the refit; evaluate it on --split test.")
-    variant = "_".join(["tokenrec", *given]).replace("-", "_")
-    return {"repository": repository, **opened.evaluate(split, variant, _store(store))}
+    return {"repository": repository, **opened.evaluate(split, given[0] if given else "tokenrec", _store(store))}
 
 
 @_command(

@@ -14,20 +14,11 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..evaluation.variants import LABELS, SHOWN
+
 Document = dict[str, Any]
 Blocks = Iterable[RenderableType]
 
-SHOWN = ("hr@10", "hr@20", "ndcg@20")
-# TEMPORARY, until the table of variants is in evaluation/.
-LABELS = {
-    "popularity": "popularity",
-    "collaborative": "collaborative (dot product)",
-    "collaborative_cosine": "collaborative (cosine)",
-    "tokenrec": "TokenRec",
-    "tokenrec_user_id_only": "TokenRec, user id only",
-    "tokenrec_unseen_prompt": "TokenRec, unseen prompt",
-    "tokenrec_history_only": "TokenRec, history only",
-}
 # Wide enough for any row, where there is no terminal to fit.
 _WIDTH = 100_000
 _VERDICTS = {True: Text("ok", "green"), False: Text("FAILED", "red"), None: Text("unknown", "yellow")}
@@ -58,7 +49,7 @@ def working(message: str) -> AbstractContextManager:
 def show_quickstart(document: Document) -> Blocks:
     """Results, recommendations for some users, and further commands."""
     folder, first = document["repository"], document["users"][0]
-    yield _results(document["metrics"], ("popularity", "collaborative", "tokenrec"))
+    yield _results(document["metrics"], ("popularity", "collaborative_dot", "tokenrec"))
     for user in document["users"]:
         yield from show_recommendations(user, document["held_out"][user["user"]])
     seen = " ".join(first["history"][-2:])

@@ -1,10 +1,9 @@
-"""Identifiers to row numbers, as arrays."""
+"""Ids to rows and to codes as arrays; the names of a trained repository's files, and reading and writing of single files."""
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
@@ -16,39 +15,6 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 MAX_ID_LENGTH = 256
-
-
-@contextmanager
-def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
-    """A fresh temporary path beside `path`, which takes its place when the block ends without an error."""
-    path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with open(temporary, "r+b") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        if hasattr(os, "O_DIRECTORY"):
-            folder = os.open(path.parent, os.O_DIRECTORY)
-            os.fsync(folder)
-            os.close(folder)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_json(path: str | os.PathLike) -> dict[str, Any]:
-    """The content of a JSON file.
-
-    Raises:
-        FileNotFoundError: the file is missing.
-        ValueError: the file is damaged.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); copy it again, or train in another folder.") from error
 
 
 def check_ids(ids: Iterable[str], kind: str = "id") -> list[str]:
@@ -346,3 +312,175 @@ def _keys(codes: np.ndarray) -> np.ndarray:
     for column in codes.T:
         keys = keys * np.uint64(0x9E3779B97F4A7C15) + column.astype(np.uint64)
     return keys
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
+    """Writes a file whole or not at all: yields a temporary path, which takes the place of `path` when the block ends.
+
+    The content is on the disk when this returns, also after a power failure. On an error the former file stays.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        flush(temporary)
+        os.replace(temporary, path)
+        flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Brings a file, or the names in a folder where a folder can be opened, to the disk."""
+    if path.is_dir() and not hasattr(os, "O_DIRECTORY"):
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """The content of a JSON file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); copy it again, or train in another folder.") from error
+
+
+# The folders of a trained repository.
+STORE, COLLABORATIVE = "store", "collaborative"
+MQ_FOLDERS = {"user": "mq_user", "item": "mq_item"}
+# Files without which a folder is not a trained repository.
+REQUIRED = ("config.json", "tokenizer.json", "codes.safetensors", f"{STORE}/store.json", "model.safetensors")
+# The files of a trained repository; other files in its folder, such as checkpoints, are ignored.
+CONTENT = (
+    *("*.json", "*.safetensors", "*.py", "README.md", "recipe.yaml", f"{STORE}/*"),
+    *(f"{folder}/*" for folder in MQ_FOLDERS.values()),
+)
+WITH_USERS = (f"{COLLABORATIVE}/*",)
+
+
+class RepositoryFolder:
+    """The names of a trained repository's parts.
+
+    Args:
+        path: the folder.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.store = self.path / STORE
+        self.collaborative = self.path / COLLABORATIVE
+        self.recipe = self.path / "recipe.yaml"
+        self.metrics = self.path / "metrics.json"
+        # Counts of the users and items that were added after training.
+        self.additions = self.path / "additions.json"
+        # Splits, records of finished stages and the selection run; never uploaded.
+        self.training = self.path / "training"
+        # A change of several files that has been decided but not carried out.
+        self.committed = self.path / ".update-committed"
+
+    def mq(self, kind: str) -> Path:
+        """The MQ-Tokenizer of `"user"` or `"item"`."""
+        return self.path / MQ_FOLDERS[kind]
+
+
+def check_repository(folder: str | os.PathLike) -> None:
+    """Checks that a folder holds a finished trained repository.
+
+    Raises:
+        FileNotFoundError: a part is missing; the message names it and the remedy.
+        ValueError: a change of the repository was interrupted.
+    """
+    parts = RepositoryFolder(folder)
+    if not parts.path.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}; train one with `tokenrec train --output_dir {folder}`.")
+    if parts.committed.is_dir():
+        raise ValueError(
+            f"a change of {folder} was interrupted or is under way; if no other process changes it, open it once with "
+            "`Repository(folder)` or any `tokenrec` command to finish the change."
+        )
+    unfinished = parts.training.is_dir()
+    # The metrics are written last.
+    needed = [parts.path / name for name in REQUIRED] + [parts.metrics] * unfinished
+    for path in needed:
+        if not path.is_file():
+            if unfinished:
+                advice = "training has not finished; run the same `tokenrec train` again to continue"
+            else:
+                advice = "it is no trained repository; give the --output_dir of `tokenrec train`"
+            raise FileNotFoundError(f"{folder} has no {path.relative_to(parts.path)}: {advice}.")
+
+
+def fetch_repository(name: str | os.PathLike, *, revision: str | None = None, token: str | bool | None = None) -> Path:
+    """The folder of a trained repository, downloaded from the Hub if `name` is not a local folder.
+
+    Args:
+        name: a folder, or the id of a Hub repository.
+        revision: branch, tag or commit of the Hub repository.
+        token: Hub token; by default the one that is logged in.
+
+    Raises:
+        FileNotFoundError: there is no such folder and no such repository, or the Hub cannot be reached and the repository is not
+            in the cache.
+        OSError: the Hub refuses the download.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    # The client is imported here, because it takes longer to import than a local folder takes to be read.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    with hub_errors(str(name), revision):
+        try:
+            allowed = [*CONTENT, *WITH_USERS]
+            return Path(snapshot_download(str(name), revision=revision, token=token, allow_patterns=allowed))
+        except HFValidationError:
+            raise FileNotFoundError(
+                f"there is no folder {name}, and no Hub repository can have that name; train one with `tokenrec train "
+                f"--output_dir {name}` or check the path."
+            ) from None
+
+
+@contextmanager
+def hub_errors(name: str, revision: str | None) -> Iterator[None]:
+    """Turns the errors of the Hub's client into one sentence each."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.RevisionNotFoundError:
+        raise FileNotFoundError(
+            f"the Hub repository {name} has no revision {revision!r}; see its branches and tags."
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise FileNotFoundError(
+            f"there is no folder {name} here, and on the Hub no repository of that name that your token may read; check the "
+            "name, or log in with `hf auth login`."
+        ) from None
+    except errors.LocalEntryNotFoundError:
+        raise FileNotFoundError(
+            f"there is no folder {name} here, it has not been downloaded before, and the Hub cannot be reached; connect, or "
+            "unset HF_HUB_OFFLINE."
+        ) from None
+    except errors.HFValidationError as error:
+        raise ValueError(f"{name!r} is no name for a Hub repository ({error}); give it as organisation/name.") from None
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        advice = "log in with `hf auth login` and a token that may write there" if status in (401, 403) else "try again"
+        raise OSError(
+            f"the Hub refused {name} with status {status} ({error.server_message or error}); {advice}."
+        ) from None
+    except (errors.OfflineModeIsEnabled, errors.HTTPError, RuntimeError) as error:
+        # The client raises RuntimeError for an interrupted upload.
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise OSError(
+            f"the Hub could not be reached for {name} ({reason}); connect, unset HF_HUB_OFFLINE, or try again."
+        ) from error
