@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import tokenrec_hf
-from tokenrec_hf import EmbeddingStore, Recipe, Recommender
+from tokenrec_hf import EmbeddingStore, Recipe, Recommender, Repository
 from tokenrec_hf.cli.app import main
 from tokenrec_hf.evaluation.variants import LABELS, VARIANTS
 from tokenrec_hf.repository.repository import STAGES
@@ -68,6 +68,7 @@ def trained_with(monkeypatch, trained_repository):
         print("a line of a library")
         os.makedirs(output_dir)
         shutil.copy(trained_repository / "metrics.json", output_dir)
+        return Repository(output_dir)
 
     monkeypatch.setattr("tokenrec_hf.repository.build.train", train)
     return calls
@@ -309,12 +310,13 @@ def test_debugging_keeps_the_traceback_of_every_error(monkeypatch, tmp_path):
 
 
 def test_a_finished_quickstart_is_shown_again(capsys, monkeypatch, repository, tiny_recipe):
-    monkeypatch.setattr(Recipe, "load", lambda name: {"quickstart": tiny_recipe}[name])
+    load = Recipe.load
+    monkeypatch.setattr(Recipe, "load", lambda *args, **named: tiny_recipe if args == ("quickstart",) else load(**named))
     before = (repository / "model.safetensors").stat().st_mtime_ns
     status, out, err = run(capsys, "quickstart", "--output_dir", repository)
     assert (status, err) == (0, "")
     metrics = json.loads((repository / "metrics.json").read_text())
-    for method in ("popularity", "collaborative", "tokenrec"):
+    for method in ("popularity", "collaborative_dot", "tokenrec"):
         row = next(line for line in out.splitlines() if line.startswith(LABELS[method]))
         for split in ("validation", "test"):
             for key in ("hr@10", "hr@20", "ndcg@20"):
@@ -334,7 +336,7 @@ def test_evaluation_gives_the_numbers_that_training_recorded(capsys, trained_rep
     found = document(
         capsys, "evaluate", trained_repository, "--split", split, *[VARIANTS[variant].flag] * (variant != "tokenrec")
     )
-    names = ("popularity", "collaborative", "collaborative_cosine", variant)
+    names = ("popularity", "collaborative_dot", "collaborative_cosine", variant)
     assert found["metrics"] == {name: pytest.approx(recorded[name], abs=1e-6) for name in names}
     assert (found["split"], found["variant"], found["users"]) == (split, variant, 400)
 
@@ -463,6 +465,43 @@ def test_a_store_of_other_mq_tokenizers_is_refused(capsys, repository, command):
     store.save_pretrained(repository / "store")
     argv = ["--user", "u007"] if command == "recommend" else []
     assert_fails(capsys, command, repository, *argv, says="0123456789abcdef")
+
+
+# Similar items --------------------------------------------------------------------------------------------------------
+
+
+def test_similar_items_are_those_of_the_recommender(capsys, trained_repository):
+    recommender = Recommender.from_pretrained(trained_repository)
+    found = document(capsys, "similar", trained_repository, "--item", "f001", "f002", "--top-k", "4")["items"]
+    assert [row["item"] for row in found] == ["f001", "f002"]
+    expected = recommender.similar_items(["f001", "f002"], top_k=4)
+    for row, similar in zip(found, expected):
+        assert [{"item": one["item"], "score": one["score"]} for one in row["similar"]] == similar
+        assert [one["rank"] for one in row["similar"]] == [1, 2, 3, 4]
+    assert found[0]["title"].startswith("The ") and found[0]["similar"][0]["title"].startswith("The ")
+
+
+def test_similar_items_are_shown_with_tokens_and_titles(capsys, trained_repository):
+    found = document(capsys, "similar", trained_repository, "--item", "f001", "--top-k", "1")["items"][0]
+    _, out, _ = run(capsys, "similar", trained_repository, "--item", "f001", "--top-k", "1")
+    first, _, row = out.splitlines()
+    best = found["similar"][0]
+    assert first == f"item_f001 = {found['tokens']} ({found['title']})"
+    assert row.split(maxsplit=4) == ["1", best["item"], f"{best['score']:.4f}", best["tokens"], best["title"]]
+
+
+def test_similar_items_can_be_filtered_by_metadata(capsys, repository):
+    store = EmbeddingStore.open(repository)
+    items = store.ids("item")[:5]
+    store.set_metadata(items, [{"genre": "jazz"}] * 3 + [{"genre": "folk"}] * 2)
+    store.save_pretrained(repository / "store")
+    found = document(capsys, "similar", repository, "--item", items[0], "--where", "genre=jazz")["items"][0]
+    assert sorted(row["item"] for row in found["similar"]) == sorted(items[1:3])
+
+
+def test_similar_items_of_unknown_items_are_refused(capsys, trained_repository):
+    assert_fails(capsys, "similar", trained_repository, "--item", "f001", "zz", says="'zz'")
+    assert_fails(capsys, "similar", trained_repository, "--item", "f001", "--top-k", "0", says="top_k is 0")
 
 
 # Info -----------------------------------------------------------------------------------------------------------------
@@ -608,9 +647,7 @@ def test_another_store_takes_the_place_of_the_repositorys(capsys, repository, tm
     assert [row["item"] for row in found] == [row["item"] for row in expected]
     own = document(capsys, "evaluate", repository)["metrics"]
     other = document(capsys, "evaluate", repository, "--store", tmp_path / "moved.db")["metrics"]
-    assert own["tokenrec"] == pytest.approx(other["tokenrec"]) and own["collaborative"] == pytest.approx(
-        other["collaborative"]
-    )
+    assert own == {name: pytest.approx(values) for name, values in other.items()}
     moved.withdraw([expected[0]["item"]])
     found = document(capsys, "recommend", repository, "--user", user, "--store", tmp_path / "moved.db")[
         "recommendations"
