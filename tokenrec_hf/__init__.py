@@ -14,6 +14,8 @@ from typing import Any
 
 from wrapt import when_imported
 
+from .store import open_store as open_store
+
 __version__ = "0.1.0"
 
 _NAMES = {
@@ -29,7 +31,7 @@ _NAMES = {
         "T5GenerativeRetrievalConfig",
     ),
     "models.modeling_collaborative": ("CollaborativeModel", "FISMModel", "LightGCNModel", "MatrixFactorizationModel"),
-    "models.embedding_store": ("EmbeddingStore",),
+    "models.embedding_store": ("EmbeddingStore", "Store"),
     "models.modeling_mq_tokenizer": ("MQTokenizerModel",),
     "models.tokenization_tokenrec": ("TokenRecTokenizer",),
     "models.prompts": ("PromptTemplate", "SEEN_TEMPLATES", "UNSEEN_TEMPLATE", "render"),
@@ -39,13 +41,14 @@ _NAMES = {
     "evaluation.metrics": ("RankingMetrics", "evaluate_embeddings"),
     "training.recipe": ("Recipe",),
     "training.stages": ("SetEpoch",),
-    "store.milvus": ("MilvusEmbeddingStore",),
+    "store.faiss": ("FaissStore",),
+    "store.milvus": ("MilvusStore",),
     "repository.update": ("NewVectors", "read_vectors"),
     "repository.build": ("train",),
     "repository.repository": ("Repository",),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
-__all__ = sorted(_MODULE_OF)
+__all__ = sorted([*_MODULE_OF, "open_store"])
 
 
 def __getattr__(name: str) -> Any:

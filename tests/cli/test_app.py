@@ -311,7 +311,9 @@ def test_debugging_keeps_the_traceback_of_every_error(monkeypatch, tmp_path):
 
 def test_a_finished_quickstart_is_shown_again(capsys, monkeypatch, repository, tiny_recipe):
     load = Recipe.load
-    monkeypatch.setattr(Recipe, "load", lambda *args, **named: tiny_recipe if args == ("quickstart",) else load(**named))
+    monkeypatch.setattr(
+        Recipe, "load", lambda *args, **named: tiny_recipe if args == ("quickstart",) else load(**named)
+    )
     before = (repository / "model.safetensors").stat().st_mtime_ns
     status, out, err = run(capsys, "quickstart", "--output_dir", repository)
     assert (status, err) == (0, "")
@@ -635,10 +637,10 @@ def test_additions_that_cannot_be_are_refused(capsys, argv, says, status):
 
 def test_another_store_takes_the_place_of_the_repositorys(capsys, repository, tmp_path):
     pytest.importorskip("pymilvus")
-    from tokenrec_hf.store.milvus import MilvusEmbeddingStore
+    from tokenrec_hf.store.milvus import MilvusStore
 
     store = EmbeddingStore.open(repository)
-    moved = MilvusEmbeddingStore.from_store(store, tmp_path / "moved.db")
+    moved = MilvusStore.from_store(store, tmp_path / "moved.db")
     user = store.ids("user")[0]
     expected = document(capsys, "recommend", repository, "--user", user)["recommendations"]
     found = document(capsys, "recommend", repository, "--user", user, "--store", tmp_path / "moved.db")[

@@ -6,7 +6,7 @@ import torch
 
 from tokenrec_hf.data.interaction_matrix import InteractionMatrix
 from tokenrec_hf.models.configuration_tokenrec import FISMConfig, LightGCNConfig, MatrixFactorizationConfig
-from tokenrec_hf.models.modeling_collaborative import FISMModel, LightGCNModel, MatrixFactorizationModel, augment_norm
+from tokenrec_hf.models.modeling_collaborative import FISMModel, LightGCNModel, MatrixFactorizationModel
 
 NUM_USERS, NUM_ITEMS, DIM = 7, 9, 4
 
@@ -244,28 +244,6 @@ def test_a_bad_setting_is_named_with_what_is_allowed(config, settings, message):
 def test_trainer_is_told_that_the_loss_is_already_a_mean():
     assert MatrixFactorizationModel.accepts_loss_kwargs is False
     assert LightGCNModel.accepts_loss_kwargs is False
-
-
-def test_with_augmented_norms_cosine_ranks_as_the_dot_product_does():
-    generator = torch.Generator().manual_seed(2)
-    users, items = torch.randn(7, 5, generator=generator), torch.randn(11, 5, generator=generator)
-    augmented_users, augmented_items = augment_norm(users, items)
-    assert augmented_users.shape == (7, 6) and augmented_items.shape == (11, 6)
-    norms = np.linalg.norm(augmented_items.double().numpy(), axis=1)
-    assert np.allclose(norms, np.linalg.norm(items.double().numpy(), axis=1).max(), rtol=1e-5)
-    cosines = torch.nn.functional.cosine_similarity(augmented_users[:, None], augmented_items[None], dim=-1)
-    for user in range(7):
-        scores = [sum(float(a) * float(b) for a, b in zip(users[user], item)) for item in items]
-        assert np.argsort(scores).tolist() == cosines[user].argsort().tolist()
-
-
-def test_newcomers_are_augmented_to_the_norm_of_the_items_they_join():
-    items = torch.tensor([[3.0, 0.0], [0.0, 5.0]])
-    _, whole = augment_norm(items, items)
-    _, newcomers = augment_norm(items[:1], items[:1], norm=float(whole.norm(dim=1).max()))
-    assert torch.equal(newcomers, whole[:1])
-    _, longer = augment_norm(items, 2 * items, norm=5.0)
-    assert longer[1].tolist() == [0.0, 10.0, 0.0]
 
 
 def fism(interactions, **settings):

@@ -29,7 +29,7 @@ from .output import Blocks, Document, note, working
 if TYPE_CHECKING:
     from typer.core import TyperCommand
 
-    from ..models.embedding_store import EmbeddingStore
+    from ..models.embedding_store import Store
     from ..models.recommender import Recommendation, Recommender
     from ..repository.repository import Repository
 
@@ -223,17 +223,19 @@ def train(
     Any field of transformers' TrainingArguments sets the T5 stage, as --num_train_epochs 3. Any setting of the recipe is named
     with dots, as --retrieval.config.loss_type cosine_ranking. Columns are found by their usual names.
     """
-    from ..training.recipe import Recipe
+    from ..training.recipe import Recipe, SettingError
 
-    if config is not None:
-        # Errors of the file are found first, so further errors are in the arguments.
-        Recipe.load("cpu", config)
-    shortcuts = {"seed": seed, "retrieval.config.loss_type": loss_type}
-    given = {name: value for name, value in shortcuts.items() if value is not None}
+    name = _dataset_name(dataset)
+    given = {"seed": seed, "retrieval.config.loss_type": loss_type}
+    given = {setting: value for setting, value in given.items() if value is not None} | read_settings(settings or ())
     try:
-        loaded = Recipe.load(recipe, config, {**given, **read_settings(settings or ())})
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+        loaded = Recipe.load(recipe, config, given)
+    except SettingError as error:
+        # Other settings are in the file of --config.
+        if any(one.startswith(error.setting) or error.setting.startswith(one) for one in ("recipe", *given)):
+            raise UsageError(str(error)) from None
+        raise
+    # Imports torch; missing files have been reported by now.
     from ..data.interactions import load_interactions
     from ..data.splits import leave_one_out
     from ..repository import build
@@ -248,8 +250,9 @@ def train(
         min_rating=min_rating,
         k_core=k_core,
     )
-    splits, name = leave_one_out(interactions), _dataset_name(dataset)
-    trained = build.train(splits, loaded, output_dir, dataset_name=name, refit=not no_refit, log=note)
+    trained = build.train(
+        leave_one_out(interactions), loaded, output_dir, dataset_name=name, refit=not no_refit, log=note
+    )
     return {"repository": output_dir, **trained.metrics}
 
 
@@ -494,15 +497,21 @@ def read_where(pairs: Iterable[str]) -> dict[str, list[Scalar]]:
 
 
 def _dataset_name(dataset: str) -> str:
-    """The name to record: without the local path, and with a slash for a folder, which may be named like a data set."""
+    """The name to record: without the local path, and with a slash for a folder, which may be named like a data set.
+
+    Raises:
+        FileNotFoundError: there is no such data set.
+    """
     from ..data.data_sources import DATA_SOURCES
-    from ..data.interactions import HUB
+    from ..data.interactions import HUB, load_interactions
 
     if dataset.startswith(HUB):
         return dataset.removeprefix(HUB)
     if dataset in ("demo", *DATA_SOURCES):
         return dataset
     path = Path(dataset).expanduser().resolve()
+    if not path.exists():
+        load_interactions(dataset)  # It raises the error, which lists the known data sets.
     return path.name + "/" * path.is_dir()
 
 
@@ -555,10 +564,10 @@ def _recommender(name: str, revision: str | None, store: str | None) -> tuple[Re
         return repository.recommender(store=_store(store)), _titles(repository.info()["dataset"])
 
 
-def _store(uri: str | None) -> EmbeddingStore | None:
-    from ..models.embedding_store import EmbeddingStore
+def _store(uri: str | None) -> Store | None:
+    from ..store import open_store
 
-    return None if uri is None else EmbeddingStore.open(uri, token=os.environ.get("MILVUS_TOKEN"))
+    return None if uri is None else open_store(uri, token=os.environ.get("MILVUS_TOKEN"))
 
 
 def _recommendations(

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ..data.collator import DataCollatorForGenerativeRetrieval, PromptDataset
 from ..data.splits import IndexedSplits
 from ..models.codes import RepositoryFolder
-from ..models.embedding_store import EmbeddingStore
+from ..models.embedding_store import EmbeddingStore, Store
 from ..models.modeling_collaborative import HistoryEncoder
 from ..models.modeling_t5_retrieval import T5ForGenerativeRetrieval
 from ..models.prompts import HISTORY_TEMPLATES, PromptTemplate
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 CHUNK = 512
 
 
-def evaluate_baselines(data: IndexedSplits, store: EmbeddingStore) -> dict[str, dict[str, float]]:
+def evaluate_baselines(data: IndexedSplits, store: Store) -> dict[str, dict[str, float]]:
     """Metrics of popularity and of the collaborative vectors, by dot product and by cosine.
 
     Args:
@@ -61,7 +61,7 @@ def evaluate_retrieval(
     data: IndexedSplits,
     recipe: Recipe,
     variant: str = "tokenrec",
-    store: EmbeddingStore | None = None,
+    store: Store | None = None,
 ) -> dict[str, float]:
     """Metrics of a trained recommender on the held-out items, computed on a GPU where there is one.
 

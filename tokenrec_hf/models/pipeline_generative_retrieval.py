@@ -14,7 +14,7 @@ from transformers import Pipeline
 from transformers.dynamic_module_utils import custom_object_save
 
 from .codes import RepositoryFolder, fetch_repository
-from .embedding_store import EmbeddingStore
+from .embedding_store import EmbeddingStore, Store
 from .modeling_collaborative import HistoryEncoder
 from .modeling_t5_retrieval import T5ForGenerativeRetrieval
 from .prompts import PromptTemplate
@@ -59,7 +59,7 @@ class GenerativeRetrievalPipeline(Pipeline):
         self,
         model: T5ForGenerativeRetrieval,
         tokenizer: TokenRecTokenizer,
-        store: EmbeddingStore | None = None,
+        store: Store | None = None,
         history_encoder: HistoryEncoder | None = None,
         **kwargs: Any,
     ):

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from .codes import RepositoryFolder, check_repository, fetch_repository
-from .embedding_store import EmbeddingStore
+from .embedding_store import EmbeddingStore, Store
 from .modeling_collaborative import HistoryEncoder, collaborative_class, load_collaborative
 from .modeling_t5_retrieval import T5ForGenerativeRetrieval
 from .prompts import HISTORY_ONLY_TEMPLATE, HISTORY_TEMPLATES, USER_ONLY_TEMPLATES, PromptTemplate, render
@@ -71,7 +71,7 @@ class Recommender:
         self,
         model: T5ForGenerativeRetrieval,
         tokenizer: TokenRecTokenizer,
-        store: EmbeddingStore,
+        store: Store,
         history_encoder: HistoryEncoder | None = None,
     ):
         for kind, space_id in tokenizer.space_ids.items():
@@ -91,7 +91,7 @@ class Recommender:
         *,
         revision: str | None = None,
         token: str | bool | None = None,
-        store: EmbeddingStore | None = None,
+        store: Store | None = None,
     ) -> Recommender:
         """Opens a trained repository.
 

@@ -17,18 +17,19 @@ from filelock import FileLock, Timeout
 
 from ..models.codes import (
     COLLABORATIVE,
+    MANIFEST,
     MQ_FOLDERS,
     RepositoryFolder,
     check_repository,
     fetch_repository,
-    flush,
+    flush_names,
     read_json,
 )
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
-    from ..models.embedding_store import EmbeddingStore
+    from ..models.embedding_store import Store
     from ..models.recommender import Recommender
     from ..training.recipe import Recipe
     from .audit import Check
@@ -85,15 +86,13 @@ class Repository:
         """The measurements of the training: the content of `metrics.json`."""
         return read_json(self.parts.metrics)
 
-    def recommender(self, store: EmbeddingStore | None = None) -> Recommender:
+    def recommender(self, store: Store | None = None) -> Recommender:
         """Opens the repository to recommend; `store` replaces its own store, for example by one on Milvus."""
         from ..models.recommender import Recommender
 
         return Recommender.from_pretrained(self.folder, store=store)
 
-    def evaluate(
-        self, split: str = "test", variant: str = "tokenrec", store: EmbeddingStore | None = None
-    ) -> dict[str, Any]:
+    def evaluate(self, split: str = "test", variant: str = "tokenrec", store: Store | None = None) -> dict[str, Any]:
         """Ranks all items for every user of a split.
 
         Args:
@@ -274,10 +273,10 @@ class Repository:
             staged.mkdir()
             yield RepositoryFolder(staged)
             for path in (*staged.rglob("*"), staged):
-                flush(path)
+                _flush(path)
             # The commit: before this renaming nothing has changed, after it `_finish` completes the change.
             os.rename(staged, self.parts.committed)
-            flush(self.folder)
+            flush_names(self.folder)
             self._finish()
         finally:
             shutil.rmtree(staged, ignore_errors=True)
@@ -289,7 +288,7 @@ class Repository:
         committed = self.parts.committed
         if not committed.is_dir():
             return
-        from ..models.embedding_store import MANIFEST, remove_leftovers
+        from ..models.embedding_store import remove_leftovers
 
         # The manifest of the store comes last, because the files that it names must be there then.
         for path in sorted(committed.rglob("*"), key=lambda path: path.name == MANIFEST):
@@ -315,6 +314,15 @@ def _retraining_due(additions: Mapping[str, Any], metrics: Mapping[str, Any]) ->
                 f"the codes of new {kind}s lose {added['reconstruction_error']:.0%} of the variance, in training {error:.0%}"
             )
     return reasons
+
+
+def _flush(path: Path) -> None:
+    """Brings a file, or the names in a folder, to the disk."""
+    if path.is_dir():
+        flush_names(path)
+        return
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def _size(folder: Path) -> int:
