@@ -48,7 +48,9 @@ setup(
         "protobuf>=5",
         "pyyaml>=6",
         "requests>=2.32",
+        "rich>=13",
         "tqdm>=4.60",
+        "typer>=0.29",
         "wrapt>=1.16",
     ],
     extras_require={
