@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from tokenrec_hf import leave_one_out, load_interactions, load_recipe, train
+from tokenrec_hf import Recipe, leave_one_out, load_interactions, train
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
 
@@ -49,7 +49,7 @@ def demo_splits():
 @pytest.fixture(scope="session")
 def tiny_recipe():
     """A complete recipe that trains in seconds: d = 16, K = 3, L = 32, a T5 of one layer."""
-    return load_recipe("cpu", overrides=TINY)
+    return Recipe.load("cpu", overrides=TINY)
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +79,7 @@ def fism_repository(tmp_path_factory, demo_splits):
         "retrieval.training": {"num_train_epochs": 4, "warmup_steps": 2},
     }
     folder = tmp_path_factory.mktemp("fism") / "repository"
-    train(demo_splits, load_recipe("best", overrides=small), folder, dataset_name="demo", refit=False)
+    train(demo_splits, Recipe.load("best", overrides=small), folder, dataset_name="demo", refit=False)
     return folder
 
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from tokenrec_hf import evaluate_embeddings
 from tokenrec_hf.data.splits import IndexedSplits, index_splits
 from tokenrec_hf.models.modeling_collaborative import HistoryEncoder
-from tokenrec_hf.models.recommender import RepositoryFolder
+from tokenrec_hf.models.recommender import load_history_encoder
 from tokenrec_hf.repository.build import load_splits
 from tokenrec_hf.training.closed_forms import fold_in, fold_in_items
 
@@ -36,7 +36,7 @@ def main() -> None:
     arguments = parser.parse_args()
     selection = arguments.repository / "training" / "selection"
     folder = selection if selection.is_dir() else arguments.repository
-    encoder = RepositoryFolder(folder).load_history_encoder()
+    encoder = load_history_encoder(folder)
     if encoder is None:
         parser.error(f"{arguments.repository} has no FISM; train it with --recipe best.")
     data = index_splits(load_splits(arguments.repository), "validation")

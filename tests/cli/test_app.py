@@ -539,10 +539,10 @@ def test_additions_that_cannot_be_are_refused(capsys, argv, says, status):
 
 def test_another_store_takes_the_place_of_the_repositorys(capsys, repository, tmp_path):
     pytest.importorskip("pymilvus")
-    from tokenrec_hf.store.milvus import MilvusEmbeddingStore
+    from tokenrec_hf.store.milvus import MilvusStore
 
     store = EmbeddingStore.open(repository)
-    moved = MilvusEmbeddingStore.from_store(store, tmp_path / "moved.db")
+    moved = MilvusStore.from_store(store, tmp_path / "moved.db")
     user = store.ids("user")[0]
     expected = document(capsys, "recommend", repository, "--user", user)["recommendations"]
     found = document(capsys, "recommend", repository, "--user", user, "--store", tmp_path / "moved.db")[

@@ -1,4 +1,3 @@
-import copy
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -13,6 +12,7 @@ from tokenrec_hf.data.interaction_matrix import InteractionMatrix
 from tokenrec_hf.data.splits import index_splits, leave_one_out
 from tokenrec_hf.evaluation import ranking as evaluation
 from tokenrec_hf.evaluation.ranking import encode_prompts, evaluate_baselines, evaluate_retrieval
+from tokenrec_hf.evaluation.variants import BASELINES, LABELS, VARIANTS
 from tokenrec_hf.models.embedding_store import EmbeddingStore
 from tokenrec_hf.models.modeling_t5_retrieval import T5ForGenerativeRetrieval
 from tokenrec_hf.models.prompts import (
@@ -24,7 +24,8 @@ from tokenrec_hf.models.prompts import (
 )
 from tokenrec_hf.models.tokenization_tokenrec import TokenRecTokenizer
 from tokenrec_hf.repository.build import train
-from tokenrec_hf.training.recipe import load_recipe
+from tokenrec_hf.repository.repository import Repository
+from tokenrec_hf.training.recipe import Recipe
 
 TINY = {
     "collaborative.config": {"embedding_dim": 8, "num_layers": 1},
@@ -43,8 +44,8 @@ def trained(tmp_path_factory):
     """A small repository, the validation items that it has not seen, and its parts."""
     folder = tmp_path_factory.mktemp("trained") / "out"
     splits = leave_one_out(demo_interactions(seed=3, num_users=48, num_items=60))
-    recipe = load_recipe("cpu", overrides=TINY)
-    metrics = train(splits, recipe, folder, refit=False)
+    recipe = Recipe.load("cpu", overrides=TINY)
+    metrics = train(splits, recipe, folder, refit=False).metrics
     return SimpleNamespace(
         folder=folder,
         recipe=recipe,
@@ -93,7 +94,7 @@ def query(trained, template, user):
     ],
 )
 def test_evaluation_agrees_with_a_loop_over_users_through_text(trained, monkeypatch, variant, template):
-    monkeypatch.setitem(evaluation.TEMPLATES, variant, (template,))
+    monkeypatch.setitem(VARIANTS, variant, replace(VARIANTS[variant], templates=(template,)))
     items = trained.store.get("item", trained.data.item_ids)
 
     def cosines(user):
@@ -125,17 +126,17 @@ def test_the_baselines_agree_with_a_loop_over_users(trained):
     users, items = trained.store.get("user", data.user_ids), trained.store.get("item", data.item_ids)
     popularity = np.bincount(data.interactions.items, minlength=len(data.item_ids))
     results = evaluate_baselines(data, trained.store)
-    assert set(results) == {"popularity", "collaborative", "collaborative_cosine"}
+    assert list(results) == list(BASELINES) == ["popularity", "collaborative_dot", "collaborative_cosine"]
     for name, scores_of in {
         "popularity": lambda user: popularity,
-        "collaborative": lambda user: (items @ users[user]).tolist(),
+        "collaborative_dot": lambda user: (items @ users[user]).tolist(),
         "collaborative_cosine": lambda user: torch.cosine_similarity(users[user][None], items).tolist(),
     }.items():
         assert results[name] == pytest.approx(naive_metrics(data, scores_of), abs=1e-6), name
 
 
 def test_with_fism_a_history_alone_is_as_good_as_its_user(fism_repository, demo_splits):
-    data, recipe = index_splits(demo_splits, "validation"), load_recipe(config=fism_repository / "recipe.yaml")
+    data, recipe = index_splits(demo_splits, "validation"), Repository(fism_repository).recipe
     found, known = (
         evaluate_retrieval(fism_repository, data, recipe, variant) for variant in ("tokenrec_history_only", "tokenrec")
     )
@@ -151,7 +152,7 @@ def test_with_fism_a_history_alone_is_as_good_as_its_user(fism_repository, demo_
 
 
 def test_training_reports_what_evaluation_measures(trained):
-    for variant in evaluation.TEMPLATES:
+    for variant in VARIANTS:
         assert (
             evaluate_retrieval(trained.folder, trained.data, trained.recipe, variant)
             == (trained.metrics["validation"][variant])
@@ -159,10 +160,11 @@ def test_training_reports_what_evaluation_measures(trained):
 
 
 def test_the_variants_differ_in_their_prompts(trained):
-    assert evaluation.TEMPLATES["tokenrec_unseen_prompt"] == (UNSEEN_TEMPLATE,)
-    assert all(template.uses_history for template in evaluation.TEMPLATES["tokenrec"])
-    assert not any(template.uses_history for template in evaluation.TEMPLATES["tokenrec_user_id_only"])
-    values = [trained.metrics["validation"][variant]["ndcg@30"] for variant in evaluation.TEMPLATES]
+    assert VARIANTS["tokenrec_unseen_prompt"].templates == (UNSEEN_TEMPLATE,)
+    assert all(template.uses_history for template in VARIANTS["tokenrec"].templates)
+    assert not any(template.uses_history for template in VARIANTS["tokenrec_user_id_only"].templates)
+    assert [name for name, variant in VARIANTS.items() if not variant.names_user] == ["tokenrec_history_only"]
+    values = [trained.metrics["validation"][variant]["ndcg@30"] for variant in VARIANTS]
     assert len(set(values)) == len(values) == 4
 
 
@@ -185,7 +187,12 @@ def test_queries_come_in_the_order_of_the_users_whatever_the_batch(trained, batc
 
 
 def test_evaluation_does_not_depend_on_the_batch_size(trained):
-    recipe = copy.deepcopy(trained.recipe)
-    recipe["retrieval"]["training"]["per_device_eval_batch_size"] = 64
+    recipe = trained.recipe.changed(**{"retrieval.training.per_device_eval_batch_size": 64})
     expected = trained.metrics["validation"]["tokenrec"]
     assert evaluate_retrieval(trained.folder, trained.data, recipe) == pytest.approx(expected, abs=1e-6)
+
+
+def test_every_row_of_an_evaluation_has_a_label_and_every_variant_but_the_default_a_flag(trained):
+    assert list(LABELS) == list(trained.metrics["validation"])
+    assert [name for name, variant in VARIANTS.items() if variant.flag is None] == ["tokenrec"]
+    assert len({variant.flag for variant in VARIANTS.values()}) == len(VARIANTS)

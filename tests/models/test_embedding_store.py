@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import shutil
@@ -10,28 +11,28 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.extra import numpy as hnp
+from store_checks import DIM, HOSTILE, AgainstDictionaries, snapshot
 
-from tokenrec_hf.models.embedding_store import EmbeddingStore
+from tokenrec_hf.models import embedding_store as module
+from tokenrec_hf.models.embedding_store import (
+    MANIFEST,
+    EmbeddingStore,
+    ItemMetadata,
+    Ragged,
+    check_metadata,
+    check_where,
+    exact_search,
+    inverse_lengths,
+    stable_topk,
+    unit_rows,
+)
 
-DIM = 3
 SEQUENCES = int(os.environ.get("TOKENREC_SEQUENCES", "60"))
-HOSTILE = [
-    "it's",
-    'say"so"',
-    "zz']-or-id-not-in-['zz",
-    "back\\slash",
-    "日本語",
-    "é́",
-    "%s{}$",
-    "a/../b",
-    "x" * 256,
-    "-1",
-    "\x00",
-]
 
 
 def numbered(prefix, count):
@@ -47,134 +48,6 @@ def store():
     store.upsert("item", numbered("i", 6), torch.randn(6, DIM, generator=generator))
     store.set_seen(["u0", "u2"], [["i3", "i1"], ["i5", "i0", "i1"]])
     return store
-
-
-def snapshot(store):
-    """Everything a store tells about itself."""
-    kinds = ("user", "item")
-    return (
-        {kind: store.ids(kind) for kind in kinds},
-        {kind: store.vectors(kind).tolist() for kind in kinds},
-        store.seen(store.ids("user")),
-        store.metadata(store.ids("item")),
-        store.space_ids,
-        store.embedding_dim,
-    )
-
-
-class AgainstDictionaries(RuleBasedStateMachine):
-    """Any sequence of operations gives what plain dictionaries and lists give."""
-
-    ids = st.sampled_from(["a", "b", "c", "d", "e", *HOSTILE[:4]])
-    kinds = st.sampled_from(["user", "item"])
-    numbers = st.integers(-2, 2).map(float)
-    vectors = st.lists(st.tuples(ids, st.tuples(numbers, numbers, numbers)), max_size=6)
-    names = st.sampled_from(["genre", "withdrawn"])
-    values = st.sampled_from([True, False, 1, "a", 'it\'s "so"'])
-
-    def prepared(self, store):
-        """A store as it is to be tested."""
-        return store
-
-    @initialize(folder=st.uuids(), users=vectors, items=vectors)
-    def start(self, folder, users, items):
-        self.folder = self.root / str(folder)
-        self.store = self.prepared(EmbeddingStore(DIM))
-        self.model = {"user": {}, "item": {}}
-        self.seen = {}
-        self.known = {}
-        self.upsert("user", users)
-        self.upsert("item", items)
-
-    @rule(kind=kinds, rows=vectors)
-    def upsert(self, kind, rows):
-        self.store.upsert(kind, [one for one, _ in rows], np.array([row for _, row in rows]).reshape(-1, DIM))
-        for one, row in rows:
-            self.model[kind][one] = row
-
-    @rule(kind=kinds, ids=st.lists(ids, max_size=4))
-    def delete(self, kind, ids):
-        self.store.delete(kind, ids)
-        for one in ids:
-            self.model[kind].pop(one, None)
-            if kind == "item":
-                self.known.pop(one, None)
-        if kind == "user":
-            self.seen = {user: items for user, items in self.seen.items() if user not in ids}
-        self.seen = {user: [item for item in items if item in self.model["item"]] for user, items in self.seen.items()}
-
-    @rule(data=st.data(), replace=st.booleans())
-    def see(self, data, replace):
-        if not self.model["user"] or not self.model["item"]:
-            return
-        users = data.draw(st.lists(st.sampled_from(sorted(self.model["user"])), max_size=4))
-        items = st.lists(st.sampled_from(sorted(self.model["item"])), max_size=4)
-        lists = [data.draw(items) for _ in users]
-        (self.store.set_seen if replace else self.store.add_seen)(users, lists)
-        for user, new in zip(users, lists):
-            self.seen[user] = new if replace else self.seen.get(user, []) + new
-
-    @rule(data=st.data())
-    def know(self, data):
-        if not self.model["item"]:
-            return
-        items = data.draw(st.lists(st.sampled_from(sorted(self.model["item"])), max_size=4))
-        metadata = [data.draw(st.dictionaries(self.names, st.none() | self.values, max_size=2)) for _ in items]
-        self.store.set_metadata(items, metadata)
-        for item, new in zip(items, metadata):
-            merged = self.known.get(item, {}) | new
-            self.known[item] = {name: value for name, value in merged.items() if value is not None}
-
-    @rule()
-    def save(self):
-        self.store.save_pretrained(self.folder)
-
-    @rule()
-    def save_and_open_again(self):
-        self.store.save_pretrained(self.folder)
-        opened = EmbeddingStore.open(self.folder)
-        assert snapshot(opened) == snapshot(self.store)
-        self.store = self.prepared(opened)
-
-    @rule(
-        query=st.tuples(numbers, numbers, numbers),
-        top_k=st.integers(1, 8),
-        exclude=st.lists(ids, max_size=4),
-        where=st.dictionaries(names, values | st.lists(values, max_size=2), max_size=2),
-    )
-    def search(self, query, top_k, exclude, where):
-        [found], [scores] = self.store.search(torch.tensor([query]), top_k, [exclude], where)
-        expected = {}
-        for item, vector in self.model["item"].items():
-            lengths = np.linalg.norm(vector) * np.linalg.norm(query)
-            expected[item] = np.dot(vector, query) / lengths if lengths else 0.0
-        allowed = [item for item in expected if item not in exclude and self.matches(item, where)]
-        assert len(found) == len(set(found)) == min(top_k, len(allowed))
-        assert set(found) <= set(allowed)
-        np.testing.assert_allclose(scores, [expected[item] for item in found], atol=1e-6)
-        np.testing.assert_allclose(
-            scores, sorted((expected[one] for one in allowed), reverse=True)[: len(found)], atol=1e-6
-        )
-
-    def matches(self, item, where):
-        known = {name: json.dumps(value) for name, value in self.known.get(item, {}).items()}
-        return known.get("withdrawn") != "true" and all(
-            known.get(name) in [json.dumps(value) for value in (wanted if isinstance(wanted, list) else [wanted])]
-            for name, wanted in where.items()
-        )
-
-    @invariant()
-    def everything_agrees(self):
-        assert self.store.metadata(list(self.model["item"])) == [self.known.get(one, {}) for one in self.model["item"]]
-        for kind, model in self.model.items():
-            assert self.store.ids(kind) == list(model)
-            assert self.store.count(kind) == len(model)
-            assert self.store.vectors(kind).tolist() == [list(row) for row in model.values()]
-            backwards = list(model)[::-1]
-            assert self.store.get(kind, backwards).tolist() == [list(model[one]) for one in backwards]
-            assert self.store.rows(kind, [*backwards, "absent"]).tolist() == [*range(len(model))][::-1] + [-1]
-        users = [*self.model["user"], "absent"]
-        assert self.store.seen(users) == [self.seen.get(user, []) for user in users]
 
 
 def test_any_sequence_of_operations_agrees_with_dictionaries(tmp_path):
@@ -499,34 +372,7 @@ def test_a_saved_store_gives_the_same_bits(tmp_path):
     assert EmbeddingStore.open(tmp_path).search(queries, 100) == store.search(queries, 100)
 
 
-def test_saving_where_it_was_opened_writes_only_what_changed(tmp_path):
-    store = EmbeddingStore(8)
-    store.upsert("item", numbered("i", 5_000), torch.randn(5_000, 8))
-    store.save_pretrained(tmp_path)
-    large = next(tmp_path.glob("items-*"))
-    written = large.stat().st_mtime_ns
-    store = EmbeddingStore.open(tmp_path)
-    for batch in range(3):
-        store.upsert("item", [f"new{batch}", "i7"], torch.full((2, 8), float(batch)))
-        store.delete("item", [f"i{batch}"])
-        store.save_pretrained(tmp_path)
-    assert large.stat().st_mtime_ns == written
-    small = sorted(path.stat().st_size for path in tmp_path.glob("changes-*"))
-    assert len(small) == 3 and small[-1] < 2_000
-    assert snapshot(EmbeddingStore.open(tmp_path)) == snapshot(store)
-
-
-def test_many_changes_are_folded_into_one_file(tmp_path):
-    store = EmbeddingStore(8)
-    store.upsert("item", numbered("i", 500), torch.randn(500, 8))
-    for batch in range(40):
-        store.upsert("item", [f"new{batch}"], torch.randn(1, 8))
-        store.save_pretrained(tmp_path)
-        assert len(list(tmp_path.iterdir())) <= 20
-    assert snapshot(EmbeddingStore.open(tmp_path)) == snapshot(store)
-
-
-def test_a_folder_that_somebody_else_has_changed_is_replaced_whole(store, tmp_path):
+def test_a_folder_that_another_store_has_changed_is_replaced_whole(store, tmp_path):
     store.save_pretrained(tmp_path)
     other = EmbeddingStore.open(tmp_path)
     other.upsert("item", ["theirs"], torch.ones(1, DIM))
@@ -659,24 +505,6 @@ def test_users_are_left_out_when_asked_also_those_of_a_former_store(store, tmp_p
     assert opened.seen(["u0"]) == [[]]
 
 
-def test_a_crash_before_the_manifest_leaves_the_former_store(store, tmp_path, monkeypatch):
-    store.save_pretrained(tmp_path)
-    before = snapshot(store)
-    store.upsert("item", ["new", "i0"], torch.ones(2, DIM))
-    store.delete("user", ["u2"])
-    replace = os.replace
-
-    def failing(source, target):
-        if os.path.basename(target) == "store.json":
-            raise OSError("no power")
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", failing)
-    with pytest.raises(OSError, match="no power"):
-        store.save_pretrained(tmp_path)
-    assert snapshot(EmbeddingStore.open(tmp_path)) == before
-
-
 def test_a_folder_without_a_store_is_not_found(tmp_path):
     for open_it in (EmbeddingStore.open, EmbeddingStore.from_pretrained):
         with pytest.raises(FileNotFoundError, match="there is no embedding store in .*store.json is missing"):
@@ -718,14 +546,6 @@ def test_users_of_another_store_do_not_fit_its_items(store, tmp_path):
         EmbeddingStore.open(tmp_path / "new")
 
 
-def test_a_damaged_file_is_named(store, tmp_path):
-    store.save_pretrained(tmp_path)
-    path = next(tmp_path.glob("items-*"))
-    path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(ValueError, match=f"{path.name} is damaged"):
-        EmbeddingStore.from_pretrained(tmp_path)
-
-
 def test_space_ids_travel_with_the_store_and_a_mismatch_names_both(store, tmp_path):
     store.save_pretrained(tmp_path)
     opened = EmbeddingStore.open(tmp_path)
@@ -741,6 +561,166 @@ def test_space_ids_travel_with_the_store_and_a_mismatch_names_both(store, tmp_pa
 def test_an_embedding_dim_below_one_is_refused():
     with pytest.raises(ValueError, match="embedding_dim is 0"):
         EmbeddingStore(0)
+
+
+# ---- files
+
+
+def data_file(folder, name="items"):
+    return next(folder.glob(f"{name}-*.safetensors"))
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def test_saving_twice_gives_the_same_bytes(store, tmp_path):
+    for folder in ("first", "second", "second"):
+        store.save_pretrained(tmp_path / folder)
+    first, second = (
+        {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()} for folder in ("first", "second")
+    )
+    assert first == second
+    assert len(first) == 3
+
+
+def test_a_new_save_leaves_nothing_of_the_old_one_but_other_files_alone(store, tmp_path):
+    store.save_pretrained(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "model.safetensors").write_text("mine too")
+    (tmp_path / ".users-0123abcd.tmp").write_text("half of a killed save")
+    (tmp_path / ".store.json-0123abcd.tmp").write_text("half of another")
+    store.upsert("item", ["new"], torch.ones(1, DIM))
+    store.save_pretrained(tmp_path)
+    assert names(tmp_path) == {
+        MANIFEST, "notes.txt", "model.safetensors", data_file(tmp_path).name, data_file(tmp_path, "users").name
+    }  # fmt: skip
+    assert snapshot(EmbeddingStore.open(tmp_path)) == snapshot(store)
+
+
+@pytest.mark.parametrize("crash_at", range(5))
+def test_a_crash_while_saving_leaves_the_former_store(store, tmp_path, monkeypatch, crash_at):
+    """Two files are written, named by their content, and then the manifest that names them."""
+    store.save_pretrained(tmp_path)
+    before = snapshot(store)
+    store.upsert("item", ["new", "i0"], torch.ones(2, DIM))
+    store.delete("user", ["u2"])
+    replace, calls = os.replace, []
+
+    def failing(source, target):
+        calls.append(os.path.basename(target))
+        if len(calls) == crash_at + 1:
+            raise OSError("no power")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="no power"):
+        store.save_pretrained(tmp_path)
+    assert (calls[-1] == MANIFEST) == (crash_at == 4)
+    monkeypatch.undo()
+    assert snapshot(EmbeddingStore.open(tmp_path)) == before
+    store.save_pretrained(tmp_path)
+    assert snapshot(EmbeddingStore.open(tmp_path)) == snapshot(store)
+    assert len(names(tmp_path)) == 3
+
+
+def cut_off(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("harm", "why"),
+    [(os.remove, "it is missing"), (cut_off, "bytes instead of"), (flip_a_bit, "not what was saved")],
+)
+@pytest.mark.parametrize("kind", ["users", "items"])
+def test_a_harmed_data_file_is_named(store, tmp_path, kind, harm, why):
+    store.save_pretrained(tmp_path)
+    path = data_file(tmp_path, kind)
+    harm(path)
+    with pytest.raises(
+        ValueError, match=f"{path.name} is damaged .*{why}.*restore the store from a copy or rebuild it"
+    ):
+        EmbeddingStore.from_pretrained(tmp_path)
+
+
+def rewritten(folder, content, name="items"):
+    """Puts other content in the place of a data file, with a manifest that says it is right."""
+    path = data_file(folder, name)
+    path.write_bytes(content)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"][name] |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    return path
+
+
+def test_a_file_that_was_never_safetensors_is_named(store, tmp_path):
+    store.save_pretrained(tmp_path)
+    path = rewritten(tmp_path, b"not tensors")
+    with pytest.raises(ValueError, match=f"{path.name} is damaged .*not a safetensors file"):
+        EmbeddingStore.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "array", "why"),
+    [
+        ("items", "vectors", torch.ones(6, DIM, dtype=torch.float64), "there are no 6 float32 item vectors of 3 dim"),
+        ("items", "vectors", torch.ones(5, DIM), "there are no 6 float32 item vectors of 3 dim"),
+        ("items", "offsets", torch.tensor([0, 1]), "the id table is damaged"),
+        (
+            "items",
+            "metadata",
+            torch.tensor(list(b"[{}]"), dtype=torch.uint8),
+            "there is metadata for 1 items but 6 ids",
+        ),
+        ("items", "metadata", torch.tensor(list(b"[{}"), dtype=torch.uint8), "Expecting"),
+        ("items", "metadata", torch.tensor(list(b"[1, 2, 3, 4, 5, 6]"), dtype=torch.uint8), "has no attribute"),
+        ("users", "seen_items", torch.tensor([0, 1, 2, 3, 6], dtype=torch.int32), "the seen items do not fit"),
+        ("users", "seen_items", torch.tensor([0, 1, 2, 3, -1], dtype=torch.int32), "the seen items do not fit"),
+        ("users", "seen_items", torch.tensor([0, 1, 2, 3, 4]), "the seen items do not fit"),
+        ("users", "seen_indptr", torch.tensor([0, 3, 1, 5, 5]), "the seen items do not fit"),
+        ("users", "seen_indptr", torch.tensor([0, 5, 5, 5]), "the seen items do not fit"),
+    ],
+)
+def test_arrays_that_do_not_fit_together_are_refused(store, tmp_path, kind, name, array, why):
+    store.save_pretrained(tmp_path)
+    arrays = safetensors.torch.load_file(data_file(tmp_path, kind))
+    rewritten(tmp_path, safetensors.torch.save({**arrays, name: array}), kind)
+    with pytest.raises(ValueError, match=f"store.json is damaged .*{why}"):
+        EmbeddingStore.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", "{}", '{"format_version": 1}', '{"format_version": 1, "files": {"a": {}}}']
+)
+def test_a_manifest_that_describes_nothing_is_refused(tmp_path, text):
+    (tmp_path / MANIFEST).write_text(text)
+    with pytest.raises(ValueError, match="store.json is damaged"):
+        EmbeddingStore.open(tmp_path)
+
+
+def test_another_format_version_is_refused_by_number(tmp_path):
+    (tmp_path / MANIFEST).write_text('{"format_version": 2, "anything": "new"}')
+    with pytest.raises(ValueError, match="has format version 2 but this tokenrec_hf reads version 1"):
+        EmbeddingStore.open(tmp_path)
+
+
+def test_a_manifest_cannot_name_files_elsewhere(store, tmp_path):
+    store.save_pretrained(tmp_path / "store")
+    shutil.copy(data_file(tmp_path / "store"), tmp_path)
+    manifest = json.loads((tmp_path / "store" / MANIFEST).read_text())
+    manifest["files"]["items"]["file"] = "../" + manifest["files"]["items"]["file"]
+    (tmp_path / "store" / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="is not the name of a data file"):
+        EmbeddingStore.open(tmp_path / "store")
+
+
+# ---- the Hub
 
 
 class FakeHub:
@@ -783,8 +763,6 @@ def test_pushing_leaves_users_out_unless_asked_and_what_was_pushed_loads(store, 
         ("upload_folder", {"token": "t", "revision": "branch", "commit_message": "why"}),
         ("snapshot_download", {"revision": "branch", "token": "t", "cache_dir": None, "allow_patterns": "store/*"}),
     ]
-    # As a repository has it that was added to: changes of users in files of their own.
-    (tmp_path / "me/demo/store/changes-0123abcd.safetensors").write_bytes(b"u3")
     store.push_to_hub("demo")
     assert EmbeddingStore.from_pretrained("me/demo").count("user") == 0
     assert sorted(path.name[:5] for path in (tmp_path / "me/demo/store").iterdir()) == ["items", "store"]
@@ -794,3 +772,232 @@ def test_a_hub_repository_without_a_store_is_not_found(tmp_path, monkeypatch):
     FakeHub(tmp_path, monkeypatch)
     with pytest.raises(FileNotFoundError, match="the Hub repository me/other has no store/store.json"):
         EmbeddingStore.from_pretrained("me/other")
+
+
+# ---- metadata as columns
+
+NAMES = st.sampled_from(["genre", "price", "withdrawn"])
+VALUES = st.sampled_from([True, False, 0, 1, 1.0, 2.5, "1", "", "it's"])
+
+
+def same(a, b):
+    return type(a) is bool and type(b) is bool and a == b or type(a) is not bool and type(b) is not bool and a == b
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), where=st.dictionaries(NAMES, VALUES | st.lists(VALUES, max_size=2), max_size=2))
+def test_any_changes_and_filters_give_what_dictionaries_give(data, where):
+    metadata, known = ItemMetadata(), []
+    for _ in range(data.draw(st.integers(0, 8))):
+        action = data.draw(st.sampled_from(["add", "set", "keep", "copy"]))
+        if action == "add":
+            count = data.draw(st.integers(0, 3))
+            metadata.add_items(count)
+            known += [{} for _ in range(count)]
+        elif action == "set" and known:
+            rows = data.draw(st.lists(st.integers(0, len(known) - 1), max_size=4))
+            new = [data.draw(st.dictionaries(NAMES, st.none() | VALUES, max_size=2)) for _ in rows]
+            metadata.set(np.array(rows, dtype=np.int64), check_metadata(new, len(new)))
+            for row, values in zip(rows, new):
+                known[row] = {name: value for name, value in (known[row] | values).items() if value is not None}
+        elif action == "keep":
+            keep = data.draw(st.lists(st.booleans(), min_size=len(known), max_size=len(known)))
+            metadata.keep(np.array(keep, dtype=bool))
+            known = [values for values, kept in zip(known, keep) if kept]
+        else:
+            metadata = ItemMetadata(metadata.items)
+        metadata.allowed({"genre": ["1"]})
+    found = metadata.items
+    assert [set(one) for one in found] == [set(one) for one in known]
+    assert all(same(one[name], values[name]) for one, values in zip(found, known) for name in values)
+    checked = check_where(where)
+    expected = [
+        not same(values.get("withdrawn"), True)
+        and all(name in values and any(same(values[name], one) for one in wanted) for name, wanted in checked.items())
+        for values in known
+    ]
+    allowed = metadata.allowed(checked)
+    assert expected == ([True] * len(known) if allowed is None else allowed.tolist())
+
+
+# ---- lists of different lengths
+
+
+@settings(max_examples=150, deadline=None)
+@given(lists=st.lists(st.lists(st.integers(0, 9), max_size=4), max_size=6), data=st.data())
+def test_lists_in_one_array_are_what_lists_are(lists, data):
+    lengths = np.array([len(one) for one in lists], dtype=np.int64)
+    ragged = Ragged.from_lengths(lengths, np.array(sum(lists, []), dtype=np.int32))
+    assert len(ragged) == len(lists) and ragged.lengths.tolist() == lengths.tolist()
+    assert list(zip(ragged.rows, ragged.ranks, ragged.values)) == [
+        (row, rank, value) for row, one in enumerate(lists) for rank, value in enumerate(one)
+    ]
+    assert [row[row >= 0].tolist() for row in ragged.padded(-1)] == lists
+    asked = data.draw(st.lists(st.integers(0, len(lists) - 1), max_size=5)) if lists else []
+    taken = ragged.take(np.array(asked, dtype=np.int64))
+    assert [taken.values[a:b].tolist() for a, b in zip(taken.indptr, taken.indptr[1:])] == [lists[row] for row in asked]
+    assert taken.values.dtype == np.int32 and taken.indptr.dtype == np.int64
+    order = data.draw(st.permutations(range(len(ragged.values))))
+    pairs = Ragged.from_pairs(ragged.rows[order], ragged.values[order], len(lists))
+    mine = [[ragged.values[at] for at in order if ragged.rows[at] == row] for row in range(len(lists))]
+    assert [pairs.values[a:b].tolist() for a, b in zip(pairs.indptr, pairs.indptr[1:])] == mine
+
+
+@pytest.mark.parametrize("indptr", [[], [0, 1], [1, 2], [0, 2, 1, 2], [0, 3]])
+def test_bounds_that_do_not_fit_the_values_are_not_valid(indptr):
+    assert not Ragged(np.array(indptr, dtype=np.int64), np.array([0, 1], dtype=np.int32)).is_valid(2)
+    assert Ragged(np.array([0, 0, 2]), np.array([0, 1], dtype=np.int32)).is_valid(2)
+    assert not Ragged(np.array([0, 0, 2]), np.array([0, 2], dtype=np.int32)).is_valid(2)
+
+
+# ---- exact search
+
+no_pairs = (torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
+
+
+def with_lengths(items):
+    """Item vectors as `exact_search` takes them."""
+    return items, inverse_lengths(items)
+
+
+def naive_order(scores):
+    """Columns by score, equal scores in column order: what a stable sort says."""
+    return np.argsort(-scores, axis=1, kind="stable")
+
+
+@given(
+    scores=hnp.arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 30)), elements=st.integers(-2, 2)),
+    k=st.integers(1, 35),
+)
+def test_stable_topk_is_a_stable_sort_cut_off(scores, k):
+    columns, values = stable_topk(torch.from_numpy(scores), k)
+    expected = naive_order(scores)[:, :k]
+    assert columns.tolist() == expected.tolist()
+    assert values.tolist() == np.take_along_axis(scores, expected, axis=1).tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), width=st.integers(100, 700), k=st.integers(1, 6), group=st.integers(2, 9))
+def test_stable_topk_of_many_columns_is_a_stable_sort_cut_off(data, width, k, group):
+    scores = np.random.default_rng(data.draw(st.integers(0, 9))).integers(
+        -2, data.draw(st.integers(-1, 90)), (3, width)
+    )
+    scores = scores.astype(np.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "GROUP", group)
+        columns, values = stable_topk(torch.from_numpy(scores), k)
+    expected = naive_order(scores)[:, :k]
+    assert columns.tolist() == expected.tolist()
+    assert values.tolist() == np.take_along_axis(scores, expected, axis=1).tolist()
+
+
+def test_stable_topk_takes_the_first_columns_of_thousands_of_equal_scores():
+    columns, _ = stable_topk(torch.zeros(3, 20_000), 50)
+    assert columns.tolist() == [list(range(50))] * 3
+
+
+def test_stable_topk_makes_nothing_on_another_device_than_that_of_the_scores():
+    scores = torch.randn(3, 20_000)
+    # A tensor made without a device would be on meta, and could not be used with the scores: on a GPU it fails likewise.
+    with torch.device("meta"):
+        columns, _ = stable_topk(scores, 10)
+    assert columns.tolist() == scores.topk(10).indices.tolist()
+
+
+def test_stable_topk_ranks_finite_scores_above_masked_ones():
+    scores = torch.tensor([[-torch.inf, 1.0, -torch.inf, 2.0, -torch.inf]])
+    columns, values = stable_topk(scores, 3)
+    assert columns[0, :2].tolist() == [3, 1]
+    assert values.tolist() == [[2.0, 1.0, -torch.inf]]
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data(), num_items=st.integers(0, 40), num_queries=st.integers(0, 9), top_k=st.integers(1, 45))
+def test_search_in_chunks_is_a_stable_sort_of_all_cosines(data, num_items, num_queries, top_k):
+    # Items on an axis, of a length that divides exactly, have cosines without rounding, so that ties are ties.
+    axes = data.draw(hnp.arrays(np.int64, num_items, elements=st.integers(0, 2)))
+    lengths = data.draw(hnp.arrays(np.float32, num_items, elements=st.sampled_from([-2.0, -1.0, 0.0, 0.5, 4.0])))
+    items = np.eye(3, dtype=np.float32)[axes] * lengths[:, None]
+    queries = data.draw(hnp.arrays(np.float32, (num_queries, 3), elements=st.integers(-1, 1)))
+    pairs = data.draw(st.lists(st.tuples(st.integers(0, 8), st.integers(-1, 45)), max_size=40))
+    pairs = [pair for pair in pairs if pair[0] < num_queries]
+    allowed = data.draw(st.none() | hnp.arrays(bool, num_items))
+    exclude = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "QUERY_CHUNK", data.draw(st.integers(1, 4)))
+        patch.setattr(module, "ITEM_CHUNK", data.draw(st.integers(1, 12)))
+        rows, scores = exact_search(
+            unit_rows(torch.from_numpy(queries)),
+            *with_lengths(torch.from_numpy(items)),
+            top_k,
+            exclude[:, 0],
+            exclude[:, 1],
+            None if allowed is None else torch.from_numpy(allowed),
+        )
+    assert rows.shape == scores.shape == (num_queries, top_k)
+    for query in range(num_queries):
+        lengths = np.linalg.norm(items, axis=1) * np.linalg.norm(queries[query])
+        own = np.round(items @ queries[query] / np.where(lengths > 0, lengths, 1), 4)
+        left = [
+            item
+            for item in np.argsort(-own, kind="stable").tolist()
+            if (query, item) not in pairs and (allowed is None or allowed[item])
+        ]
+        assert rows[query].tolist() == left[:top_k] + [-1] * (top_k - len(left))
+        np.testing.assert_allclose(scores[query, : len(left)], own[left[:top_k]], atol=1e-4)
+        assert torch.isneginf(scores[query, len(left) :]).all()
+
+
+def test_ties_are_in_row_order_across_the_real_chunk_size():
+    items = torch.zeros(2 * module.ITEM_CHUNK + 100, 3)
+    items[:, 0] = 1
+    items[[5, module.ITEM_CHUNK - 1, module.ITEM_CHUNK, 2 * module.ITEM_CHUNK + 99], 1] = 1
+    rows, _ = exact_search(torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]), *with_lengths(items), 6, *no_pairs)
+    assert rows[0].tolist() == [5, module.ITEM_CHUNK - 1, module.ITEM_CHUNK, 2 * module.ITEM_CHUNK + 99, 0, 1]
+    assert rows[1].tolist() == [0, 1, 2, 3, 4, 6 - 1]
+
+
+# Fewer queries than dimensions and more: scores are scaled in one case, vectors in the other.
+@pytest.mark.parametrize("num_queries", [3, 20])
+def test_random_vectors_give_the_scores_of_double_precision(num_queries):
+    generator = np.random.default_rng(0)
+    items, queries = generator.normal(size=(5_000, 16)), generator.normal(size=(num_queries, 16))
+    items *= generator.lognormal(sigma=3, size=(5_000, 1))
+    rows, scores = exact_search(
+        unit_rows(torch.from_numpy(queries).float()), *with_lengths(torch.from_numpy(items).float()), 10, *no_pairs
+    )
+    lengths = np.linalg.norm(items, axis=1) * np.linalg.norm(queries, axis=1)[:, None]
+    cosines = queries @ items.T / lengths
+    assert rows.tolist() == naive_order(cosines)[:, :10].tolist()
+    np.testing.assert_allclose(scores, -np.sort(-cosines, axis=1)[:, :10], atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e-45, 1e-38, 1e-20, 1.0, 1e20, 3e38])
+def test_unit_rows_have_length_one_whatever_their_size(size):
+    unit = unit_rows(torch.tensor([[size, -size, 0.0]]))
+    torch.testing.assert_close(unit, torch.tensor([[0.5**0.5, -(0.5**0.5), 0.0]]))
+
+
+def test_a_zero_row_stays_zero_and_the_input_is_left_alone():
+    vectors = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
+    torch.testing.assert_close(unit_rows(vectors), torch.tensor([[0.0, 0.0], [0.6, 0.8]]))
+    assert vectors.tolist() == [[0.0, 0.0], [3.0, 4.0]]
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-45, 1e-30, 1.0, 1e10, 1e25, 3e38])
+@pytest.mark.parametrize("num_queries", [1, 5])
+def test_cosines_are_right_beside_vectors_of_any_size(size, num_queries):
+    items = torch.tensor([[3.0, 4.0], [size, size], [-1.0, 0.0]])
+    queries = torch.tensor([[1.0, 0.0]]).repeat(num_queries, 1)
+    rows, scores = exact_search(queries, *with_lengths(items), 3, *no_pairs)
+    best = 0.5**0.5 if size else 0.0
+    expected = sorted([(-0.6, 0), (-best, 1), (1.0, 2)])
+    assert rows.tolist() == [[row for _, row in expected]] * num_queries
+    torch.testing.assert_close(scores, torch.tensor([[-score for score, _ in expected]] * num_queries))
+
+
+def test_inverse_lengths_say_where_they_cannot_be_used():
+    vectors = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1e-30, 0.0], [1e30, 0.0], [3e38, 3e38]])
+    inverse = inverse_lengths(vectors)
+    assert inverse[0] == 0.2
+    assert inverse[1:].isnan().all()

@@ -20,12 +20,11 @@ from tokenrec_hf.models.modeling_collaborative import (
     HistoryEncoder,
     LightGCNModel,
     MatrixFactorizationModel,
-    augment_norm,
     collaborative_class,
     load_collaborative,
     save_collaborative,
 )
-from tokenrec_hf.models.recommender import RepositoryFolder
+from tokenrec_hf.models.recommender import load_history_encoder
 
 NUM_USERS, NUM_ITEMS, DIM = 7, 9, 4
 
@@ -265,28 +264,6 @@ def test_trainer_is_told_that_the_loss_is_already_a_mean():
     assert LightGCNModel.accepts_loss_kwargs is False
 
 
-def test_with_augmented_norms_cosine_ranks_as_the_dot_product_does():
-    generator = torch.Generator().manual_seed(2)
-    users, items = torch.randn(7, 5, generator=generator), torch.randn(11, 5, generator=generator)
-    augmented_users, augmented_items = augment_norm(users, items)
-    assert augmented_users.shape == (7, 6) and augmented_items.shape == (11, 6)
-    norms = np.linalg.norm(augmented_items.double().numpy(), axis=1)
-    assert np.allclose(norms, np.linalg.norm(items.double().numpy(), axis=1).max(), rtol=1e-5)
-    cosines = torch.nn.functional.cosine_similarity(augmented_users[:, None], augmented_items[None], dim=-1)
-    for user in range(7):
-        scores = [sum(float(a) * float(b) for a, b in zip(users[user], item)) for item in items]
-        assert np.argsort(scores).tolist() == cosines[user].argsort().tolist()
-
-
-def test_newcomers_are_augmented_to_the_norm_of_the_items_they_join():
-    items = torch.tensor([[3.0, 0.0], [0.0, 5.0]])
-    _, whole = augment_norm(items, items)
-    _, newcomers = augment_norm(items[:1], items[:1], norm=float(whole.norm(dim=1).max()))
-    assert torch.equal(newcomers, whole[:1])
-    _, longer = augment_norm(items, 2 * items, norm=5.0)
-    assert longer[1].tolist() == [0.0, 10.0, 0.0]
-
-
 def fism(interactions, **settings):
     torch.manual_seed(0)
     return FISMModel.from_interactions(FISMConfig(embedding_dim=DIM, **settings), interactions).eval()
@@ -411,14 +388,14 @@ def test_ids_and_items_must_be_as_many(history_model):
 
 def test_histories_of_training_give_the_vectors_of_training(fism_repository):
     store = EmbeddingStore.open(fism_repository)
-    vectors, known = RepositoryFolder(fism_repository).load_history_encoder().encode(store.seen(store.ids("user")))
+    vectors, known = load_history_encoder(fism_repository).encode(store.seen(store.ids("user")))
     assert known.all()
     torch.testing.assert_close(vectors, store.vectors("user"), rtol=0, atol=1e-5)
 
 
 def test_other_models_and_folders_have_no_history_encoder(trained_repository, tmp_path):
-    assert RepositoryFolder(trained_repository).load_history_encoder() is None
-    assert RepositoryFolder(tmp_path).load_history_encoder() is None
+    assert load_history_encoder(trained_repository) is None
+    assert load_history_encoder(tmp_path) is None
 
 
 # ---- All kinds of models

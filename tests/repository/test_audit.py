@@ -15,15 +15,14 @@ from tokenrec_hf import (
     MatrixFactorizationConfig,
     MatrixFactorizationModel,
     NewVectors,
+    Repository,
     TokenRecTokenizer,
-    add_to_repository,
-    remove_from_repository,
 )
 from tokenrec_hf.cli.app import main
 from tokenrec_hf.models.codes import load_indexes
 from tokenrec_hf.models.prompts import HISTORY_TEMPLATES, render
 from tokenrec_hf.repository import audit as module
-from tokenrec_hf.repository.audit import audit, named_items
+from tokenrec_hf.repository.audit import named_items
 
 USER = "u007"
 RUNS = {"selection": "training/selection", "refit": "."}
@@ -41,7 +40,7 @@ def repository(trained_repository, tmp_path):
 
 def outcomes(folder, passed):
     """The findings of the checks with this outcome."""
-    return {(one.run, one.name): one.finding for one in audit(folder) if one.passed is passed}
+    return {(one.run, one.name): one.finding for one in Repository(folder).audit() if one.passed is passed}
 
 
 def item_of(folder, split):
@@ -97,7 +96,7 @@ def test_a_repository_without_refit_passes(repository):
     shutil.rmtree(repository / "training" / "selection")
     settings = json.loads((repository / "training" / "run.json").read_text())
     (repository / "training" / "run.json").write_text(json.dumps({**settings, "refit": False}))
-    checks = audit(repository)
+    checks = Repository(repository).audit()
     assert all(check.passed for check in checks)
     # The one model is asked for validation and for test items.
     assert [check.name for check in checks if check.run == "selection"].count("prompts") == 2
@@ -294,12 +293,12 @@ def test_matrix_factorisation_is_judged_by_the_record_of_its_training(factorised
 # After changes ---------------------------------------------------------------------------------------------------------
 
 
-def test_newcomers_and_new_interactions_are_no_leak(repository):
+def test_cold_start_users_and_new_interactions_are_no_leak(repository):
     store = EmbeddingStore.open(repository)
     seen = store.seen([USER])[0]
     other = next(item for item in store.ids("item") if item not in {*seen, item_of(repository, "test")})
-    add_to_repository(
-        repository, interactions=interactions(*(("twin", item) for item in seen), ("twin", "nova"), (USER, other))
+    Repository(repository).add(
+        interactions=interactions(*(("twin", item) for item in seen), ("twin", "nova"), (USER, other))
     )
     assert set(outcomes(repository, True)) == NAMES
     assert f"and {len(seen) + 2} that were added after the training" in outcomes(repository, True)["refit", "seen"]
@@ -307,23 +306,23 @@ def test_newcomers_and_new_interactions_are_no_leak(repository):
 
 
 def test_a_test_item_that_was_added_is_one_that_cannot_be_evaluated_on(repository):
-    add_to_repository(repository, interactions=interactions((USER, item_of(repository, "test"))))
+    Repository(repository).add(interactions=interactions((USER, item_of(repository, "test"))))
     failed = outcomes(repository, False)
     assert set(failed) == {("refit", "seen")} and "perhaps added after the training" in failed["refit", "seen"]
 
 
 def test_vectors_that_were_given_or_retrained_cannot_be_told(repository):
     vector = torch.randn(1, EmbeddingStore.open(repository).embedding_dim)
-    add_to_repository(repository, items=NewVectors(["f010"], vector))
+    Repository(repository).add(items=NewVectors(["f010"], vector))
     assert set(outcomes(repository, None)) == {("refit", "vectors")}
-    add_to_repository(repository, interactions=interactions(("twin", "f001"), ("twin", "f002")), retrain=True)
+    Repository(repository).add(interactions=interactions(("twin", "f001"), ("twin", "f002")), retrain=True)
     assert set(outcomes(repository, None)) == {("refit", "vectors")}
     assert not outcomes(repository, False)
     assert "and 2 that were added after the training" in outcomes(repository, True)["refit", "collaborative"]
 
 
 def test_what_removed_users_took_along_is_no_leak(repository):
-    remove_from_repository(repository, users=[USER], items=["f010"])
+    Repository(repository).remove(users=[USER], items=["f010"])
     assert not outcomes(repository, False)
     # With a user's edges go a little of all vectors.
     assert set(outcomes(repository, None)) == {("data", "fingerprint"), ("selection", "vectors"), ("refit", "vectors")}

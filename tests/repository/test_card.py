@@ -13,7 +13,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from tokenrec_hf import EmbeddingStore
 from tokenrec_hf.repository.card import model_card, write_model_card
-from tokenrec_hf.repository.hub import push_repository
+from tokenrec_hf.repository.repository import Repository
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def numbers_in(document):
 
 
 def test_training_leaves_a_card(trained_repository):
-    assert (trained_repository / "README.md").read_text() == model_card(trained_repository)
+    assert (trained_repository / "README.md").read_text() == model_card(Repository(trained_repository))
 
 
 def test_users_and_items_may_have_different_numbers_of_codes(repository):
@@ -47,11 +47,11 @@ def test_users_and_items_may_have_different_numbers_of_codes(repository):
     config["codebooks"]["user"] = [8, 512]
     path.write_text(json.dumps(config))
     number, size = config["codebooks"]["item"]
-    assert f"A user has codes of K=8, L=512, an item of K={number}, L={size} (" in model_card(repository)
+    assert f"A user has codes of K=8, L=512, an item of K={number}, L={size} (" in model_card(Repository(repository))
 
 
 def test_metadata_say_what_was_measured(repository, metrics):
-    data = ModelCard(model_card(repository, "tester/demo")).data
+    data = ModelCard(model_card(Repository(repository), "tester/demo")).data
     assert data.to_dict()["library_name"] == "transformers"
     assert data.pipeline_tag == "generative-retrieval"
     assert data.datasets == ["demo"]
@@ -60,12 +60,12 @@ def test_metadata_say_what_was_measured(repository, metrics):
     for name, result in results.items():
         assert result.metric_value == metrics["test"]["tokenrec"][name.lower()]
         assert result.dataset_split == "test"
-    index = yaml.safe_load(model_card(repository, "tester/demo").split("---")[1])["model-index"]
+    index = yaml.safe_load(model_card(Repository(repository), "tester/demo").split("---")[1])["model-index"]
     assert model_index_to_eval_results(index) == ("demo", data.eval_results)
 
 
 def test_no_number_comes_from_nowhere(repository, metrics):
-    body = model_card(repository, "tester/demo").split("---\n", 2)[2]
+    body = model_card(Repository(repository), "tester/demo").split("---\n", 2)[2]
     body = re.sub(r"```.*?```|`[^`]*`|\(https?://[^)]*\)", "", body, flags=re.DOTALL)
     known = numbers_in(metrics) + numbers_in(yaml.safe_load((repository / "recipe.yaml").read_text()))
     text = re.sub(r"(HR|NDCG)@(10|20)|first 20|T5", "", body)
@@ -79,22 +79,22 @@ def test_no_number_comes_from_nowhere(repository, metrics):
 
 
 def test_a_changed_measurement_changes_the_card(repository, metrics):
-    before = model_card(repository)
+    before = model_card(Repository(repository))
     metrics["test"]["tokenrec"]["hr@20"] = 0.98765
     (repository / "metrics.json").write_text(json.dumps(metrics))
-    after = model_card(repository)
+    after = model_card(Repository(repository))
     assert "0.9877" in after
     assert "0.9877" not in before
 
 
 def test_no_user_is_named(repository):
-    card = model_card(repository)
+    card = model_card(Repository(repository))
     assert not any(re.search(rf"\b{user}\b", card) for user in EmbeddingStore.open(repository).ids("user"))
 
 
 def test_a_card_of_ones_own_stays(repository):
     (repository / "README.md").write_text("mine")
-    assert write_model_card(repository).read_text() == "mine"
+    assert write_model_card(Repository(repository)).read_text() == "mine"
 
 
 def test_an_unfinished_repository_has_no_card(repository):
@@ -102,11 +102,11 @@ def test_an_unfinished_repository_has_no_card(repository):
     with pytest.raises(
         FileNotFoundError, match=r"metrics\.json to make a model card from; finish `tokenrec train` first"
     ):
-        model_card(repository)
+        model_card(Repository(repository))
 
 
 def test_the_hub_finds_nothing_wrong_and_the_code_of_the_card_runs(hub, repository, tmp_path):
-    push_repository(repository, "tester/demo")
+    Repository(repository).push_to_hub("tester/demo")
     card = ModelCard(hub.files("tester/demo")["README.md"].decode())
     card.validate()
     assert "validate" in hub.log
@@ -125,5 +125,5 @@ def test_the_hub_finds_nothing_wrong_and_the_code_of_the_card_runs(hub, reposito
 
 def test_a_card_of_ones_own_is_pushed_as_it_is(hub, repository):
     (repository / "README.md").write_text("---\nlicense: mit\n---\nmine\n")
-    push_repository(repository, "tester/demo")
+    Repository(repository).push_to_hub("tester/demo")
     assert hub.files("tester/demo")["README.md"] == (repository / "README.md").read_bytes()

@@ -12,11 +12,11 @@ from tokenrec_hf import EmbeddingStore, NewVectors, Recommender
 from tokenrec_hf.models.codes import load_indexes
 from tokenrec_hf.models.modeling_collaborative import LightGCNModel
 from tokenrec_hf.models.modeling_mq_tokenizer import MQTokenizerModel
-from tokenrec_hf.models.recommender import RepositoryFolder
+from tokenrec_hf.models.recommender import load_history_encoder
 from tokenrec_hf.repository import update as module
-from tokenrec_hf.repository.hub import _copy
-from tokenrec_hf.repository.repository import describe_repository
-from tokenrec_hf.repository.update import add_to_repository, read_vectors
+from tokenrec_hf.repository.hub import copy_shared
+from tokenrec_hf.repository.repository import Repository
+from tokenrec_hf.repository.update import read_vectors
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_a_folded_in_twin_is_recommended_what_its_original_is(repository):
     store = EmbeddingStore.open(repository)
     users = store.ids("user")[:8]
     pairs = [(f"twin-{user}", item) for user, items in zip(users, store.seen(users)) for item in items]
-    report = add_to_repository(repository, interactions=interactions(*pairs))
+    report = Repository(repository).add(interactions=interactions(*pairs))
     assert report["users"] == 8 and report["items"] == 0 and report["interactions"] == len(pairs)
     store = EmbeddingStore.open(repository)
     twins = store.get("user", [f"twin-{user}" for user in users])
@@ -47,20 +47,18 @@ def test_a_folded_in_twin_is_recommended_what_its_original_is(repository):
     check_codes(repository)
 
 
-def test_fism_gives_a_newcomer_the_vector_that_the_training_would_have(fism_repository, tmp_path):
+def test_fism_gives_a_cold_start_user_the_vector_of_the_training(fism_repository, tmp_path):
     folder = shutil.copytree(fism_repository, tmp_path / "repository")
     store = EmbeddingStore.open(folder)
     users = store.ids("user")[:8]
     pairs = [(f"twin-{user}", item) for user, items in zip(users, store.seen(users)) for item in items]
-    report = add_to_repository(
-        folder, interactions=interactions(*pairs, ("twin-of-nobody", "nova"), (users[0], "nova"))
-    )
+    report = Repository(folder).add(interactions=interactions(*pairs, ("twin-of-nobody", "nova"), (users[0], "nova")))
     assert (report["users"], report["items"], report["users_changed"]) == (9, 1, 1)
     store = EmbeddingStore.open(folder)
     twins = store.get("user", [f"twin-{user}" for user in users])
     torch.testing.assert_close(twins[1:], store.get("user", users[1:]), rtol=0, atol=1e-6)
     check_codes(folder)
-    # Whoever had nothing but a new item is folded in by way of others who had it.
+    # A user with nothing but a cold-start item is folded in through the other users of that item.
     assert torch.isfinite(store.get("user", ["twin-of-nobody"])).all()
 
 
@@ -70,8 +68,7 @@ def test_with_fism_users_are_what_they_have_had_by_now(fism_repository, tmp_path
     before = EmbeddingStore.open(folder)
     one, other, given = before.ids("user")[:3]
     new = [item for item in before.ids("item") if item not in before.seen([one])[0]][:2]
-    report = add_to_repository(
-        folder,
+    report = Repository(folder).add(
         users=NewVectors([given], before.get("user", [other])),
         interactions=interactions(*((one, item) for item in new), (given, before.seen([given])[0][0])),
         retrain=retrain,
@@ -88,7 +85,7 @@ def test_with_fism_users_are_what_they_have_had_by_now(fism_repository, tmp_path
         assert not torch.allclose(store.get("user", [one]), before.get("user", [one]), atol=1e-2)
         assert torch.equal(store.get("user", [given]), before.get("user", [other]))
         users = [one]
-    expected = RepositoryFolder(folder).load_history_encoder().encode(store.seen(users))[0]
+    expected = load_history_encoder(folder).encode(store.seen(users))[0]
     torch.testing.assert_close(store.get("user", users), expected, rtol=0, atol=1e-5)
     check_codes(folder)
 
@@ -100,9 +97,9 @@ def test_with_fism_a_new_item_says_something_of_those_who_have_it(fism_repositor
     items = [item for seen in before.seen(users) for item in seen]
     old = max(sorted(set(items)), key=items.count)
     audience = [user for user, seen in zip(users, before.seen(users)) if old in seen]
-    assert not RepositoryFolder(folder).load_history_encoder().encode([["nova"]])[1].any()
-    add_to_repository(folder, interactions=interactions(*((user, "nova") for user in audience[:-5])))
-    encoder = RepositoryFolder(folder).load_history_encoder()
+    assert not load_history_encoder(folder).encode([["nova"]])[1].any()
+    Repository(folder).add(interactions=interactions(*((user, "nova") for user in audience[:-5])))
+    encoder = load_history_encoder(folder)
     vectors, known = encoder.encode([["nova"], [old], *([item] for item in before.ids("item"))])
     assert known.all()
     # Of all items, those that the same people have had are who it speaks for.
@@ -110,8 +107,8 @@ def test_with_fism_a_new_item_says_something_of_those_who_have_it(fism_repositor
     assert likeness[0] > likeness.quantile(0.9)
     assert encoder.model.config.num_folded_items == 1
     # What its users say of it is asked anew with each addition; items of the training stay as they are.
-    add_to_repository(folder, interactions=interactions(*((user, "nova") for user in audience[-5:])))
-    again = RepositoryFolder(folder).load_history_encoder()
+    Repository(folder).add(interactions=interactions(*((user, "nova") for user in audience[-5:])))
+    again = load_history_encoder(folder)
     assert again.model.config.num_folded_items == 1
     trained = again.model.history_table.weight[:-1]
     assert torch.equal(trained, encoder.model.history_table.weight[:-1])
@@ -121,15 +118,15 @@ def test_with_fism_a_new_item_says_something_of_those_who_have_it(fism_repositor
         store.get("user", audience[-5:]), again.encode(store.seen(audience[-5:]))[0], rtol=0, atol=1e-5
     )
     # A stranger whose history is the new item alone is recommended something, here and where it was pushed to.
-    _copy(folder, tmp_path / "pulled", include_users=False)
+    copy_shared(folder, tmp_path / "pulled", include_users=False)
     here, there = (
         Recommender.from_pretrained(one).recommend([None], [["nova"]], top_k=5)[0]
         for one in (folder, tmp_path / "pulled")
     )
     assert [row["item"] for row in here] == [row["item"] for row in there]
     # Once it is trained on, it is an item like the others.
-    add_to_repository(folder, interactions=interactions((audience[0], "nova")), retrain=True)
-    retrained = RepositoryFolder(folder).load_history_encoder().model
+    Repository(folder).add(interactions=interactions((audience[0], "nova")), retrain=True)
+    retrained = load_history_encoder(folder).model
     assert (retrained.config.num_items, retrained.config.num_folded_items) == (before.count("item") + 1, 0)
     assert (len(retrained.edge_items), retrained.config.num_items) == (
         sum(map(len, store.seen(users))),
@@ -139,17 +136,17 @@ def test_with_fism_a_new_item_says_something_of_those_who_have_it(fism_repositor
 
 def test_fism_serves_new_users_of_a_repository_that_was_shared_without_any(fism_repository, tmp_path):
     folder = tmp_path / "pulled"
-    _copy(fism_repository, folder, include_users=False)
+    copy_shared(fism_repository, folder, include_users=False)
     original = EmbeddingStore.open(fism_repository)
     user = original.ids("user")[3]
     before = contents(folder)
     pairs = [("new", item) for item in original.seen([user])[0]]
-    with pytest.raises(ValueError, match="knows no interactions of users"):
-        add_to_repository(folder, interactions=interactions(*pairs, ("new", "nova")))
+    with pytest.raises(ValueError, match="has no interactions of users"):
+        Repository(folder).add(interactions=interactions(*pairs, ("new", "nova")))
     with pytest.raises(ValueError, match="was pushed without users.*; add without retraining"):
-        add_to_repository(folder, interactions=interactions(*pairs), retrain=True)
+        Repository(folder).add(interactions=interactions(*pairs), retrain=True)
     assert contents(folder) == {**before, Path(".update.lock"): b""}
-    add_to_repository(folder, interactions=interactions(*pairs))
+    Repository(folder).add(interactions=interactions(*pairs))
     torch.testing.assert_close(
         EmbeddingStore.open(folder).get("user", ["new"]), original.get("user", [user]), rtol=0, atol=1e-6
     )
@@ -164,7 +161,7 @@ def test_a_folded_in_item_is_near_the_items_of_its_users(repository):
     users = [user for user in store.ids("user") if len(store.seen([user])[0]) > 3]
     likes = store.seen(users)[0][0]
     audience = [user for user, seen in zip(users, store.seen(users)) if likes in seen]
-    add_to_repository(repository, interactions=interactions(*((user, "nova") for user in audience)))
+    Repository(repository).add(interactions=interactions(*((user, "nova") for user in audience)))
     store = EmbeddingStore.open(repository)
     nova, original = store.get("item", ["nova", likes])
     others = torch.cosine_similarity(nova[None], store.vectors("item"))
@@ -177,28 +174,28 @@ def test_a_folded_in_item_is_near_the_items_of_its_users(repository):
 
 def test_t5_and_the_mq_tokenizers_stay_as_they_are(repository):
     before = contents(repository)
-    add_to_repository(
-        repository, interactions=interactions(*twin_of(repository, EmbeddingStore.open(repository).ids("user")[0]))
+    Repository(repository).add(
+        interactions=interactions(*twin_of(repository, EmbeddingStore.open(repository).ids("user")[0]))
     )
     after = contents(repository)
     changed = {str(path) for path in after if after[path] != before.get(path)}
     assert {path for path in changed if not path.startswith("store/")} == {
         "codes.safetensors", "additions.json", ".update.lock"
     }  # fmt: skip
-    assert set(before) <= set(after)
+    # The files of the store are named by their content.
+    assert {path for path in before if path.parts[0] != "store"} <= set(after)
 
 
 def test_vectors_are_taken_with_and_without_the_added_coordinate(repository):
     store = EmbeddingStore.open(repository)
     item = store.get("item", store.ids("item")[:2])
     user = store.get("user", store.ids("user")[:2])
-    report = add_to_repository(
-        repository,
+    report = Repository(repository).add(
         items=NewVectors(["whole", "plain"], torch.stack([item[0], item[1]]), [{"genre": "jazz"}, {"genre": "folk"}]),
         users=NewVectors(["u-plain", "u-other"], user[:, :-1]),
     )
     assert (report["users"], report["items"]) == (2, 2)
-    again = add_to_repository(repository, items=NewVectors(["plain"], item[1:, :-1]))
+    again = Repository(repository).add(items=NewVectors(["plain"], item[1:, :-1]))
     assert (again["items"], again["items_changed"]) == (0, 1)
     store = EmbeddingStore.open(repository)
     torch.testing.assert_close(store.get("item", ["whole", "plain"]), item, rtol=1e-4, atol=1e-4)
@@ -212,7 +209,7 @@ def test_known_ids_keep_their_vectors_and_see_more(repository):
     user, item = store.ids("user")[0], store.ids("item")[-1]
     known = store.seen([user])[0]
     assert item not in known
-    report = add_to_repository(repository, interactions=interactions((user, known[0]), (user, item), (user, item)))
+    report = Repository(repository).add(interactions=interactions((user, known[0]), (user, item), (user, item)))
     assert report == {
         "users": 0, "items": 0, "users_changed": 0, "items_changed": 0, "interactions": 1, "reconstruction_error": {}
     }  # fmt: skip
@@ -225,8 +222,8 @@ def test_retraining_keeps_the_space(repository):
     """Vectors of the model that was trained on, turned back, are near the old ones; without the rotation they need not be."""
     before = EmbeddingStore.open(repository)
     user = before.ids("user")[0]
-    report = add_to_repository(
-        repository, interactions=interactions(*twin_of(repository, user), ("twin", "nova")), retrain=True
+    report = Repository(repository).add(
+        interactions=interactions(*twin_of(repository, user), ("twin", "nova")), retrain=True
     )
     assert (report["users"], report["items"]) == (1, 1)
     assert report["users_changed"] == before.count("user") and report["items_changed"] == before.count("item")
@@ -242,8 +239,8 @@ def test_retraining_keeps_the_space(repository):
     assert model.config.num_users == len(ids["user"]) and model.config.num_interactions == sum(
         map(len, after.seen(after.ids("user")))
     )
-    # And once more, now that the model knows the newcomers.
-    add_to_repository(repository, retrain=True)
+    # And once more, now that the model knows the cold-start users and items.
+    Repository(repository).add(retrain=True)
     check_codes(repository)
 
 
@@ -261,10 +258,10 @@ def test_retraining_keeps_the_space(repository):
         ({"interactions": interactions(("u", "<v1-3>"))}, "begins like a code token|leads to a known"),
     ],
 )
-def test_whatever_is_wrong_is_said_and_changes_nothing(repository, arguments, message):
+def test_an_error_is_named_and_changes_nothing(repository, arguments, message):
     before = contents(repository)
     with pytest.raises(ValueError, match=message):
-        add_to_repository(repository, **arguments)
+        Repository(repository).add(**arguments)
     after = contents(repository)
     after.pop(next(path for path in after if path.name == ".update.lock"))
     assert after == before
@@ -276,9 +273,9 @@ def test_an_error_after_the_store_has_changed_changes_nothing(repository, monkey
     def failing(*_):
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(module, "_give_codes", failing)
+    monkeypatch.setattr(module, "_update_codes", failing)
     with pytest.raises(RuntimeError, match="no memory"):
-        add_to_repository(repository, items=NewVectors(["a"], torch.ones(1, 16)))
+        Repository(repository).add(items=NewVectors(["a"], torch.ones(1, 16)))
     after = contents(repository)
     after.pop(next(path for path in after if path.name == ".update.lock"))
     assert after == before
@@ -287,34 +284,34 @@ def test_an_error_after_the_store_has_changed_changes_nothing(repository, monkey
 def test_a_repository_without_users_takes_vectors_only(repository, tmp_path):
     EmbeddingStore.open(repository).save_pretrained(repository / "store", include_users=False)
     item = EmbeddingStore.open(repository).ids("item")[0]
-    with pytest.raises(ValueError, match="knows no interactions of users .* supply vectors instead"):
-        add_to_repository(repository, interactions=interactions(("u", item)))
+    with pytest.raises(ValueError, match="has no interactions of users .* supply vectors instead"):
+        Repository(repository).add(interactions=interactions(("u", item)))
 
 
-def test_info_counts_newcomers_and_tells_when_to_train_anew(repository):
-    assert describe_repository(repository)["retraining_due"] == []
+def test_info_counts_additions_and_tells_when_to_retrain(repository):
+    assert Repository(repository).info()["retraining_due"] == []
     store = EmbeddingStore.open(repository)
     spread = store.vectors("user")[:, :16].std() * 30
     far = torch.randn(3, 16, generator=torch.Generator().manual_seed(0)) * spread
-    add_to_repository(repository, users=NewVectors(["far-1", "far-2", "far-3"], far))
-    told = describe_repository(repository)
+    Repository(repository).add(users=NewVectors(["far-1", "far-2", "far-3"], far))
+    told = Repository(repository).info()
     assert told["additions"]["user"]["count"] == 3
     [reason] = told["retraining_due"]
     assert reason.startswith("the codes of new users lose") and "in training" in reason
     near = store.get("item", store.ids("item")[:100])
-    add_to_repository(repository, items=NewVectors([f"copy-{i}" for i in range(100)], near))
-    assert "100 items were added to 300" in describe_repository(repository)["retraining_due"]
+    Repository(repository).add(items=NewVectors([f"copy-{i}" for i in range(100)], near))
+    assert "100 items were added to 300" in Repository(repository).info()["retraining_due"]
 
 
-def test_codes_of_new_items_do_not_tell_of_fism_when_to_train_anew(fism_repository, tmp_path):
+def test_codes_of_cold_start_items_of_fism_are_no_reason_to_retrain(fism_repository, tmp_path):
     folder = shutil.copytree(fism_repository, tmp_path / "repository")
     store = EmbeddingStore.open(folder)
     far = torch.randn(2, 16, generator=torch.Generator().manual_seed(0)) * 30
-    add_to_repository(folder, items=NewVectors(["far-1", "far-2"], far))
-    assert describe_repository(folder)["additions"]["item"]["reconstruction_error"] > 1
-    assert describe_repository(folder)["retraining_due"] == []
-    add_to_repository(folder, users=NewVectors(["far"], 30 * store.vectors("user")[:1]))
-    assert describe_repository(folder)["retraining_due"][0].startswith("the codes of new users lose")
+    Repository(folder).add(items=NewVectors(["far-1", "far-2"], far))
+    assert Repository(folder).info()["additions"]["item"]["reconstruction_error"] > 1
+    assert Repository(folder).info()["retraining_due"] == []
+    Repository(folder).add(users=NewVectors(["far"], 30 * store.vectors("user")[:1]))
+    assert Repository(folder).info()["retraining_due"][0].startswith("the codes of new users lose")
 
 
 def test_the_error_of_the_training_vectors_is_that_of_the_training(trained_repository):

@@ -12,8 +12,8 @@ import pytest
 
 from tokenrec_hf import EmbeddingStore, FISMModel, LightGCNModel, MQTokenizerModel, Recommender, TokenRecTokenizer
 from tokenrec_hf.cli.app import main
-from tokenrec_hf.models.recommender import fetch_repository
-from tokenrec_hf.repository.hub import push_repository
+from tokenrec_hf.models.codes import fetch_repository
+from tokenrec_hf.repository.repository import Repository
 
 NAME = "tester/demo"
 
@@ -42,7 +42,7 @@ def run(script, environment):
 
 
 def test_a_pushed_repository_recommends_elsewhere_what_it_recommends_here(hub, repository, expected, tmp_path):
-    push_repository(repository, NAME, include_users=True)
+    Repository(repository).push_to_hub(NAME, include_users=True)
     script = f"""
 import json, torch
 import tokenrec_hf
@@ -59,7 +59,7 @@ print(json.dumps([dict(zip(users, way.recommend(users, top_k=5))) for way in (on
 
 def test_a_push_is_one_commit_of_what_a_repository_holds(hub, repository):
     (repository / "notes.txt").write_text("mine")
-    address = push_repository(repository, NAME, include_users=True)
+    address = Repository(repository).push_to_hub(NAME, include_users=True)
     pushed = hub.repositories["model", NAME]
     assert pushed.messages == ["initial commit", "Upload TokenRec recommender"]
     assert address.endswith(pushed.branches["main"])
@@ -79,7 +79,7 @@ def test_a_push_is_one_commit_of_what_a_repository_holds(hub, repository):
 
 def test_nothing_of_users_is_pushed_unless_asked(hub, repository):
     users = EmbeddingStore.open(repository).ids("user")
-    push_repository(repository, NAME)
+    Repository(repository).push_to_hub(NAME)
     files = hub.files(NAME)
     assert not any(path.startswith("collaborative/") for path in files)
     for path, content in files.items():
@@ -90,7 +90,7 @@ def test_nothing_of_users_is_pushed_unless_asked(hub, repository):
 
 
 def test_a_repository_without_users_recommends_to_histories(hub, repository):
-    push_repository(repository, NAME)
+    Repository(repository).push_to_hub(NAME)
     folder = fetch_repository(NAME)
     recommender = Recommender.from_pretrained(NAME)
     assert recommender.store.count("user") == 0
@@ -107,8 +107,8 @@ def test_a_repository_without_users_recommends_to_histories(hub, repository):
     assert folder.is_dir()
 
 
-def test_what_fism_makes_of_a_history_is_pushed_without_anybody_s(hub, fism_repository):
-    push_repository(fism_repository, NAME)
+def test_the_item_side_of_fism_is_pushed_without_histories(hub, fism_repository):
+    Repository(fism_repository).push_to_hub(NAME)
     here = EmbeddingStore.open(fism_repository)
     users = here.ids("user")
     for path, content in hub.files(NAME).items():
@@ -127,7 +127,7 @@ def test_what_fism_makes_of_a_history_is_pushed_without_anybody_s(hub, fism_repo
 def test_a_push_that_breaks_off_leaves_the_old_revision_whole(hub, repository, kind, monkeypatch):
     # The client tries again, and waits in between.
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-    push_repository(repository, NAME)
+    Repository(repository).push_to_hub(NAME)
     before, messages = hub.files(NAME), list(hub.repositories["model", NAME].messages)
     newer = repository.parent / "newer"
     shutil.copytree(repository, newer)
@@ -136,21 +136,21 @@ def test_a_push_that_breaks_off_leaves_the_old_revision_whole(hub, repository, k
     store.save_pretrained(newer / "store")
     hub.drop_at = kind
     with pytest.raises(OSError, match="the Hub could not be reached for tester/demo"):
-        push_repository(newer, NAME)
+        Repository(newer).push_to_hub(NAME)
     hub.drop_at = None
     assert hub.files(NAME) == before
     assert hub.repositories["model", NAME].messages == messages
     assert Recommender.from_pretrained(NAME).store.count("item") == EmbeddingStore.open(repository).count("item")
-    push_repository(newer, NAME)
+    Repository(newer).push_to_hub(NAME)
     assert Recommender.from_pretrained(NAME).store.count("item") == store.count("item")
     # The files of the former store are named by their content.
     assert sum(path.startswith("store/items") for path in hub.files(NAME)) == 1
 
 
 def test_revisions_are_branches(hub, repository):
-    push_repository(repository, NAME)
+    Repository(repository).push_to_hub(NAME)
     main_branch = hub.files(NAME)
-    push_repository(repository, NAME, revision="with-users", include_users=True)
+    Repository(repository).push_to_hub(NAME, revision="with-users", include_users=True)
     assert hub.files(NAME) == main_branch
     assert Recommender.from_pretrained(NAME, revision="with-users").store.count("user") > 0
     assert EmbeddingStore.from_pretrained(NAME, revision="with-users").count("user") > 0
@@ -159,7 +159,7 @@ def test_revisions_are_branches(hub, repository):
 
 
 def test_a_private_repository_needs_a_token(hub, repository):
-    push_repository(repository, NAME, private=True)
+    Repository(repository).push_to_hub(NAME, private=True)
     with pytest.raises(FileNotFoundError, match="no repository of that name that your token may read"):
         fetch_repository(NAME, token=False)
     assert Recommender.from_pretrained(NAME).store.count("item")
@@ -167,7 +167,7 @@ def test_a_private_repository_needs_a_token(hub, repository):
 
 def test_who_may_not_write_is_told_to_log_in(hub, repository):
     with pytest.raises(OSError, match=r"the Hub refused tester/demo with status 401 .*hf auth login"):
-        push_repository(repository, NAME, token="hf_wrong")
+        Repository(repository).push_to_hub(NAME, token="hf_wrong")
     assert not hub.repositories
 
 
@@ -185,13 +185,13 @@ def test_offline_and_not_downloaded_is_said():
 def test_an_unfinished_folder_is_not_pushed(hub, repository):
     (repository / "metrics.json").unlink()
     with pytest.raises(FileNotFoundError, match="training has not finished"):
-        push_repository(repository, NAME)
+        Repository(repository).push_to_hub(NAME)
     assert not hub.log
 
 
 def test_an_impossible_name_is_refused(hub, repository):
     with pytest.raises(ValueError, match="is no name for a Hub repository"):
-        push_repository(repository, "a name/with blanks")
+        Repository(repository).push_to_hub("a name/with blanks")
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_an_impossible_name_is_refused(hub, repository):
     [("mq_item", MQTokenizerModel), ("collaborative", LightGCNModel)],
 )
 def test_parts_load_from_their_subfolders(hub, repository, part, kind):
-    push_repository(repository, NAME, include_users=True)
+    Repository(repository).push_to_hub(NAME, include_users=True)
     loaded, local = kind.from_pretrained(NAME, subfolder=part), kind.from_pretrained(repository / part)
     assert all((loaded.state_dict()[name] == value).all() for name, value in local.state_dict().items())
 

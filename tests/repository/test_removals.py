@@ -7,11 +7,10 @@ import pytest
 import torch
 from repository_checks import check_codes, contents, interactions
 
-from tokenrec_hf import EmbeddingStore, NewVectors, Recommender, TokenRecTokenizer, add_to_repository
+from tokenrec_hf import EmbeddingStore, NewVectors, Recommender, Repository, TokenRecTokenizer
 from tokenrec_hf.models.codes import load_indexes
 from tokenrec_hf.models.modeling_collaborative import LightGCNModel
 from tokenrec_hf.repository import update as module
-from tokenrec_hf.repository.update import remove_from_repository
 
 
 @pytest.fixture
@@ -23,8 +22,7 @@ def repository(trained_repository, tmp_path):
 def test_nothing_of_a_deleted_user_is_left_in_any_file(repository):
     store = EmbeddingStore.open(repository)
     name = "somebody-with-a-long-name"
-    add_to_repository(
-        repository,
+    Repository(repository).add(
         interactions=interactions(*((name, item) for item in store.seen(store.ids("user")[:1])[0])),
         retrain=True,
     )
@@ -42,7 +40,7 @@ def test_nothing_of_a_deleted_user_is_left_in_any_file(repository):
         return [any(trace in one for one in data) for trace in (name.encode(), vector, table_row)]
 
     assert traces() == [True, True, True]
-    assert remove_from_repository(repository, users=[name]) == {"users": 1, "items": 0}
+    assert Repository(repository).remove(users=[name]) == {"users": 1, "items": 0}
     assert traces() == [False, False, False]
     left = LightGCNModel.from_pretrained(repository / "collaborative")
     assert left.config.num_users == model.config.num_users - 1
@@ -56,7 +54,7 @@ def test_nothing_of_a_deleted_user_is_left_in_any_file(repository):
 
 def test_users_of_the_training_leave_its_records_too(repository):
     users = EmbeddingStore.open(repository).ids("user")[:2]
-    remove_from_repository(repository, users=users)
+    Repository(repository).remove(users=users)
     for folder in (repository, repository / "training" / "selection"):
         assert not EmbeddingStore.open(folder).contains("user", users).any()
         assert not set(users) & set(TokenRecTokenizer.from_pretrained(folder).ids("user"))
@@ -64,22 +62,22 @@ def test_users_of_the_training_leave_its_records_too(repository):
         assert not set(users) & set(pq.read_table(path)["user_id"].to_pylist())
 
 
-def test_users_who_were_deleted_in_part_are_deleted_by_the_next_call(repository, monkeypatch):
+def test_an_interrupted_deletion_is_completed_by_the_next_call(repository, monkeypatch):
     """A process that stops after the records of the training have changed leaves users that can be removed again."""
     users = EmbeddingStore.open(repository).ids("user")[:2]
     forget = module._forget_interactions
 
-    def stopping(folder, staged, users):
-        if folder == repository:
+    def stopping(changed, staged, users):
+        if changed.folder == repository:
             raise KeyboardInterrupt
-        forget(folder, staged, users)
+        forget(changed, staged, users)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(module, "_forget_interactions", stopping)
-        remove_from_repository(repository, users=users)
+        Repository(repository).remove(users=users)
     selection = EmbeddingStore.open(repository / "training" / "selection")
     assert not selection.contains("user", users).any() and EmbeddingStore.open(repository).contains("user", users).all()
-    remove_from_repository(repository, users=users)
+    Repository(repository).remove(users=users)
     assert not EmbeddingStore.open(repository).contains("user", users).any()
     check_codes(repository)
 
@@ -88,9 +86,9 @@ def test_a_withdrawn_item_stays_withdrawn(repository):
     store = EmbeddingStore.open(repository)
     user, other = store.ids("user")[:2]
     item = Recommender.from_pretrained(repository).recommend([user], top_k=1)[0][0]["item"]
-    remove_from_repository(repository, items=[item])
-    add_to_repository(
-        repository, interactions=interactions((other, item)), items=NewVectors([item], store.get("item", [item]))
+    Repository(repository).remove(items=[item])
+    Repository(repository).add(
+        interactions=interactions((other, item)), items=NewVectors([item], store.get("item", [item]))
     )
     recommender = Recommender.from_pretrained(repository)
     assert item not in {row["item"] for row in recommender.recommend([user], top_k=1_000)[0]}
@@ -99,10 +97,10 @@ def test_a_withdrawn_item_stays_withdrawn(repository):
     recommender.recommend([other])
 
 
-def test_removing_somebody_unknown_changes_nothing(repository):
+def test_removing_an_unknown_user_changes_nothing(repository):
     before = contents(repository)
     with pytest.raises(ValueError, match="user 'nobody' is not in the store of .*; nothing was removed"):
-        remove_from_repository(repository, users=[EmbeddingStore.open(repository).ids("user")[0], "nobody"])
+        Repository(repository).remove(users=[EmbeddingStore.open(repository).ids("user")[0], "nobody"])
     after = contents(repository)
     after.pop(next(path for path in after if path.name == ".update.lock"))
     assert after == before

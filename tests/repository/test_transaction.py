@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tokenrec_hf.models.embedding_store import EmbeddingStore
-from tokenrec_hf.repository.repository import COMMITTED, STAGED, finish_update, repository_update
+from tokenrec_hf.repository.repository import STAGED, Repository
 
 
 @pytest.fixture
@@ -21,12 +21,12 @@ def repository(tmp_path):
 
 
 def change(staged):
-    store = EmbeddingStore.open(staged / "store")
+    store = EmbeddingStore.open(staged.path.parent)
     store.upsert("item", ["new"], torch.ones(1, 4))
-    store.save_pretrained(staged / "store")
-    (staged / "codes").write_text("new")
-    (staged / "inner").mkdir()
-    (staged / "inner" / "more").write_text("more")
+    store.save_pretrained(staged.store)
+    (staged.path / "codes").write_text("new")
+    (staged.path / "inner").mkdir()
+    (staged.path / "inner" / "more").write_text("more")
 
 
 def state(folder):
@@ -40,13 +40,11 @@ def state(folder):
 
 
 def test_a_change_happens_whole_and_leaves_nothing_behind(repository):
-    large = next((repository / "store").glob("items-*"))
-    inode = large.stat().st_ino
-    with repository_update(repository) as staged:
+    with Repository(repository).change() as staged:
         change(staged)
         assert state(repository) == "no"
     assert state(repository) == "yes"
-    assert large.stat().st_ino == inode
+    assert len(list((repository / "store").iterdir())) == 3
     assert sorted(path.name for path in repository.iterdir()) == [
         ".update.lock", "codes", "inner", "store", "weights"
     ]  # fmt: skip
@@ -54,7 +52,7 @@ def test_a_change_happens_whole_and_leaves_nothing_behind(repository):
 
 
 def test_an_error_changes_nothing(repository):
-    with pytest.raises(ZeroDivisionError), repository_update(repository) as staged:
+    with pytest.raises(ZeroDivisionError), Repository(repository).change() as staged:
         change(staged)
         raise ZeroDivisionError
     assert state(repository) == "no" and not (repository / STAGED).exists()
@@ -79,7 +77,7 @@ def test_wherever_it_stops_the_change_has_happened_or_not(repository, monkeypatc
 
     with monkeypatch.context() as patch:
         try:
-            with repository_update(repository) as staged:
+            with Repository(repository).change() as staged:
                 change(staged)
                 for name in ("rename", "replace"):
                     patch.setattr(os, name, killing(getattr(os, name)))
@@ -87,11 +85,11 @@ def test_wherever_it_stops_the_change_has_happened_or_not(repository, monkeypatc
                 patch.setattr(shutil, "rmtree", lambda *a, **o: remove(*a, **o) if len(steps) < crash_at else None)
         except Killed:
             pass
-    finish_update(repository)
+    Repository(repository)
     assert state(repository) == ("yes" if steps else "no")
-    with repository_update(repository):
+    with Repository(repository).change():
         pass
-    assert not (repository / STAGED).exists() and not (repository / COMMITTED).exists()
+    assert not (repository / STAGED).exists() and not Repository(repository).parts.committed.exists()
     assert state(repository) == ("yes" if steps else "no")
 
 
@@ -99,7 +97,7 @@ def test_two_changes_at_once_are_refused(repository):
     entered, leave, errors = threading.Event(), threading.Event(), []
 
     def first():
-        with repository_update(repository):
+        with Repository(repository).change():
             entered.set()
             leave.wait(10)
 
@@ -108,22 +106,12 @@ def test_two_changes_at_once_are_refused(repository):
     entered.wait(10)
     with (
         pytest.raises(ValueError, match="is being changed by another process; try again"),
-        repository_update(repository),
+        Repository(repository).change(),
     ):
         errors.append("entered")
     leave.set()
     thread.join()
     assert not errors
-    with repository_update(repository) as staged:
-        change(staged)
-    assert state(repository) == "yes"
-
-
-def test_file_systems_without_links_get_copies(repository, monkeypatch):
-    def no_links(*_):
-        raise OSError("no links here")
-
-    monkeypatch.setattr(os, "link", no_links)
-    with repository_update(repository) as staged:
+    with Repository(repository).change() as staged:
         change(staged)
     assert state(repository) == "yes"

@@ -25,7 +25,8 @@ pytest.importorskip("pymilvus", reason="needs the extra milvus")
 
 from tokenrec_hf.models.embedding_store import EmbeddingStore
 from tokenrec_hf.store import milvus as module
-from tokenrec_hf.store.milvus import MilvusEmbeddingStore
+from tokenrec_hf.store import open_store
+from tokenrec_hf.store.milvus import MilvusStore
 
 DIM = 3
 KINDS = ("user", "item")
@@ -101,11 +102,11 @@ class Milvus:
 
     def make(self, dim=DIM, space_ids=None):
         self.prefix = "t" + uuid.uuid4().hex[:12]
-        return MilvusEmbeddingStore(self.uri, embedding_dim=dim, space_ids=space_ids, prefix=self.prefix)
+        return MilvusStore(self.uri, embedding_dim=dim, space_ids=space_ids, prefix=self.prefix)
 
     def reopened(self, store):
         store.close()
-        return MilvusEmbeddingStore(self.uri, prefix=self.prefix)
+        return MilvusStore(self.uri, prefix=self.prefix)
 
 
 @pytest.fixture(params=["embedded", "lite", "server", *["own"] * bool(SERVER)])
@@ -397,34 +398,36 @@ def test_any_sequence_of_operations_agrees_with_dictionaries(backend):
 # ---- what only Milvus does
 
 
-def test_open_makes_a_milvus_store_of_an_address_or_a_path(server, tmp_path):
+def test_open_store_takes_an_address_a_path_or_a_folder(server, tmp_path):
     database = tmp_path / "vectors.db"
-    store = filled(MilvusEmbeddingStore(database, embedding_dim=DIM))
+    store = filled(MilvusStore(database, embedding_dim=DIM))
     before = everything(store)
-    opened = EmbeddingStore.open(database)
-    assert isinstance(opened, MilvusEmbeddingStore) and everything(opened) == before
-    assert repr(opened) == f"MilvusEmbeddingStore('{database}', embedding_dim=3, users=4, items=6)"
-    filled(MilvusEmbeddingStore(server, embedding_dim=DIM))
-    assert everything(EmbeddingStore.open(server)) == before
+    opened = open_store(database)
+    assert isinstance(opened, MilvusStore) and everything(opened) == before
+    assert repr(opened) == f"MilvusStore('{database}', embedding_dim=3, users=4, items=6)"
+    filled(MilvusStore(server, embedding_dim=DIM))
+    assert everything(open_store(server)) == before
+    opened.save_pretrained(tmp_path / "out" / "store")
+    assert everything(open_store(tmp_path / "out")) == before
     with pytest.raises(ValueError, match="has vectors of 3 dimensions, not 4; give another prefix"):
-        MilvusEmbeddingStore(server, embedding_dim=4)
+        MilvusStore(server, embedding_dim=4)
 
 
 def test_a_store_moves_to_milvus_once(server, tmp_path):
     store = filled(EmbeddingStore(DIM, {"user": "hash-u", "item": "hash-i"}))
     store.withdraw(["i4"])
-    moved = MilvusEmbeddingStore.from_store(store, server, prefix="moved")
+    moved = MilvusStore.from_store(store, server, prefix="moved")
     assert everything(moved) == everything(store)
-    assert everything(MilvusEmbeddingStore(server, prefix="moved")) == everything(store)
+    assert everything(MilvusStore(server, prefix="moved")) == everything(store)
     with pytest.raises(ValueError, match="is not empty; give another prefix"):
-        MilvusEmbeddingStore.from_store(store, server, prefix="moved")
+        MilvusStore.from_store(store, server, prefix="moved")
 
 
 def test_a_store_on_milvus_follows_another(server):
-    """Newcomers, new vectors, interactions and metadata, and whoever was deleted: everything is as in the other store."""
+    """New users and items, vectors, interactions and metadata, and deletions: everything is as in the other store."""
     store = filled(EmbeddingStore(DIM, {"user": "hash-u", "item": "hash-i"}))
     store.set_metadata(["i0", "i1"], [{"genre": "jazz", "stock": True}, {"genre": "folk"}])
-    moved = MilvusEmbeddingStore.from_store(store, server, prefix="follows")
+    moved = MilvusStore.from_store(store, server, prefix="follows")
     store.upsert("item", ["new", "i2"], torch.ones(2, DIM))
     store.upsert("user", ["newbie"], torch.ones(1, DIM))
     store.set_seen(["newbie", "u0", "u2"], [["new"], ["i3", "i1", "new"], []])
@@ -442,9 +445,7 @@ def test_a_store_on_milvus_follows_another(server):
 
 
 def test_an_index_that_misses_items_is_searched_like_any_other(tmp_path):
-    store = MilvusEmbeddingStore(
-        SERVER or tmp_path / "hnsw.db", embedding_dim=8, prefix="t" + uuid.uuid4().hex, index="HNSW"
-    )
+    store = MilvusStore(SERVER or tmp_path / "hnsw.db", embedding_dim=8, prefix="t" + uuid.uuid4().hex, index="HNSW")
     vectors = torch.randn(500, 8, generator=torch.Generator().manual_seed(0))
     store.upsert("item", [f"i{row}" for row in range(500)], vectors)
     [ids], _ = store.search(vectors[:1], 200, [["i0"]])
@@ -453,15 +454,25 @@ def test_an_index_that_misses_items_is_searched_like_any_other(tmp_path):
     assert len(ids) == 200 and len({int(one[1:]) for one in ids} & set(expected)) > 180
 
 
+def test_a_collection_that_is_not_loaded_is_loaded_and_other_errors_are_told(server):
+    store = filled(MilvusStore(server, embedding_dim=DIM, prefix="released"))
+    before = everything(store)
+    store._client.release_collection("released_items")
+    assert everything(store) == before
+    store._client.drop_collection("released_items")
+    with pytest.raises(OSError, match="does not answer or refuses"):
+        store.count("item")
+
+
 def test_two_clients_see_each_others_writes(server):
-    one = filled(MilvusEmbeddingStore(server, embedding_dim=DIM, prefix="two"))
-    two = MilvusEmbeddingStore(server, prefix="two")
+    one = filled(MilvusStore(server, embedding_dim=DIM, prefix="two"))
+    two = MilvusStore(server, prefix="two")
     two.upsert("item", ["theirs"], torch.ones(1, DIM))
     assert one.get("item", ["theirs"]).tolist() == [[1.0] * DIM]
 
 
 def test_more_than_milvus_gives_at_once_is_searched_here(server, monkeypatch):
-    store = filled(MilvusEmbeddingStore(server, embedding_dim=DIM, prefix="large"))
+    store = filled(MilvusStore(server, embedding_dim=DIM, prefix="large"))
     queries = torch.randn(2, DIM)
     exclude = [["i0", "i1", "i2"], ["i5"]]
     expected = store.search(queries, 2, exclude)
@@ -474,7 +485,7 @@ def test_more_than_milvus_gives_at_once_is_searched_here(server, monkeypatch):
 def test_many_ids_are_several_requests(server, monkeypatch):
     monkeypatch.setattr(module, "MAX_NAMED", 3)
     monkeypatch.setattr(module, "MAX_WRITTEN", 4)
-    store = filled(MilvusEmbeddingStore(server, embedding_dim=DIM, prefix="many"))
+    store = filled(MilvusStore(server, embedding_dim=DIM, prefix="many"))
     ids = [f"n{i}" for i in range(11)]
     vectors = torch.randn(11, DIM)
     store.upsert("item", ids, vectors)
@@ -483,22 +494,22 @@ def test_many_ids_are_several_requests(server, monkeypatch):
     assert sorted(store.ids("item")) == ["i0", "i1", "i2", "i3", "i4", "i5", "n0"]
 
 
-def test_whoever_is_away_is_named(tmp_path):
+def test_a_database_that_is_missing_or_does_not_answer_is_named(tmp_path):
     with pytest.raises(OSError, match="Milvus at http://127.0.0.1:1 does not answer or refuses .*check that it runs"):
-        EmbeddingStore.open("http://127.0.0.1:1")
+        open_store("http://127.0.0.1:1")
     with pytest.raises(FileNotFoundError, match="there is no Milvus Lite database .*nothing.db"):
-        EmbeddingStore.open(tmp_path / "nothing.db")
+        open_store(tmp_path / "nothing.db")
     assert not (tmp_path / "nothing.db").exists()
 
 
 def test_a_server_without_a_store_is_told(server):
     with pytest.raises(FileNotFoundError, match="there is no embedding store 'nobodys' at http"):
-        MilvusEmbeddingStore(server, prefix="nobodys")
+        MilvusStore(server, prefix="nobodys")
 
 
 def test_a_server_that_comes_back_is_used_again(tmp_path):
     process, uri = start_server(tmp_path)
-    store = filled(MilvusEmbeddingStore(uri, embedding_dim=DIM, timeout=5))
+    store = filled(MilvusStore(uri, embedding_dim=DIM, timeout=5))
     before = everything(store)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -527,9 +538,9 @@ def test_a_server_that_comes_back_is_used_again(tmp_path):
 
 STREAM = """
 import sys, torch
-from tokenrec_hf.store.milvus import MilvusEmbeddingStore
+from tokenrec_hf.store.milvus import MilvusStore
 torch.set_num_threads(1)
-store = MilvusEmbeddingStore(sys.argv[1], embedding_dim=4)
+store = MilvusStore(sys.argv[1], embedding_dim=4)
 for batch in range(10_000):
     ids = [f"{batch}-{i}" for i in range(20)]
     store.upsert("item", [*ids, "last"], torch.full((21, 4), float(batch)))
@@ -537,8 +548,8 @@ for batch in range(10_000):
 """
 READ = """
 import sys, json
-from tokenrec_hf.models.embedding_store import EmbeddingStore
-store = EmbeddingStore.open(sys.argv[1])
+from tokenrec_hf.store import open_store
+store = open_store(sys.argv[1])
 ids = store.ids("item")
 print(json.dumps([ids, store.get("item", ids).tolist()]))
 """

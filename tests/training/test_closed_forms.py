@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tokenrec_hf.models.configuration_tokenrec import FISMConfig
 from tokenrec_hf.models.modeling_collaborative import FISMModel
 from tokenrec_hf.training import closed_forms as module
-from tokenrec_hf.training.closed_forms import align, fold_in, fold_in_items, smooth_tables
+from tokenrec_hf.training.closed_forms import UnreachedError, align, augment_norm, fold_in, fold_in_items, smooth_tables
 
 
 def random_interactions(generator, num_users, num_items, per_user):
@@ -64,7 +64,7 @@ def low_rank(seed=0, num_users=400, num_items=300):
     return p, q, np.repeat(np.arange(num_users), 20), items.flatten().numpy()
 
 
-def test_newcomers_land_near_the_vectors_that_made_their_interactions():
+def test_cold_start_vectors_land_near_those_that_made_their_interactions():
     p, q, users, items = low_rank()
     new_p, _ = fold_in(p[:350], q, users, items)
     cosines = torch.cosine_similarity(new_p, p[350:])
@@ -78,7 +78,7 @@ def test_newcomers_land_near_the_vectors_that_made_their_interactions():
     assert len(cosines) > 30 and cosines.mean() > 0.8
 
 
-def test_newcomers_that_know_only_newcomers_come_second():
+def test_users_and_items_with_only_cold_start_neighbours_come_second():
     p, q, users, items = low_rank()
     new_p, new_q = fold_in(p, q, np.concatenate([users, [400, 400, 401]]), np.concatenate([items, [5, 300, 300]]))
     # Item 300 is made of user 400, and user 401 of item 300.
@@ -89,7 +89,7 @@ def test_newcomers_that_know_only_newcomers_come_second():
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 5), order=st.permutations(range(6)))
-def test_the_order_of_newcomers_and_of_interactions_does_not_matter(seed, order):
+def test_the_order_of_cold_start_rows_and_of_interactions_does_not_matter(seed, order):
     p, q, users, items = low_rank(seed, 60, 50)
     shuffled = np.random.default_rng(seed).permutation(len(users))
     moved = np.concatenate([np.arange(54), 54 + np.argsort(order)])[users]
@@ -98,13 +98,15 @@ def test_the_order_of_newcomers_and_of_interactions_does_not_matter(seed, order)
     torch.testing.assert_close(two, one[list(order)], rtol=1e-4, atol=1e-5)
 
 
-def test_whoever_cannot_be_reached_is_named():
+def test_an_unreached_user_is_named():
     p, q, users, items = low_rank()
-    with pytest.raises(ValueError, match="new user in row 401 has no interaction that leads to a known user or item"):
+    with pytest.raises(
+        UnreachedError, match="cold-start user in row 401 has no interaction that leads to a known user or item"
+    ):
         fold_in(p, q, np.concatenate([users, [400, 401]]), np.concatenate([items, [3, 300]]))
 
 
-def test_nobody_new_is_nothing_new():
+def test_without_cold_start_rows_nothing_is_returned():
     p, q, users, items = low_rank()
     new_p, new_q = fold_in(p, q, users, items)
     assert new_p.shape == new_q.shape == (0, 8)
@@ -131,7 +133,7 @@ def test_alignment_is_the_best_of_all_rotations():
 
 
 def random_histories(seed, num_users, num_items, trained):
-    """Histories with items of the training and newcomers, the last of which come late."""
+    """Histories with items of the training and cold-start items, the last of which come late."""
     generator = np.random.default_rng(seed)
     histories = [generator.permutation(trained)[: generator.integers(3, 9)].tolist() for _ in range(num_users)]
     for number, history in enumerate(histories):
@@ -205,18 +207,18 @@ def test_new_items_are_found_from_what_comes_before_and_after_them(half_life, ch
     found = fold_in_items(model, *flat(histories), num_trained=trained)
     a, q, b = naive_tables(model, trained)
     features, numbers, gram = naive_side_features(histories, trained, trained + 5, half_life, a, q, b)
-    # Nothing comes after the last of the newcomers.
+    # Nothing comes after the last of the cold-start items.
     assert numbers[1, -1] == (0 if half_life else numbers[0, -1])
     assert len(found) == len(model.tables())
     known = features[:, :trained]
     for number, (table, rows) in enumerate(zip([a, q, b], found)):
         maps = [naive_ridge(known[side], table) for side in (0, 1)]
         best = 0 if number == 1 else 1
-        for newcomer, row in enumerate(rows, start=trained):
-            if numbers[best, newcomer]:
-                expected = features[best, newcomer] @ maps[best]
+        for item, row in enumerate(rows, start=trained):
+            if numbers[best, item]:
+                expected = features[best, item] @ maps[best]
             else:
-                expected = features[1 - best, newcomer] @ maps[1 - best] * (1 if number == 1 else module.FAINT)
+                expected = features[1 - best, item] @ maps[1 - best] * (1 if number == 1 else module.FAINT)
             if number == 1:
                 expected = naive_lengthened(expected, gram)
             np.testing.assert_allclose(row, expected, rtol=1e-3, atol=1e-3)
@@ -233,7 +235,7 @@ def test_smoothing_moves_rows_to_what_their_neighbours_say(half_life):
     features, numbers, _ = naive_side_features(histories, 41, 41, half_life, a, q, b)
     both = np.concatenate(features, axis=1)
     had = numbers.any(axis=0)
-    assert not had[40]  # nobody has had it: it stays
+    assert not had[40]  # without interactions: it stays
     smooth_tables(model, *flat(histories))
     for (_, table), before, share in zip(model.tables(), (a, q, b), (0.75, 0.25, 0.75)):
         expected = (1 - share) * before + share * both @ naive_ridge(both[had], before[had])
@@ -241,7 +243,7 @@ def test_smoothing_moves_rows_to_what_their_neighbours_say(half_life):
         np.testing.assert_allclose(table.weight.detach()[40], before[40], rtol=1e-5)
 
 
-def test_items_that_only_newcomers_lead_to_come_second_and_others_not_at_all():
+def test_items_with_only_cold_start_neighbours_come_second_and_unreached_items_get_zeros():
     torch.manual_seed(0)
     model = FISMModel(FISMConfig(num_items=30, embedding_dim=4))
     histories = [*random_histories(1, 60, 31, 30), [30, 32], [33], [33, 34]]
@@ -271,3 +273,25 @@ def test_new_items_are_ranked_like_items_of_the_training():
     assert (own > other).float().mean() > 0.95
     trained = (users * rows[:40]).sum(dim=1)
     assert abs(own.mean() - trained.mean()) < 0.15
+
+
+def test_with_augmented_norms_cosine_ranks_as_the_dot_product_does():
+    generator = torch.Generator().manual_seed(2)
+    users, items = torch.randn(7, 5, generator=generator), torch.randn(11, 5, generator=generator)
+    augmented_users, augmented_items = augment_norm(users, items)
+    assert augmented_users.shape == (7, 6) and augmented_items.shape == (11, 6)
+    norms = np.linalg.norm(augmented_items.double().numpy(), axis=1)
+    assert np.allclose(norms, np.linalg.norm(items.double().numpy(), axis=1).max(), rtol=1e-5)
+    cosines = torch.nn.functional.cosine_similarity(augmented_users[:, None], augmented_items[None], dim=-1)
+    for user in range(7):
+        scores = [sum(float(a) * float(b) for a, b in zip(users[user], item)) for item in items]
+        assert np.argsort(scores).tolist() == cosines[user].argsort().tolist()
+
+
+def test_cold_start_items_are_augmented_to_the_norm_of_the_trained_items():
+    items = torch.tensor([[3.0, 0.0], [0.0, 5.0]])
+    _, whole = augment_norm(items, items)
+    _, added = augment_norm(items[:1], items[:1], norm=float(whole.norm(dim=1).max()))
+    assert torch.equal(added, whole[:1])
+    _, longer = augment_norm(items, 2 * items, norm=5.0)
+    assert longer[1].tolist() == [0.0, 10.0, 0.0]

@@ -9,16 +9,15 @@ from transformers import set_seed
 from tokenrec_hf.data.collator import DataCollatorForGenerativeRetrieval
 from tokenrec_hf.data.data_sources import demo_interactions
 from tokenrec_hf.data.interaction_matrix import InteractionMatrix
-from tokenrec_hf.data.splits import Holdout, leave_one_out
+from tokenrec_hf.data.splits import Holdout, index_splits, leave_one_out
 from tokenrec_hf.evaluation.metrics import evaluate_embeddings
 from tokenrec_hf.models.configuration_tokenrec import T5GenerativeRetrievalConfig
 from tokenrec_hf.models.embedding_store import EmbeddingStore
 from tokenrec_hf.models.modeling_t5_retrieval import T5ForGenerativeRetrieval
 from tokenrec_hf.models.tokenization_tokenrec import TokenRecTokenizer
-from tokenrec_hf.repository import build as training
 from tokenrec_hf.training import stages
 from tokenrec_hf.training.closed_forms import smooth_tables
-from tokenrec_hf.training.recipe import load_recipe
+from tokenrec_hf.training.recipe import CollaborativeSettings, MQTokenizerSettings, Recipe, RetrievalSettings
 from tokenrec_hf.training.stages import (
     by_history_length,
     train_collaborative,
@@ -29,35 +28,47 @@ from tokenrec_hf.training.stages import (
 NUM_USERS, NUM_ITEMS, EACH = 32, 40, 8
 USER_IDS, ITEM_IDS = [f"a{row}" for row in range(NUM_USERS)], [f"b{row}" for row in range(NUM_ITEMS)]
 # Four steps an epoch, an evaluation and a checkpoint every two of them.
-COLLABORATIVE = {
-    "model": "lightgcn",
-    "config": {"embedding_dim": 8, "num_layers": 2, "loss_type": "bpr", "l2_weight": 0.001},
-    "num_negatives": 2,
-    "evaluate_every": 0.5,
-    "patience": 100,
-    "training": {"num_train_epochs": 4, "per_device_train_batch_size": 56, "learning_rate": 0.02},
-}
-MQ_TOKENIZER = {
-    "config": {"num_codebooks": 2, "codebook_size": 8, "codebook_dim": 4, "hidden_dim": 16, "mask_ratio": 0.2},
-    "evaluate_every": 3,
-    "training": {
+COLLABORATIVE = CollaborativeSettings(
+    model="lightgcn",
+    config={"embedding_dim": 8, "num_layers": 2, "loss_type": "bpr", "l2_weight": 0.001},
+    num_negatives=2,
+    augment_norm=False,
+    evaluate_every=0.5,
+    patience=100,
+    most_steps=None,
+    training={"num_train_epochs": 4, "per_device_train_batch_size": 56, "learning_rate": 0.02},
+)
+MQ_TOKENIZER = MQTokenizerSettings(
+    config={"num_codebooks": 2, "codebook_size": 8, "codebook_dim": 4, "hidden_dim": 16, "mask_ratio": 0.2},
+    user_codebooks=None,
+    evaluate_every=3,
+    training={
         "max_steps": 17,
         "per_device_train_batch_size": 16,
         "per_device_eval_batch_size": 64,
         "learning_rate": 0.003,
         "lr_scheduler_type": "constant",
     },
-}
-RETRIEVAL = {
-    "evaluate_every": 0.5,
-    "patience": 100,
-    "training": {
+)
+RETRIEVAL = RetrievalSettings(
+    backbone=None,
+    vocabulary=None,
+    config={},
+    num_negatives=0,
+    evaluate_every=0.5,
+    patience=100,
+    most_steps=None,
+    training={
         "num_train_epochs": 4,
         "per_device_train_batch_size": 8,
         "per_device_eval_batch_size": 16,
         "learning_rate": 0.005,
     },
-}
+)
+
+
+def changed(settings, **fields):
+    return settings.model_copy(update=fields)
 
 
 class FakeMQ:
@@ -98,10 +109,11 @@ def tokenizer():
 def run_stage(data, vectors, tokenizer):
     """Runs a stage in a folder, everything made anew as a new process would."""
 
-    def collaborative(folder, model="lightgcn", **options):
-        return train_collaborative(data.interactions, {**COLLABORATIVE, "model": model}, folder, seed=1, **options)
+    def collaborative(folder, model="lightgcn", patience=100, **options):
+        settings = changed(COLLABORATIVE, model=model, patience=patience)
+        return train_collaborative(data.interactions, settings, folder, seed=1, **options)
 
-    def retrieval(folder, settings=RETRIEVAL, **options):
+    def retrieval(folder, patience=100, settings=RETRIEVAL, **options):
         set_seed(3)
         config = T5GenerativeRetrievalConfig(
             vocab_size=len(tokenizer),
@@ -123,13 +135,13 @@ def run_stage(data, vectors, tokenizer):
         collator = DataCollatorForGenerativeRetrieval(
             tokenizer, data.interactions, USER_IDS, ITEM_IDS, targets_per_prompt=3, with_seen_items=True, seed=1
         )
-        return train_retrieval(model, collator, settings, folder, seed=1, **options)
+        return train_retrieval(model, collator, changed(settings, patience=patience), folder, seed=1, **options)
 
     runs = {
         "lightgcn": collaborative,
         "matrix factorization": lambda folder, **options: collaborative(folder, "matrix_factorization", **options),
         "fism": lambda folder, **options: collaborative(folder, "fism", **options),
-        "mq": lambda folder: train_mq_tokenizer(vectors, MQ_TOKENIZER, folder, seed=1),
+        "mq": lambda folder: train_mq_tokenizer(vectors, MQ_TOKENIZER, folder, kind="item", seed=1),
         "retrieval": retrieval,
     }
     return lambda stage, folder, **options: runs[stage](folder, **options)
@@ -228,9 +240,9 @@ def test_a_stage_that_was_cut_off_after_its_last_step_does_not_train_on(run_stag
 
 
 def test_fism_is_smoothed_after_its_training_and_measured_then(data, tmp_path):
-    settings = {**COLLABORATIVE, "model": "fism", "config": {"embedding_dim": 8, "half_life": 4}}
+    settings = changed(COLLABORATIVE, model="fism", config={"embedding_dim": 8, "half_life": 4})
     plain = train_collaborative(data.interactions, settings, tmp_path / "plain", holdout=data.holdout, seed=1)
-    settings["config"].update(history_smoothing=0.5, item_smoothing=0.25)
+    settings.config.update(history_smoothing=0.5, item_smoothing=0.25)
     found = train_collaborative(data.interactions, settings, tmp_path / "smooth", holdout=data.holdout, seed=1)
     plain.model.config.history_smoothing, plain.model.config.item_smoothing = 0.5, 0.25
     smooth_tables(plain.model, data.interactions.users, data.interactions.items)
@@ -273,11 +285,10 @@ def weights_at(monkeypatch):
 
 @pytest.mark.parametrize("stage", ["lightgcn", "retrieval"])
 def test_training_stops_early_and_keeps_the_best_by_ndcg(
-    run_stage, data, scripted_metrics, weights_at, tmp_path, monkeypatch, stage
+    run_stage, data, scripted_metrics, weights_at, tmp_path, stage
 ):
-    monkeypatch.setitem({"lightgcn": COLLABORATIVE, "retrieval": RETRIEVAL}[stage], "patience", 3)
     seen = scripted_metrics([0.1, 0.3, 0.2, 0.3, 0.25, 0.9])
-    result, best = weights_at(4, lambda: run_stage(stage, tmp_path, holdout=data.holdout))
+    result, best = weights_at(4, lambda: run_stage(stage, tmp_path, patience=3, holdout=data.holdout))
     assert seen == [0.1, 0.3, 0.2, 0.3, 0.25]
     assert result.epochs == 1.0  # the second evaluation, of two an epoch
     assert result.metrics["ndcg@20"] == 0.3
@@ -285,13 +296,12 @@ def test_training_stops_early_and_keeps_the_best_by_ndcg(
 
 
 def test_early_stopping_goes_on_counting_after_an_interruption(
-    run_stage, data, scripted_metrics, interrupt_at, tmp_path, monkeypatch
+    run_stage, data, scripted_metrics, interrupt_at, tmp_path
 ):
-    monkeypatch.setitem(COLLABORATIVE, "patience", 3)
     seen = scripted_metrics([0.1, 0.3, 0.2, 0.29, 0.25, 0.9, 0.95, 0.99])
-    interrupt_at(9, lambda: run_stage("lightgcn", tmp_path, holdout=data.holdout))
+    interrupt_at(9, lambda: run_stage("lightgcn", tmp_path, patience=3, holdout=data.holdout))
     assert seen == [0.1, 0.3, 0.2, 0.29]
-    result = run_stage("lightgcn", tmp_path, holdout=data.holdout)
+    result = run_stage("lightgcn", tmp_path, patience=3, holdout=data.holdout)
     assert seen == [0.1, 0.3, 0.2, 0.29, 0.25]
     assert result.epochs == 1.0
 
@@ -306,8 +316,7 @@ def test_a_shorter_run_is_the_beginning_of_a_longer_one(run_stage, weights_at, t
 
 
 def test_an_epoch_is_an_epoch_with_accumulated_gradients_too(run_stage, weights_at, tmp_path):
-    training = {**RETRIEVAL["training"], "gradient_accumulation_steps": 2}
-    settings = {**RETRIEVAL, "training": training}
+    settings = changed(RETRIEVAL, training={**RETRIEVAL.training, "gradient_accumulation_steps": 2})
     _, after_one = weights_at(2, lambda: run_stage("retrieval", tmp_path / "long", settings=settings))
     assert_equal_weights(after_one, weights(run_stage("retrieval", tmp_path / "one", settings=settings, epochs=1)))
 
@@ -337,20 +346,12 @@ def test_statistics_of_the_codes_are_logged_while_the_mq_tokenizer_trains(run_st
         )
 
 
-@pytest.mark.parametrize(("count", "size"), [(50, 256), (10_001, 512)])
-def test_the_size_of_the_codebooks_is_chosen_by_the_size_of_the_data(tmp_path, count, size):
-    settings = {
-        "config": {
-            "num_codebooks": 1,
-            "codebook_size": "auto",
-            "codebook_dim": 2,
-            "hidden_dim": 4,
-            "kmeans_init": False,
-        },
-        "evaluate_every": 10,
-        "training": {"max_steps": 1, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 8192},
-    }
-    model = train_mq_tokenizer(torch.randn(count, 3), settings, tmp_path).model
+@pytest.mark.parametrize(("others", "size"), [(None, 256), (torch.randn(10_000, 3), 512)])
+def test_the_size_of_the_codebooks_is_chosen_by_all_vectors_that_are_learned_from(tmp_path, others, size):
+    config = {"num_codebooks": 1, "codebook_size": "auto", "codebook_dim": 2, "hidden_dim": 4, "kmeans_init": False}
+    training = {"max_steps": 1, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 8192}
+    settings = changed(MQ_TOKENIZER, config=config, training=training, evaluate_every=10)
+    model = train_mq_tokenizer(torch.randn(50, 3), settings, tmp_path, kind="user", others=others).model
     assert model.config.codebook_size == size
     assert model.config.embedding_dim == 3
 
@@ -371,24 +372,11 @@ def test_users_with_like_histories_come_together():
     assert ordered.targets.tolist() == [8, 6, 7, 5]
 
 
-def test_what_is_no_argument_of_trainer_is_named(data, tmp_path):
-    wrong = {**COLLABORATIVE, "training": {**COLLABORATIVE["training"], "learning_rte": 0.1}}
-    with pytest.raises(ValueError, match="'learning_rte' is not one of transformers' TrainingArguments"):
-        train_collaborative(data.interactions, wrong, tmp_path)
-
-
-def test_an_unknown_collaborative_model_is_named(data, tmp_path):
-    with pytest.raises(
-        ValueError, match="collaborative.model is 'svd' but must be one of lightgcn, matrix_factorization, fism"
-    ):
-        train_collaborative(data.interactions, {**COLLABORATIVE, "model": "svd"}, tmp_path)
-
-
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_one_seed_gives_one_collaborative_model_with_several_threads(tmp_path, num_threads):
     splits = leave_one_out(demo_interactions())
-    data = training.index_splits(splits, "validation")
-    settings = load_recipe("quickstart", overrides={"collaborative.training.num_train_epochs": 2})["collaborative"]
+    data = index_splits(splits, "validation")
+    settings = Recipe.load("quickstart", overrides={"collaborative.training.num_train_epochs": 2}).collaborative
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
@@ -403,7 +391,6 @@ def test_one_seed_gives_one_collaborative_model_with_several_threads(tmp_path, n
 
 @pytest.mark.parametrize("most_steps, epochs", [(None, 3), (100, 3), (4, 2), (1, 1)])
 def test_large_data_get_fewer_epochs(data, tmp_path, most_steps, epochs):
-    settings = load_recipe("quickstart")["collaborative"]
-    settings["training"] |= {"num_train_epochs": 3, "per_device_train_batch_size": -(-len(data.interactions) // 2)}
-    settings |= {"most_steps": most_steps}
+    training = {"num_train_epochs": 3, "per_device_train_batch_size": -(-len(data.interactions) // 2)}
+    settings = changed(Recipe.load("quickstart").collaborative, training=training, most_steps=most_steps)
     assert stages.train_collaborative(data.interactions, settings, tmp_path).epochs == epochs

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..repository.repository import describe_repository, read_json
-from ..training.recipe import RECIPES, load_recipe
+from ..models.codes import fetch_repository, read_json
+from ..repository.repository import Repository
+from ..training.recipe import RECIPES, Recipe
 from .output import (
     show_addition,
     show_evaluation,
@@ -104,7 +105,7 @@ def _quickstart(arguments: argparse.Namespace) -> dict[str, Any]:
             "number of epochs, then once more with the validation items; this takes a few minutes."
         )
     log = (lambda line: None) if finished else _note
-    metrics = train(splits, load_recipe("quickstart"), folder, dataset_name="demo", log=log)
+    metrics = train(splits, Recipe.load("quickstart"), folder, dataset_name="demo", log=log).metrics
     recommender, titles = Recommender.from_pretrained(folder), _titles("demo")
     users = splits["test"]["user_id"][:3]
     return {
@@ -133,55 +134,26 @@ def _train(arguments: argparse.Namespace) -> dict[str, Any]:
         path = Path(name).expanduser().resolve()
         name = path.name + "/" * path.is_dir()
     splits = leave_one_out(interactions)
-    metrics = train(splits, recipe, arguments.output_dir, dataset_name=name, refit=not arguments.no_refit, log=_note)
-    return {"repository": arguments.output_dir, **metrics}
+    trained = train(splits, recipe, arguments.output_dir, dataset_name=name, refit=not arguments.no_refit, log=_note)
+    return {"repository": arguments.output_dir, **trained.metrics}
 
 
 def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.audit:
         return _audit(arguments)
-    from ..data.splits import index_splits
-    from ..evaluation.ranking import evaluate_baselines, evaluate_retrieval
-    from ..models.recommender import Recommender, fetch_repository
-    from ..repository.build import load_splits
-    from ..training.recipe import load_recipe
-
     _quiet()
-    folder, split = fetch_repository(arguments.repository, revision=arguments.revision), arguments.split
-    store = _store(arguments.store)
-    recommender = Recommender.from_pretrained(folder, store=store)
-    splits = load_splits(folder)
-    run = read_json(folder / "training" / "run.json")
-    # With what was chosen on validation in the place of `auto`, which the recipe of the run still has.
-    recipe = load_recipe(config=folder / "recipe.yaml")
-    # After a refit, the model of the repository knows the validation items; the one of the selection does not.
-    if split == "validation" and run["refit"]:
-        if store is not None:
-            raise UsageError("--store holds the vectors of the refit; evaluate it on --split test.")
-        folder = folder / "training" / "selection"
-        recommender = Recommender.from_pretrained(folder)
-    data = index_splits(splits, split)
-    metrics = evaluate_baselines(data, recommender.store)
-    metrics[arguments.variant] = evaluate_retrieval(folder, data, recipe, arguments.variant, store)
-    return {
-        "repository": arguments.repository,
-        "split": split,
-        "variant": arguments.variant,
-        "users": len(data.holdout.users),
-        "metrics": metrics,
-    }
+    repository = Repository.from_pretrained(arguments.repository, revision=arguments.revision)
+    found = repository.evaluate(arguments.split, arguments.variant, _store(arguments.store))
+    return {"repository": arguments.repository, **found}
 
 
 def _audit(arguments: argparse.Namespace) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from ..models.recommender import fetch_repository
-    from ..repository.audit import audit
-
     if arguments.store:
         raise UsageError("--audit looks at the repository's own store; leave --store out.")
     _quiet()
-    checks = audit(fetch_repository(arguments.repository, revision=arguments.revision))
+    checks = Repository.from_pretrained(arguments.repository, revision=arguments.revision).audit()
     return {
         "repository": arguments.repository,
         "passed": all(check.passed is not False for check in checks),
@@ -190,7 +162,7 @@ def _audit(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _recommend(arguments: argparse.Namespace) -> dict[str, Any]:
-    from ..models.recommender import Recommender, fetch_repository
+    from ..models.recommender import Recommender
 
     if arguments.user is None and not arguments.history:
         raise UsageError("there is nobody to recommend to: give --user, --history or both.")
@@ -211,14 +183,13 @@ def _recommend(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _add(arguments: argparse.Namespace) -> dict[str, Any]:
     from ..data.interactions import load_interactions
-    from ..repository.update import add_to_repository, read_vectors
+    from ..repository.update import read_vectors
 
     if not (arguments.users or arguments.items or arguments.interactions or arguments.retrain):
         raise UsageError("there is nothing to add: give --users, --items, --interactions or --retrain.")
     _quiet()
     started = time.monotonic()
-    report = add_to_repository(
-        _local(arguments.repository),
+    report = Repository(_local(arguments.repository)).add(
         users=read_vectors(arguments.users, "user") if arguments.users else None,
         items=read_vectors(arguments.items, "item") if arguments.items else None,
         interactions=load_interactions(arguments.interactions) if arguments.interactions else None,
@@ -228,22 +199,16 @@ def _add(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _remove(arguments: argparse.Namespace) -> dict[str, Any]:
-    from ..repository.update import remove_from_repository
-
     if not (arguments.users or arguments.items):
         raise UsageError("there is nothing to remove: give --users or --items.")
     _quiet()
-    removed = remove_from_repository(
-        _local(arguments.repository), users=arguments.users or (), items=arguments.items or ()
-    )
+    repository = Repository(_local(arguments.repository))
+    removed = repository.remove(users=arguments.users or (), items=arguments.items or ())
     return {"repository": arguments.repository, **removed}
 
 
 def _push(arguments: argparse.Namespace) -> dict[str, Any]:
-    from ..repository.hub import push_repository
-
-    commit = push_repository(
-        arguments.repository,
+    commit = Repository(arguments.repository).push_to_hub(
         arguments.repo_id,
         private=arguments.private or None,
         revision=arguments.revision,
@@ -253,10 +218,8 @@ def _push(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _info(arguments: argparse.Namespace) -> dict[str, Any]:
-    from ..models.recommender import fetch_repository
-
-    folder = fetch_repository(arguments.repository, revision=arguments.revision)
-    return {"repository": arguments.repository, **describe_repository(folder)}
+    repository = Repository.from_pretrained(arguments.repository, revision=arguments.revision)
+    return {"repository": arguments.repository, **repository.info()}
 
 
 # Arguments ------------------------------------------------------------------------------------------------------------
@@ -508,9 +471,9 @@ def _recommendations(
 
 def _store(uri: str | None) -> Any:
     """The store that is asked for in the place of the repository's own."""
-    from ..models.embedding_store import EmbeddingStore
+    from ..store import open_store
 
-    return None if uri is None else EmbeddingStore.open(uri, token=os.environ.get("MILVUS_TOKEN"))
+    return None if uri is None else open_store(uri, token=os.environ.get("MILVUS_TOKEN"))
 
 
 def _local(name: str) -> Path:

@@ -5,22 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-SHOWN = ("hr@10", "hr@20", "ndcg@20")
-LABELS = {
-    "popularity": "popularity",
-    "collaborative": "collaborative (dot product)",
-    "collaborative_cosine": "collaborative (cosine)",
-    "tokenrec": "TokenRec",
-    "tokenrec_user_id_only": "TokenRec, user id only",
-    "tokenrec_unseen_prompt": "TokenRec, unseen prompt",
-    "tokenrec_history_only": "TokenRec, history only",
-}
+from ..evaluation.variants import LABELS, SHOWN
 
 
 def show_quickstart(document: Mapping[str, Any]) -> str:
     """Results, codes and the recommendations for some users."""
     folder, first = document["repository"], document["users"][0]
-    blocks = [_results(document["metrics"], ("popularity", "collaborative", "tokenrec"))]
+    blocks = [_results(document["metrics"], ("popularity", "collaborative_dot", "tokenrec"))]
     for user in document["users"]:
         blocks.append(show_recommendations(user, document["held_out"][user["user"]]))
     seen = " ".join(first["history"][-2:])

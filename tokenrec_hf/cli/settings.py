@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from ..training.recipe import load_recipe
+from ..training.recipe import Recipe, SettingError
 
 SHORTCUTS = {"seed": "seed", "loss_type": "retrieval.config.loss_type"}
 
@@ -50,7 +50,7 @@ def scalar(text: str) -> Any:
     return value
 
 
-def read_recipe(arguments: argparse.Namespace) -> dict[str, Any]:
+def read_recipe(arguments: argparse.Namespace) -> Recipe:
     """The recipe that `tokenrec train` is asked for; `arguments.settings` become a dict by dotted name on the way.
 
     Raises:
@@ -58,8 +58,6 @@ def read_recipe(arguments: argparse.Namespace) -> dict[str, Any]:
         ValueError: something is wrong in the file of `--config`.
     """
     settings = _settings(arguments.settings)
-    # What is wrong in a file is found first, so that what is wrong then is the arguments.
-    load_recipe(arguments.recipe, arguments.config)
     bare = [name for name in settings if "." not in name and name not in SHORTCUTS]
     if bare:
         from dataclasses import fields
@@ -78,9 +76,12 @@ def read_recipe(arguments: argparse.Namespace) -> dict[str, Any]:
         for name, value in settings.items()
     }
     try:
-        return load_recipe(arguments.recipe, arguments.config, arguments.settings)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+        return Recipe.load(arguments.recipe, arguments.config, arguments.settings)
+    except SettingError as error:
+        given = arguments.settings
+        if any(name.startswith(error.setting) or error.setting.startswith(name) for name in given):
+            raise UsageError(str(error)) from None
+        raise
 
 
 def read_where(pairs: Sequence[str] | None) -> dict[str, list[Any]]:

@@ -1,96 +1,90 @@
-"""Evaluation of a trained repository and of the baselines beside it: leave-one-out, full ranking (section III-A of TokenRec).
+"""Leave-one-out evaluation of a trained repository and of its baselines by full ranking (section III-A of TokenRec).
 
-Every item of the catalogue is ranked for every user; the items that the model was trained on for this user are left out.
+All items are ranked for every user, except the items of the user's training interactions. Equation 19 gives the scores.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from ..data.collator import DataCollatorForGenerativeRetrieval, PromptDataset
-from ..models.embedding_store import EmbeddingStore
+from ..data.splits import IndexedSplits
+from ..models.codes import RepositoryFolder
+from ..models.embedding_store import EmbeddingStore, Store
 from ..models.modeling_collaborative import HistoryEncoder
 from ..models.modeling_t5_retrieval import T5ForGenerativeRetrieval
-from ..models.prompts import (
-    HISTORY_ONLY_TEMPLATE,
-    HISTORY_TEMPLATES,
-    UNSEEN_TEMPLATE,
-    USER_ONLY_TEMPLATES,
-    PromptTemplate,
-)
-from ..models.recommender import RepositoryFolder
+from ..models.prompts import HISTORY_TEMPLATES, PromptTemplate
+from ..models.recommender import load_history_encoder
 from ..models.tokenization_tokenrec import TokenRecTokenizer
 from .metrics import RankingMetrics, evaluate_embeddings
+from .variants import BASELINES, VARIANTS
 
-TEMPLATES = {
-    "tokenrec": HISTORY_TEMPLATES,
-    "tokenrec_user_id_only": USER_ONLY_TEMPLATES,
-    "tokenrec_unseen_prompt": (UNSEEN_TEMPLATE,),
-    "tokenrec_history_only": (HISTORY_ONLY_TEMPLATE,),
-}
+if TYPE_CHECKING:
+    from ..training.recipe import Recipe
+
+# Users whose popularity rankings are computed at once.
+CHUNK = 512
 
 
-def evaluate_baselines(data, store: EmbeddingStore) -> dict[str, dict[str, float]]:
-    """Popularity and the collaborative model itself, by dot product and by cosine.
+def evaluate_baselines(data: IndexedSplits, store: Store) -> dict[str, dict[str, float]]:
+    """Metrics of popularity and of the collaborative vectors, by dot product and by cosine.
 
     Args:
-        data: an [`IndexedSplits`].
-        store: holds the collaborative vectors of all its users and items.
+        data: the interactions of the training and the held-out items.
+        store: the collaborative vectors of all its users and items.
     """
     holdout, popularity = data.holdout, data.interactions.popularity()
     indptr, seen = data.interactions.of_users(holdout.users)
     counts = RankingMetrics(len(data.item_ids), popularity=popularity)
-    for start in range(0, len(holdout.users), 512):
-        end = min(start + 512, len(holdout.users))
+    for start in range(0, len(holdout.users), CHUNK):
+        end = min(start + CHUNK, len(holdout.users))
         rows = np.repeat(np.arange(end - start), np.diff(indptr[start : end + 1]))
         scores = torch.from_numpy(popularity).float().repeat(end - start, 1)
         counts.update(scores, holdout.targets[start:end], (rows, seen[indptr[start] : indptr[end]]))
     users = store.get("user", [data.user_ids[row] for row in holdout.users])
     items = store.get("item", data.item_ids)
-    return {"popularity": counts.compute()} | {
-        name: evaluate_embeddings(users, items, holdout.targets, indptr, seen, cosine=cosine, popularity=popularity)
-        for name, cosine in (("collaborative", False), ("collaborative_cosine", True))
-    }
+    found = [counts.compute()] + [
+        evaluate_embeddings(users, items, holdout.targets, indptr, seen, cosine=cosine, popularity=popularity)
+        for cosine in (False, True)
+    ]
+    return dict(zip(BASELINES, found, strict=True))
 
 
 def evaluate_retrieval(
     folder: str | os.PathLike,
-    data,
-    recipe: Mapping[str, Any],
+    data: IndexedSplits,
+    recipe: Recipe,
     variant: str = "tokenrec",
-    store: EmbeddingStore | None = None,
+    store: Store | None = None,
 ) -> dict[str, float]:
-    """The trained recommender of `folder` on held-out items, on a GPU where there is one.
+    """Metrics of a trained recommender on the held-out items, computed on a GPU where there is one.
 
     Args:
         folder: a trained repository.
-        data: an [`IndexedSplits`] of the interactions it was trained on and of the items to look for.
-        recipe: its recipe.
-        variant: `tokenrec` (user id and history), `tokenrec_user_id_only`, `tokenrec_unseen_prompt` or
-            `tokenrec_history_only` (nothing is known but the history: with FISM, user tokens are made of it, otherwise the
-            prompt names no user).
-        store: where the item vectors come from; by default the repository's own store.
+        data: the interactions of its training and the held-out items.
+        recipe: its recipe, without `auto`.
+        variant: a name of [`~variants.VARIANTS`]. Where prompts do not name the user and users are their histories (FISM),
+            the user tokens are made of the history.
+        store: the item vectors; by default the repository's own store.
     """
-    folder = Path(folder)
-    tokenizer = TokenRecTokenizer.from_pretrained(folder)
-    store = store or EmbeddingStore.open(folder / "store")
-    templates = TEMPLATES[variant]
-    encoder = RepositoryFolder(folder).load_history_encoder() if variant == "tokenrec_history_only" else None
-    if encoder is not None:
-        # As the recommender does: nothing of the user is used but the history.
+    parts, tokenizer = RepositoryFolder(folder), TokenRecTokenizer.from_pretrained(folder)
+    store = store or EmbeddingStore.open(parts.store)
+    chosen = VARIANTS[variant]
+    templates = chosen.templates
+    if not chosen.names_user and (encoder := load_history_encoder(folder)) is not None:
+        # As the recommender does: the history is the only thing that is used of the user.
         templates = HISTORY_TEMPLATES
         tokenizer.add_users(_vectors_of_histories(encoder, data))
     collator = evaluation_collator(tokenizer, data, recipe, templates)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     model = T5ForGenerativeRetrieval.from_pretrained(folder).to(device or "cpu")
-    batch_size = recipe["retrieval"]["training"]["per_device_eval_batch_size"]
+    batch_size = recipe.retrieval.training["per_device_eval_batch_size"]
     queries = encode_prompts(model, collator, data.holdout.users, batch_size, variant)
     return evaluate_embeddings(
         queries,
@@ -103,22 +97,22 @@ def evaluate_retrieval(
 
 
 def evaluation_collator(
-    tokenizer: TokenRecTokenizer, data, recipe: Mapping[str, Any], templates: Sequence[PromptTemplate]
+    tokenizer: TokenRecTokenizer, data: IndexedSplits, recipe: Recipe, templates: Sequence[PromptTemplate]
 ) -> DataCollatorForGenerativeRetrieval:
-    """Makes the prompts that a repository is evaluated with: whole histories, in these wordings."""
+    """The collator of an evaluation: prompts with whole histories, in these wordings."""
     return DataCollatorForGenerativeRetrieval(
         tokenizer,
         data.interactions,
         data.user_ids,
         data.item_ids,
         evaluation_templates=templates,
-        seed=recipe["seed"],
-        **recipe["prompts"],
+        seed=recipe.seed,
+        **recipe.prompts.model_dump(),
     )
 
 
-def _vectors_of_histories(encoder: HistoryEncoder, data) -> dict[str, torch.Tensor]:
-    """What the encoder makes of each user's interactions, by user id, where it knows any of the items."""
+def _vectors_of_histories(encoder: HistoryEncoder, data: IndexedSplits) -> dict[str, torch.Tensor]:
+    """Vectors of the users' training histories, by user id; users without a known item are left out."""
     indptr, items = data.interactions.indptr, np.array(data.item_ids, dtype=object)[data.interactions.items]
     vectors, known = encoder.encode([items[start:end].tolist() for start, end in zip(indptr, indptr[1:])])
     return {user: vector for user, vector, useful in zip(data.user_ids, vectors, known) if useful}
@@ -134,7 +128,7 @@ def encode_prompts(
 ) -> torch.Tensor:
     """Queries z of users with their whole histories, float32 `[n, d]` on the CPU, in the order of `users`."""
     model.eval()
-    # Users with like histories together, so that batches carry little padding.
+    # Histories of similar length share a batch, so that batches carry little padding.
     order = np.argsort(collator.interactions.lengths[users], kind="stable")
     examples = PromptDataset(users[order], np.zeros(len(users), dtype=np.int64))
     queries = torch.empty(len(users), model.config.embedding_dim)

@@ -528,30 +528,6 @@ def load_collaborative(folder: str | os.PathLike) -> tuple[CollaborativeModel, d
     return collaborative_class(folder).from_pretrained(folder).eval(), load_indexes(Path(folder) / IDS)
 
 
-def augment_norm(
-    users: torch.Tensor, items: torch.Tensor, norm: float | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Adds a dimension in which the *cosine* ranks items as the dot product of the given vectors does.
-
-    Retrieval is by cosine (Eq. 19), but BPR trains dot products, where an item's norm carries its popularity. With M the
-    largest norm of an item, (q, sqrt(M^2 - ||q||^2)) has norm M for every item and (p, 0) leaves the product unchanged
-    (Bachrach et al., 2014).
-
-    Args:
-        users: p, `[num_users, d]`.
-        items: q, `[num_items, d]`.
-        norm: M; by default the largest norm of `items`. For cold-start items it is the M of the known items; a longer item
-            keeps its own length.
-
-    Returns:
-        `[num_users, d + 1]` and `[num_items, d + 1]`.
-    """
-    squares = items.square().sum(dim=1, keepdim=True)
-    largest = squares.max() if norm is None else norm**2
-    rest = (largest - squares).clamp(min=0).sqrt()
-    return torch.cat([users, torch.zeros_like(users[:, :1])], dim=1), torch.cat([items, rest], dim=1)
-
-
 for _model_class in COLLABORATIVE_MODELS.values():
     _model_class.config_class.register_for_auto_class()
     _model_class.register_for_auto_class("AutoModel")

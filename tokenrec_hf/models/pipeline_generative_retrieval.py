@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 from transformers import Pipeline
 from transformers.dynamic_module_utils import custom_object_save
 
-from .embedding_store import EmbeddingStore
+from .codes import RepositoryFolder, fetch_repository
+from .embedding_store import EmbeddingStore, Store
 from .modeling_collaborative import HistoryEncoder
 from .modeling_t5_retrieval import T5ForGenerativeRetrieval
 from .prompts import PromptTemplate
-from .recommender import Recommender, RepositoryFolder, fetch_repository
+from .recommender import Recommender, load_history_encoder
 from .tokenization_tokenrec import TokenRecTokenizer
 
 if TYPE_CHECKING:
@@ -58,14 +59,15 @@ class GenerativeRetrievalPipeline(Pipeline):
         self,
         model: T5ForGenerativeRetrieval,
         tokenizer: TokenRecTokenizer,
-        store: EmbeddingStore | None = None,
+        store: Store | None = None,
         history_encoder: HistoryEncoder | None = None,
         **kwargs: Any,
     ):
         super().__init__(model=model, tokenizer=tokenizer, **kwargs)  # type: ignore[arg-type]
         if store is None:
-            parts = RepositoryFolder(fetch_repository(str(model.name_or_path), revision=model.loaded_revision))
-            store, history_encoder = parts.open_store(), history_encoder or parts.load_history_encoder()
+            folder = fetch_repository(str(model.name_or_path), revision=model.loaded_revision)
+            store = EmbeddingStore.open(RepositoryFolder(folder).store)
+            history_encoder = history_encoder or load_history_encoder(folder)
         self.recommender = Recommender(model, tokenizer, store, history_encoder)
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:  # type: ignore[override]

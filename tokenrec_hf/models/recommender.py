@@ -1,4 +1,4 @@
-"""A trained repository, opened for reading: the names of its parts, its download, and [`Recommender`], which answers from it.
+"""A trained repository, opened for reading: [`Recommender`] answers from it.
 
 Recommending is one query per prompt (Eq. 17-18 of TokenRec, arXiv 2406.10450) and a search for the items nearest to it by
 cosine (Eq. 19). Nothing here changes a repository.
@@ -7,31 +7,19 @@ cosine (Eq. 19). Nothing here changes a repository.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from safetensors import SafetensorError
 
-from .codes import IdIndex
-from .embedding_store import MANIFEST, EmbeddingStore
-from .modeling_collaborative import CollaborativeModel, HistoryEncoder, collaborative_class, load_collaborative
-from .modeling_mq_tokenizer import MQTokenizerModel
+from .codes import RepositoryFolder, check_repository, fetch_repository
+from .embedding_store import EmbeddingStore, Store
+from .modeling_collaborative import HistoryEncoder, collaborative_class, load_collaborative
 from .modeling_t5_retrieval import T5ForGenerativeRetrieval
 from .prompts import HISTORY_ONLY_TEMPLATE, HISTORY_TEMPLATES, USER_ONLY_TEMPLATES, PromptTemplate, render
-from .tokenization_tokenrec import MQ_FOLDERS, TokenRecTokenizer
+from .tokenization_tokenrec import TokenRecTokenizer
 
 if TYPE_CHECKING:
     from typing import TypedDict
@@ -43,169 +31,27 @@ if TYPE_CHECKING:
         score: float
 
 
-STORE, COLLABORATIVE, COMMITTED = "store", "collaborative", ".update-committed"
-# Files without which a folder is not a trained repository.
-REQUIRED = ("config.json", "tokenizer.json", "codes.safetensors", f"{STORE}/{MANIFEST}", "model.safetensors")
-# The files of a trained repository; other files in its folder, such as checkpoints, are ignored.
-CONTENT = (
-    *("*.json", "*.safetensors", "*.py", "README.md", "recipe.yaml", f"{STORE}/*"),
-    *(f"{folder}/*" for folder in MQ_FOLDERS.values()),
-)
-WITH_USERS = (f"{COLLABORATIVE}/*",)
-
-
-class RepositoryFolder:
-    """The names of a trained repository's parts, and how they are opened for reading.
-
-    Args:
-        path: the folder.
-    """
-
-    def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
-        self.store = self.path / STORE
-        self.collaborative = self.path / COLLABORATIVE
-        self.recipe = self.path / "recipe.yaml"
-        self.metrics = self.path / "metrics.json"
-        # Counts of the users and items that were added after training.
-        self.additions = self.path / "additions.json"
-        # Splits, records of finished stages and the selection run; never uploaded.
-        self.training = self.path / "training"
-        # The files of a change that has been decided but not carried out.
-        self.committed = self.path / COMMITTED
-
-    def mq(self, kind: str) -> Path:
-        """The MQ-Tokenizer of `"user"` or `"item"`."""
-        return self.path / MQ_FOLDERS[kind]
-
-    def load_model(self) -> T5ForGenerativeRetrieval:
-        """Loads the T5.
-
-        Raises:
-            ValueError: the weights are damaged.
-        """
-        try:
-            return T5ForGenerativeRetrieval.from_pretrained(self.path)
-        except SafetensorError as error:
-            raise ValueError(
-                f"{self.path / 'model.safetensors'} is damaged ({error}); restore it from a copy or train again."
-            ) from None
-
-    def load_tokenizer(self) -> TokenRecTokenizer:
-        """Loads the tokenizer with its code table."""
-        return TokenRecTokenizer.from_pretrained(self.path)
-
-    def open_store(self) -> EmbeddingStore:
-        """Opens the embedding store."""
-        return EmbeddingStore.open(self.store)
-
-    def load_mq(self, kind: str) -> MQTokenizerModel:
-        """Loads the MQ-Tokenizer of `"user"` or `"item"`."""
-        return MQTokenizerModel.from_pretrained(self.mq(kind))
-
-    def load_collaborative(self) -> tuple[CollaborativeModel, dict[str, IdIndex]]:
-        """Loads the collaborative model and the `"user"` and `"item"` ids of its rows."""
-        return load_collaborative(self.collaborative)
-
-    @property
-    def has_histories(self) -> bool:
-        """Whether a collaborative model is here that computes user vectors from histories."""
-        return self.collaborative.is_dir() and collaborative_class(self.collaborative).users_are_histories
-
-    def load_history_encoder(self) -> HistoryEncoder | None:
-        """Loads the collaborative model as a [`HistoryEncoder`], or returns None if it is absent or has a vector per user."""
-        if not self.has_histories:
-            return None
-        model, ids = self.load_collaborative()
-        return HistoryEncoder(model, ids["item"])
-
-
-def fetch_repository(name: str | os.PathLike, *, revision: str | None = None, token: str | bool | None = None) -> Path:
-    """The folder of a trained repository, downloaded from the Hub if `name` is not a local folder.
-
-    Args:
-        name: a folder, or the id of a Hub repository.
-        revision: branch, tag or commit of the Hub repository.
-        token: Hub token; by default the one that is logged in.
+def load_model(folder: str | os.PathLike) -> T5ForGenerativeRetrieval:
+    """Loads the T5 of a trained repository.
 
     Raises:
-        FileNotFoundError: there is no such folder and no such repository, or the Hub cannot be reached and the repository is not
-            in the cache.
-        OSError: the Hub refuses the download.
+        ValueError: the weights are damaged.
     """
-    if Path(name).is_dir():
-        return Path(name)
-    with hub_errors(str(name), revision):
-        try:
-            allowed = [*CONTENT, *WITH_USERS]
-            return Path(snapshot_download(str(name), revision=revision, token=token, allow_patterns=allowed))
-        except HFValidationError:
-            raise FileNotFoundError(
-                f"there is no folder {name}, and no Hub repository can have that name; train one with `tokenrec train "
-                f"--output_dir {name}` or check the path."
-            ) from None
-
-
-def check_repository(folder: str | os.PathLike) -> None:
-    """Checks that a folder holds a finished trained repository.
-
-    Raises:
-        FileNotFoundError: a part is missing; the message names it and the remedy.
-        ValueError: a change of the repository was interrupted.
-    """
-    parts = RepositoryFolder(folder)
-    if not parts.path.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}; train one with `tokenrec train --output_dir {folder}`.")
-    if parts.committed.is_dir():
-        raise ValueError(
-            f"a change of {folder} was interrupted or is under way; if no other process changes it, open it once with "
-            "`Repository(folder)` or any `tokenrec` command to finish the change."
-        )
-    unfinished = parts.training.is_dir()
-    # The metrics are written last.
-    needed = [parts.path / name for name in REQUIRED] + [parts.metrics] * unfinished
-    for path in needed:
-        if not path.is_file():
-            if unfinished:
-                advice = "training has not finished; run the same `tokenrec train` again to continue"
-            else:
-                advice = "it is no trained repository; give the --output_dir of `tokenrec train`"
-            raise FileNotFoundError(f"{folder} has no {path.relative_to(parts.path)}: {advice}.")
-
-
-@contextmanager
-def hub_errors(name: str, revision: str | None) -> Iterator[None]:
-    """Turns the errors of the Hub's client into one sentence each."""
     try:
-        yield
-    except RevisionNotFoundError:
-        raise FileNotFoundError(
-            f"the Hub repository {name} has no revision {revision!r}; see its branches and tags."
+        return T5ForGenerativeRetrieval.from_pretrained(folder)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{Path(folder) / 'model.safetensors'} is damaged ({error}); restore it from a copy or train again."
         ) from None
-    except RepositoryNotFoundError:
-        raise FileNotFoundError(
-            f"there is no folder {name} here, and on the Hub no repository of that name that your token may read; check the "
-            "name, or log in with `hf auth login`."
-        ) from None
-    except LocalEntryNotFoundError:
-        raise FileNotFoundError(
-            f"there is no folder {name} here, it has not been downloaded before, and the Hub cannot be reached; connect, or "
-            "unset HF_HUB_OFFLINE."
-        ) from None
-    except HFValidationError as error:
-        raise ValueError(f"{name!r} is no name for a Hub repository ({error}); give it as organisation/name.") from None
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        advice = "log in with `hf auth login` and a token that may write there" if status in (401, 403) else "try again"
-        raise OSError(
-            f"the Hub refused {name} with status {status} ({error.server_message or error}); {advice}."
-        ) from None
-    except (OfflineModeIsEnabled, HTTPError, RuntimeError) as error:
-        # The client raises RuntimeError for an interrupted upload.
-        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise OSError(
-            f"the Hub could not be reached for {name} ({reason}); connect, unset HF_HUB_OFFLINE, or try again."
-        ) from error
+
+
+def load_history_encoder(folder: str | os.PathLike) -> HistoryEncoder | None:
+    """Loads the collaborative model as a [`HistoryEncoder`], or returns None if it is absent or has a vector per user."""
+    source = RepositoryFolder(folder).collaborative
+    if not source.is_dir() or not collaborative_class(source).users_are_histories:
+        return None
+    model, ids = load_collaborative(source)
+    return HistoryEncoder(model, ids["item"])
 
 
 class Recommender:
@@ -225,7 +71,7 @@ class Recommender:
         self,
         model: T5ForGenerativeRetrieval,
         tokenizer: TokenRecTokenizer,
-        store: EmbeddingStore,
+        store: Store,
         history_encoder: HistoryEncoder | None = None,
     ):
         for kind, space_id in tokenizer.space_ids.items():
@@ -245,7 +91,7 @@ class Recommender:
         *,
         revision: str | None = None,
         token: str | bool | None = None,
-        store: EmbeddingStore | None = None,
+        store: Store | None = None,
     ) -> Recommender:
         """Opens a trained repository.
 
@@ -260,10 +106,10 @@ class Recommender:
             OSError: the Hub refuses the download.
             ValueError: its parts are damaged or do not belong together, or a change of it was interrupted.
         """
-        parts = RepositoryFolder(fetch_repository(name, revision=revision, token=token))
-        check_repository(parts.path)
-        tokenizer, encoder = parts.load_tokenizer(), parts.load_history_encoder()
-        return cls(parts.load_model(), tokenizer, store or parts.open_store(), encoder)
+        folder = fetch_repository(name, revision=revision, token=token)
+        check_repository(folder)
+        store = store or EmbeddingStore.open(RepositoryFolder(folder).store)
+        return cls(load_model(folder), TokenRecTokenizer.from_pretrained(folder), store, load_history_encoder(folder))
 
     def recommend(
         self,

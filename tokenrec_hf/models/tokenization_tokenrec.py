@@ -24,12 +24,11 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer
 from transformers import TokenizersBackend
 
-from .codes import MAX_ID_LENGTH, CodeTable, IdIndex, check_ids, load_tables, save_tables
+from .codes import MAX_ID_LENGTH, MQ_FOLDERS, CodeTable, IdIndex, check_ids, load_tables, save_tables
 from .prompts import PromptTemplate
 
 LETTERS = {"user": "u", "item": "v"}
-# Folders of the MQ-Tokenizers in a trained repository.
-MQ_FOLDERS = {"user": "mq_user", "item": "mq_item"}
+
 T5_MAX_LENGTH = 512
 
 # "superuser_03" and "multi-item_list" name nobody, and what is already expanded stays as it is. The second group is the

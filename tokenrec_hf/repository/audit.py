@@ -1,17 +1,13 @@
-"""The leak audit: whether anything of a trained repository has seen the items that it is measured on.
+"""The leak audit: whether any part of a trained repository has seen its held-out items.
 
-Looks at what is in the files, not at how they are said to have come about: the splits, the edges of the collaborative model,
-the seen items and vectors of the store, the codes of the tokenizer, and the prompts that evaluation asks with. What cannot be
-told from the files is said to be so. Section III-A of TokenRec (arXiv 2406.10450) is the protocol.
+The audit reads the content of the files, not the records of their making: the splits, the edges of the collaborative model,
+the seen items and vectors of the store, the codes of the tokenizer, and the prompts of the evaluation. A check is undecided
+where the files do not suffice. Section III-A of TokenRec (arXiv 2406.10450) is the protocol.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,32 +15,32 @@ from datasets import DatasetDict
 
 from ..data.collator import PromptDataset
 from ..data.splits import SPLITS, fingerprint, index_splits
-from ..evaluation.ranking import TEMPLATES, evaluation_collator
-from ..models.codes import IdIndex, read_json
-from ..models.embedding_store import EmbeddingStore
-from ..models.modeling_collaborative import augment_norm, load_collaborative
+from ..evaluation.ranking import evaluation_collator
+from ..evaluation.variants import VARIANTS
+from ..models.codes import COLLABORATIVE, IdIndex, check_repository, read_json
+from ..models.embedding_store import KINDS, EmbeddingStore
+from ..models.modeling_collaborative import load_collaborative
 from ..models.modeling_mq_tokenizer import MQTokenizerModel
-from ..models.recommender import check_repository
 from ..models.tokenization_tokenrec import TokenRecTokenizer
-from ..training.recipe import load_recipe
-from .build import load_splits
-from .update import ADDITIONS
+from ..training.closed_forms import augment_norm
+from ..training.recipe import Recipe
+from .repository import REFIT, SELECTION, Repository
 
-KINDS = ("user", "item")
-# Relative error of a vector: what the square root of `augment_norm` makes of rounding stays under it.
+# Relative error of a vector; the square root of `augment_norm` turns rounding errors into less than this.
 TOLERANCE = 1e-3
+# Prompts that are decoded at once.
 BATCH = 1024
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """The result of a check.
 
     Args:
-        run: `data`, or the run whose files were looked at, `selection` or `refit`.
+        run: `data`, or the run of the checked files, `selection` or `refit`.
         name: `splits`, `order`, `fingerprint`, `collaborative`, `seen`, `vectors`, `codes` or `prompts`.
-        passed: `None` where the files cannot tell.
-        finding: one sentence: what was compared, how many rows, and what was found.
+        passed: None where the files do not suffice to decide.
+        finding: one sentence with the compared parts, the number of rows and the result.
     """
 
     run: str
@@ -53,34 +49,37 @@ class Check:
     finding: str
 
 
-def audit(folder: str | os.PathLike) -> list[Check]:
-    """Checks that nothing in a trained repository has seen its held-out items.
+def audit(repository: Repository) -> list[Check]:
+    """Checks that no part of a trained repository has seen its held-out items.
 
-    After `tokenrec add`, a repository may know more than the training did, but still none of the held-out items; after
-    `tokenrec remove`, what cannot be compared any more is said to be so.
+    After an addition, a repository may know more than the training interactions, but none of the held-out items. Comparisons
+    that an addition or a removal has made impossible are undecided.
 
     Args:
-        folder: what `tokenrec train` wrote.
+        repository: a finished repository with its folder `training`, which repositories from the Hub do not have.
 
     Raises:
-        FileNotFoundError: it is no finished repository, or without the folder `training`, such as one from the Hub.
+        FileNotFoundError: the repository is unfinished, or without the folder `training`.
         ValueError: a file is damaged.
     """
-    folder = Path(folder)
-    check_repository(folder)
-    splits = load_splits(folder)
-    run = read_json(folder / "training" / "run.json")
-    data = _Data(splits)
-    # Not that of run.json, which may leave settings to be chosen on validation.
-    recipe = load_recipe(config=folder / "recipe.yaml")
-    users_removed = len(data.index["user"]) < read_json(folder / "metrics.json")["users"]
+    check_repository(repository.folder)
+    data, run = _Data(repository.splits()), read_json(repository.record("run"))
+    users_removed = len(data.index["user"]) < repository.metrics["users"]
     checks = [_splits(data), _order(data), _fingerprint(data, run["data"], users_removed)]
-    parts = [("selection", folder, ["validation", "test"])]
+    parts = [(SELECTION, repository, ["validation", "test"])]
     if run["refit"]:
-        parts = [("selection", folder / "training" / "selection", ["validation"]), ("refit", folder, ["test"])]
+        parts = [(SELECTION, Repository(repository.selection), ["validation"]), (REFIT, repository, ["test"])]
     for name, place, evaluated in parts:
-        record = read_json(folder / "training" / f"{name}.json")["collaborative"]
-        checks += _Run(name, place, recipe, data, record, users_removed).checks(evaluated)
+        record = read_json(repository.record(name))[COLLABORATIVE].get("trained_on")
+        # The recipe of the repository has no `auto` any more, that of the run may.
+        files = _RunFiles(name, place, data, augmented=repository.recipe.collaborative.augment_norm)
+        checks += [
+            files.collaborative(record, users_removed),
+            files.seen(),
+            files.vectors(users_removed),
+            files.codes(),
+        ]
+        checks += [files.prompts(split, repository.recipe) for split in evaluated]
     return checks
 
 
@@ -88,34 +87,33 @@ class _Data:
     """The splits in rows; a pair is one number, user row * number of items + item row.
 
     Args:
-        splits: as [`load_splits`] gives them.
+        splits: the three splits.
     """
 
     def __init__(self, splits: DatasetDict):
         self.splits = splits
-        self.names = {name: {kind: splits[name][f"{kind}_id"][:] for kind in KINDS} for name in SPLITS}
+        names = {split: {kind: splits[split][f"{kind}_id"][:] for kind in KINDS} for split in SPLITS}
         self.index = {
-            kind: IdIndex(dict.fromkeys(one for name in SPLITS for one in self.names[name][kind]), kind)
+            kind: IdIndex(dict.fromkeys(name for split in SPLITS for name in names[split][kind]), kind)
             for kind in KINDS
         }
-        self.rows = {
-            name: {kind: self.index[kind].rows(columns[kind]) for kind in KINDS} for name, columns in self.names.items()
-        }
+        self.rows = {split: {kind: self.index[kind].rows(names[split][kind]) for kind in KINDS} for split in SPLITS}
+        self.fingerprint = fingerprint(*(names[split][kind] for split in SPLITS for kind in KINDS))
 
     def pairs(self, *names: str) -> np.ndarray:
         """The pairs of splits, int64 `[n]`, in their order."""
         return np.concatenate([self.keys(*self.rows[name].values()) for name in names])
 
     def keys(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
-        """The pairs of rows; -1 where the data know the user or the item not."""
+        """The pairs of rows; -1 where the user or item is unknown."""
         return np.where((users < 0) | (items < 0), -1, users * len(self.index["item"]) + items)
 
     def user(self, row: int) -> str:
-        """The user as a message names it."""
+        """The user, for messages."""
         return f"user {self.index['user'][int(row)]!r}"
 
     def named(self, pair: int) -> str:
-        """A pair as a message names it."""
+        """A pair, for messages."""
         user, item = divmod(int(pair), len(self.index["item"]))
         return f"{self.user(user)} and item {self.index['item'][item]!r}"
 
@@ -154,12 +152,12 @@ def _splits(data: _Data) -> Check:
 
 
 def _order(data: _Data) -> Check:
-    """Whether the test item is a user's last one, the validation item the one before, and the rest in order."""
+    """Whether the test item is a user's last, the validation item the last but one, and the rest in order."""
     users = np.concatenate([data.rows[name]["user"] for name in SPLITS])
     if "timestamp" not in data.splits["train"].column_names:
         finding = (
-            f"the {len(users)} interactions have no timestamps: the order in which they were read was taken for that of time, and "
-            "whether it is cannot be told from the files."
+            f"the {len(users)} interactions have no timestamps: they were taken to be in time order, which the files cannot "
+            "confirm."
         )
         return Check("data", "order", None, finding)
     times = np.concatenate([np.asarray(data.splits[name]["timestamp"][:]) for name in SPLITS])
@@ -173,106 +171,109 @@ def _order(data: _Data) -> Check:
         )
     else:
         finding = (
-            f"by the timestamps of {len(users)} interactions, every user's test item is the last one, the validation item the "
-            "one before, and what is trained on is in order."
+            f"by the timestamps of {len(users)} interactions, every user's test item is the last, the validation item the last "
+            "but one, and the training interactions are in order."
         )
     return Check("data", "order", not len(back), finding)
 
 
 def _fingerprint(data: _Data, expected: str, users_removed: bool) -> Check:
-    """Whether the splits are those that the training was given."""
-    rows = sum(len(data.names[name]["user"]) for name in SPLITS)
-    if fingerprint(*(data.names[name][kind] for name in SPLITS for kind in KINDS)) == expected:
-        passed, finding = True, "have the fingerprint that was taken before the training"
-    elif users_removed:
-        passed, finding = None, "cannot be compared with those of the training, because users were removed since"
-    else:
-        passed, finding = False, "are not those of the training, whose fingerprint is another one"
-    return Check("data", "fingerprint", passed, f"the {rows} interactions of the three splits {finding}.")
+    """Whether the splits are those of the training."""
+    passed: bool | None = data.fingerprint == expected
+    finding = "have the fingerprint that was taken before the training"
+    if not passed and users_removed:
+        passed, finding = None, "cannot be compared with those of the training, because users have been removed"
+    elif not passed:
+        finding = "have another fingerprint than those of the training"
+    return Check(
+        "data", "fingerprint", passed, f"the {len(data.pairs(*SPLITS))} interactions of the three splits {finding}."
+    )
 
 
 # The files of a run ---------------------------------------------------------------------------------------------------
 
 
-class _Run:
-    """What one run of the training has left.
+class _RunFiles:
+    """The files of one run of the training.
 
     Args:
-        run: `selection` or `refit`.
-        folder: of its model, tokenizer and store.
-        recipe: its recipe.
+        run: `SELECTION` or `REFIT`.
+        repository: its model, tokenizer and store.
         data: all interactions.
-        record: what the training noted of the collaborative model.
-        users_removed: whether users were removed since.
+        augmented: whether the vectors have the coordinate of `augment_norm`.
     """
 
-    def __init__(self, run: str, folder: Path, recipe, data: _Data, record: Mapping[str, Any], users_removed: bool):
-        self.run, self.folder, self.recipe, self.data, self.record = run, folder, recipe, data, record
-        self.users_removed, self.added = users_removed, (folder / ADDITIONS).is_file()
-        self.trained = ("train",) if run == "selection" else ("train", "validation")
-        self.held_out = tuple(split for split in SPLITS if split not in self.trained)
-        self.store, self.tokenizer = EmbeddingStore.open(folder / "store"), TokenRecTokenizer.from_pretrained(folder)
-        self.model, self.ids = load_collaborative(folder / "collaborative")
-
-    def checks(self, evaluated: Sequence[str]) -> list[Check]:
-        """All of them; `evaluated` are the splits that this model is evaluated on."""
-        files = [self._collaborative(), self._seen(), self._vectors(), self._codes()]
-        return files + [self._prompts(split) for split in evaluated]
+    def __init__(self, run: str, repository: Repository, data: _Data, augmented: bool):
+        self.run, self.parts, self.data, self.augmented = run, repository.parts, data, augmented
+        self.added = self.parts.additions.is_file()
+        self.trained = SPLITS[: 1 if run == SELECTION else 2]
+        self.held_out = SPLITS[len(self.trained) :]
+        self.store, self.tokenizer = (
+            EmbeddingStore.open(self.parts.store),
+            TokenRecTokenizer.from_pretrained(self.parts.path),
+        )
+        self.model, self.ids = load_collaborative(self.parts.collaborative)
 
     def _check(self, name: str, passed: bool | None, finding: str) -> Check:
         return Check(self.run, name, passed, finding)
 
-    def _collaborative(self) -> Check:
-        """Whether the collaborative model was trained on exactly the interactions it may know."""
+    def collaborative(self, recorded: str | None, users_removed: bool) -> Check:
+        """Whether the collaborative model was trained on exactly the training interactions.
+
+        Args:
+            recorded: the fingerprint of the interactions in the record of the training.
+            users_removed: whether users have been removed since.
+        """
         if (edges := self.model.interactions()) is not None:
             rows = {kind: self.data.index[kind].rows(self.ids[kind].ids()) for kind in KINDS}
-            edges = rows["user"][edges[0]], rows["item"][edges[1]]
-            return self._same_pairs("collaborative", "the edges of the model", self.data.keys(*edges))
-        # Sorted by user as the training has them, each user's in time order.
+            pairs = self.data.keys(rows["user"][edges[0]], rows["item"][edges[1]])
+            return self._same_pairs(COLLABORATIVE, "the edges of the model", pairs)
+        # By user as in the training, each user's in time order.
         users, items = (np.concatenate([self.data.rows[split][kind] for split in self.trained]) for kind in KINDS)
         order = np.argsort(users, kind="stable")
         mine = fingerprint(self.data.index["user"].ids(users[order]), self.data.index["item"].ids(items[order]))
-        known = f"matrix factorisation keeps no edges; that it was trained on the {len(users)} pairs of {' + '.join(self.trained)}"
-        recorded = self.record.get("trained_on")
+        known = f"the model keeps no edges; its training on the {len(users)} pairs of {' + '.join(self.trained)}"
         if recorded == mine:
-            return self._check("collaborative", True, f"{known} is what the record of the training says.")
-        if recorded is None or self.users_removed:
-            return self._check("collaborative", None, f"{known} cannot be told, because there is no record of these.")
-        return self._check("collaborative", False, f"{known} is not what the record of the training says.")
+            return self._check(COLLABORATIVE, True, f"{known} is what the record of the training says.")
+        if recorded is None or users_removed:
+            return self._check(
+                COLLABORATIVE, None, f"{known} cannot be confirmed, because there is no record of these pairs."
+            )
+        return self._check(COLLABORATIVE, False, f"{known} is not what the record of the training says.")
 
-    def _seen(self) -> Check:
-        """Whether the seen items, which are never recommended, are exactly those of the training."""
+    def seen(self) -> Check:
+        """Whether the seen items, which are never recommended, are exactly the training interactions."""
         users = self.store.ids("user")
         lists = self.store.seen(users)
-        rows = np.repeat(self.data.index["user"].rows(users), [len(one) for one in lists])
-        items = self.data.index["item"].rows([item for one in lists for item in one])
+        rows = np.repeat(self.data.index["user"].rows(users), [len(items) for items in lists])
+        items = self.data.index["item"].rows([item for items in lists for item in items])
         return self._same_pairs("seen", "the seen items of the store", self.data.keys(rows, items))
 
-    def _same_pairs(self, name: str, what: str, found: np.ndarray) -> Check:
-        """Whether `found` `[n]` are the pairs of the training, each once, and more only where something was added since."""
+    def _same_pairs(self, name: str, source: str, found: np.ndarray) -> Check:
+        """Whether `found` `[n]` are the training pairs, each once; further pairs are allowed after an addition."""
         expected, held_out = self.data.pairs(*self.trained), self.data.pairs(*self.held_out)
         trained, never = " + ".join(self.trained), " and ".join(self.held_out)
         leaked, missing = np.intersect1d(found, held_out), np.setdiff1d(expected, found)
         more = len(found) - len(np.intersect1d(found, expected))
         if len(leaked):
             finding = (
-                f"{what} hold {len(leaked)} of the {len(held_out)} pairs of {never}, such as {self.data.named(leaked[0])}"
-                f"{', perhaps added after the training: then what was measured before still holds' * self.added}."
+                f"{source} hold {len(leaked)} of the {len(held_out)} pairs of {never}, such as {self.data.named(leaked[0])}"
+                f"{', perhaps added after the training: then earlier measurements still hold' * self.added}."
             )
         elif len(missing):
-            finding = f"{what} lack {len(missing)} of the {len(expected)} pairs of {trained}, such as {self.data.named(missing[0])}."
+            finding = f"{source} lack {len(missing)} of the {len(expected)} pairs of {trained}, such as {self.data.named(missing[0])}."
         elif more and not self.added:
-            finding = f"{what} are {len(found)} pairs, {more} more than the {len(expected)} of {trained}, and nothing was added since."
+            finding = f"{source} are {len(found)} pairs, {more} more than the {len(expected)} of {trained}, and nothing was added since."
         else:
             others = f" and {more} that were added after the training" if more else ", no more and no fewer"
-            finding = f"{what} are the {len(expected)} pairs of {trained}{others}, and none of the {len(held_out)} of {never}."
+            finding = f"{source} are the {len(expected)} pairs of {trained}{others}, and none of the {len(held_out)} of {never}."
             return self._check(name, True, finding)
         return self._check(name, False, finding)
 
-    def _vectors(self) -> Check:
-        """Whether the vectors of the store are those that the collaborative model gives."""
+    def vectors(self, users_removed: bool) -> Check:
+        """Whether the vectors of the store are those of the collaborative model."""
         vectors = self.model.user_embeddings(), self.model.item_embeddings()
-        if self.recipe["collaborative"]["augment_norm"]:
+        if self.augmented:
             vectors = augment_norm(*vectors)
         compared, wrong, foreign = 0, [], []
         for kind, expected in zip(KINDS, vectors):
@@ -287,29 +288,27 @@ class _Run:
             compared += len(expected)
         if wrong:
             finding = (
-                f"the vectors of {len(wrong)} of {compared} users and items, such as {wrong[0]}, are not those that the "
-                "collaborative model gives"
+                f"the vectors of {len(wrong)} of {compared} users and items, such as {wrong[0]}, are not those of the "
+                "collaborative model"
             )
         elif foreign and not self.added:
             finding = f"{len(foreign)} users and items of the store, such as {foreign[0]}, are unknown to the collaborative model"
         else:
-            newcomers = f"; {len(foreign)} were added after the training" if foreign else ""
-            finding = (
-                f"the vectors of {compared} users and items are those that the collaborative model gives{newcomers}."
-            )
+            others = f"; {len(foreign)} were added after the training" if foreign else ""
+            finding = f"the vectors of {compared} users and items are those of the collaborative model{others}."
             return self._check("vectors", True, finding)
         if self.added:
             return self._check("vectors", None, f"{finding}; vectors were added after the training.")
-        if self.users_removed:
+        if users_removed:
             return self._check("vectors", None, f"{finding}; users were removed after the training, with their edges.")
         return self._check("vectors", False, f"{finding}, and nothing was added since.")
 
-    def _codes(self) -> Check:
-        """Whether the codes of the tokenizer are those that the MQ-Tokenizers give for the vectors of the store."""
-        t5_spaces = read_json(self.folder / "config.json")["space_ids"]
+    def codes(self) -> Check:
+        """Whether the codes of the tokenizer are those of the MQ-Tokenizers for the vectors of the store."""
+        t5_spaces = read_json(self.parts.path / "config.json")["space_ids"]
         compared, wrong = 0, []
         for kind in KINDS:
-            mq = MQTokenizerModel.from_pretrained(self.folder / f"mq_{kind}")
+            mq = MQTokenizerModel.from_pretrained(self.parts.mq(kind))
             spaces = {self.tokenizer.space_ids[kind], self.store.space_ids[kind], t5_spaces[kind]}
             ids = self.store.ids(kind)
             if spaces != {mq.space_id}:
@@ -326,19 +325,19 @@ class _Run:
             unlike = (codes != mq.encode(self.store.vectors(kind))).any(dim=1).nonzero()[:, 0]
             wrong += [f"{kind} {ids[row]!r}" for row in unlike.tolist()]
             compared += len(ids)
-        gives = "those that the MQ-Tokenizers, which have the space_id of tokenizer, store and T5, give for the vectors"
+        gives = "those of the vectors by the MQ-Tokenizers, which have the space_id of tokenizer, store and T5"
         if wrong:
             finding = f"the codes of {len(wrong)} of {compared} users and items, such as {wrong[0]}, are not {gives}."
         else:
             finding = f"the codes of {compared} users and items are {gives}."
         return self._check("codes", not wrong, finding)
 
-    def _prompts(self, split: str) -> Check:
-        """Whether each item that a prompt of evaluation names is one that the user had before the one asked for."""
+    def prompts(self, split: str, recipe: Recipe) -> Check:
+        """Whether the evaluation prompts name only items of the user's history before the held-out item."""
         asked, before = self.data.rows[split], SPLITS[: SPLITS.index(split)]
-        prompts, users, codes = self._prompted(split)
+        prompts, users, codes = self._prompted(split, recipe)
         own = self.tokenizer.codes("item", self.data.index["item"].ids())
-        # A prompt names codes, which several items may share: it may name them as often as the history has such items.
+        # A prompt names codes, which several items may share: as often as there are such items in the history.
         _, group = np.unique(np.concatenate([own, codes]), axis=0, return_inverse=True)
         group, groups = group.reshape(-1), group.max() + 1
         of_item, of_named = group[: len(own)], group[len(own) :]
@@ -350,7 +349,7 @@ class _Run:
         foreign = np.unique(named[times > np.where(allowed[at] == named, most[at], 0)])
         leaked = np.intersect1d(foreign, asked["user"] * groups + of_item[asked["item"]])
         asks = (
-            f"{len(TEMPLATES)} kinds of prompts for {len(asked['user'])} users, made by the collator and decoded, name"
+            f"{len(VARIANTS)} kinds of prompts for {len(asked['user'])} users, made by the collator and decoded, name"
         )
         if len(leaked):
             finding = (
@@ -362,16 +361,18 @@ class _Run:
                 f"{self.data.user(foreign[0] // groups)}."
             )
         else:
-            finding = f"{asks} {len(codes)} items, all from the user's history before the {split} item, and never that."
+            finding = (
+                f"{asks} {len(codes)} items, all from the user's history before the {split} item, and never this item."
+            )
         return self._check("prompts", not len(foreign), finding)
 
-    def _prompted(self, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The items that the prompts of all variants of evaluation name: prompt, user row, int64 `[n]`, and codes `[n, K]`."""
+    def _prompted(self, split: str, recipe: Recipe) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The items in the prompts of all variants: number of the prompt, user row, int64 `[n]`, and codes `[n, K]`."""
         given = index_splits(self.data.splits, split)
         holdout, token_ids = given.holdout, self.tokenizer.code_token_ids("item")
         found: list[tuple[np.ndarray, np.ndarray]] = []
-        for number, templates in enumerate(TEMPLATES.values()):
-            collator = evaluation_collator(self.tokenizer, given, self.recipe, templates)
+        for number, variant in enumerate(VARIANTS.values()):
+            collator = evaluation_collator(self.tokenizer, given, recipe, variant.templates)
             examples = PromptDataset(holdout.users, holdout.targets)
             for start in range(0, len(examples), BATCH):
                 rows = range(start, min(start + BATCH, len(examples)))
@@ -383,14 +384,14 @@ class _Run:
 
 
 def named_items(prompts: np.ndarray, token_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The items that prompts name, read back from their tokens.
+    """The items in prompts, decoded from their tokens.
 
     Args:
         prompts: int64 `[B, T]`.
         token_ids: the vocabulary id of each code token of items, int64 `[K, L]`.
 
     Returns:
-        The prompt of each item, int64 `[n]`, and its codes, int64 `[n, K]`; -1 where the tokens of an item are not whole.
+        The prompt of each item, int64 `[n]`, and its codes, int64 `[n, K]`; -1 where tokens of an item are missing.
     """
     books, size = token_ids.shape
     book = np.full(max(prompts.max(), token_ids.max()) + 1, -1)

@@ -1,31 +1,28 @@
-"""The card of a trained repository: what it is, how to use it and how good it is, from nothing but what was measured."""
+"""The model card of a trained repository, made from its measurements and settings alone."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from ..evaluation.variants import LABELS, SHOWN
+from ..models.codes import atomic_write, read_json
 from ..models.embedding_store import EmbeddingStore
+from ..training.recipe import Recipe, Setting
+from .repository import Repository
 
 TEMPLATE = Path(__file__).parents[1] / "assets" / "model_card.md"
 MARK = "<!-- Made by tokenrec."
 TASK = "generative-retrieval"
-METHODS = {
-    "popularity": "popularity",
-    "collaborative": "collaborative model, dot product",
-    "tokenrec": "**TokenRec**",
-    "tokenrec_user_id_only": "TokenRec, user id only",
-    "tokenrec_unseen_prompt": "TokenRec, unseen prompt",
-    "tokenrec_history_only": "TokenRec, history only",
-}
-SHOWN = ("hr@10", "hr@20", "ndcg@20")
+REFIT_NOTE = (
+    " The lengths of training were chosen on validation; the model of this repository was then trained once more on training "
+    "and validation interactions, and tested."
+)
 STATISTICS = {
     "usage": "codewords used",
     "perplexity": "perplexity",
@@ -34,22 +31,24 @@ STATISTICS = {
 }
 
 
-def model_card(folder: str | os.PathLike, repo_id: str | None = None) -> str:
+def model_card(repository: Repository, repo_id: str | None = None) -> str:
     """The text of the card.
 
     Args:
-        folder: a finished trained repository.
-        repo_id: its name on the Hub, for the code that the card shows; by default that of the folder.
+        repository: a finished repository.
+        repo_id: its name on the Hub, for the code example; by default the name of the folder.
 
     Raises:
-        FileNotFoundError: the folder is no finished repository.
+        FileNotFoundError: the repository is unfinished.
     """
-    folder = Path(folder)
-    metrics, tokenizer = (_read(folder / name) for name in ("metrics.json", "tokenizer_config.json"))
-    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-    tested = metrics.get("test") or metrics["validation"]
-    name = repo_id or folder.resolve().name
-    codebooks = tokenizer["codebooks"]
+    if not repository.parts.metrics.is_file():
+        raise FileNotFoundError(
+            f"there is no {repository.parts.metrics} to make a model card from; finish `tokenrec train` first."
+        )
+    metrics, recipe = repository.metrics, repository.recipe
+    codebooks = read_json(repository.folder / "tokenizer_config.json")["codebooks"]
+    tested = (metrics.get("test") or metrics["validation"])["tokenrec"]
+    name = repo_id or repository.folder.resolve().name
     text = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=name.rstrip("/").split("/")[-1],
         name=name,
@@ -59,40 +58,39 @@ def model_card(folder: str | os.PathLike, repo_id: str | None = None) -> str:
         num_interactions=metrics["interactions"],
         user_codes="K={}, L={}".format(*codebooks["user"]),
         item_codes="K={}, L={}".format(*codebooks["item"]),
-        history=json.dumps(EmbeddingStore.open(folder).ids("item")[:2], ensure_ascii=False),
-        refit=_refit(metrics),
+        history=json.dumps(EmbeddingStore.open(repository.parts.store).ids("item")[:2], ensure_ascii=False),
+        refit=REFIT_NOTE if metrics["refit"] else "",
         results=_results(metrics),
         codes=_codes(metrics["codes"]),
         recipe=metrics["recipe"],
         seed=metrics["seed"],
         epochs=", ".join(f"{stage} {count:g}" for stage, count in metrics["epochs"].items()),
         settings=_settings(recipe),
-        popularity=f"{tested['tokenrec']['popularity@20']:.4f}",
-        coverage=f"{tested['tokenrec']['coverage@20']:.4f}",
+        popularity=f"{tested['popularity@20']:.4f}",
+        coverage=f"{tested['coverage@20']:.4f}",
     )
     return f"---\n{_metadata(metrics, recipe, name).to_yaml()}\n---\n\n{text}"
 
 
-def write_model_card(folder: str | os.PathLike, repo_id: str | None = None) -> Path:
-    """Writes the card of a finished trained repository to its README.md, whole or not at all; a card of one's own stays.
+def write_model_card(repository: Repository, repo_id: str | None = None) -> Path:
+    """Writes the card of a finished repository to its README.md; a README without the mark of a made card stays.
 
     Args:
-        folder: the repository.
+        repository: the repository.
         repo_id: as in [`model_card`].
 
     Returns:
         The file.
     """
-    path = Path(folder) / "README.md"
+    path = repository.folder / "README.md"
     if not path.is_file() or MARK in path.read_text(encoding="utf-8"):
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(model_card(folder, repo_id), encoding="utf-8")
-        temporary.replace(path)
+        with atomic_write(path) as temporary:
+            temporary.write_text(model_card(repository, repo_id), encoding="utf-8")
     return path
 
 
-def _metadata(metrics: Mapping[str, Any], recipe: Mapping[str, Any], name: str) -> ModelCardData:
-    backbone, split = recipe["retrieval"]["backbone"], "test" if metrics.get("test") else "validation"
+def _metadata(metrics: Mapping[str, Any], recipe: Recipe, name: str) -> ModelCardData:
+    backbone, split = recipe.retrieval.backbone, "test" if metrics.get("test") else "validation"
     results = [
         EvalResult(
             task_type=TASK,
@@ -105,15 +103,14 @@ def _metadata(metrics: Mapping[str, Any], recipe: Mapping[str, Any], name: str) 
         )
         for key in SHOWN
     ]
-    # A folder is nobody else's base model.
-    base_model = backbone if backbone and not Path(backbone).exists() else None
     return ModelCardData(
         model_name=name.rstrip("/").split("/")[-1],
         library_name="transformers",
         pipeline_tag=TASK,
         tags=["tokenrec", "recommendation", TASK],
         datasets=[_dataset(metrics)],
-        base_model=base_model,
+        # A local folder means nothing on the Hub.
+        base_model=backbone if backbone and not Path(backbone).exists() else None,
         eval_results=results,
     )
 
@@ -122,21 +119,12 @@ def _dataset(metrics: Mapping[str, Any]) -> str:
     return metrics["dataset"].rstrip("/")
 
 
-def _refit(metrics: Mapping[str, Any]) -> str:
-    if not metrics["refit"]:
-        return ""
-    return (
-        " Lengths of training were chosen on validation; the model of this repository was then trained once more on training "
-        "and validation interactions, and tested."
-    )
-
-
 def _results(metrics: Mapping[str, Any]) -> str:
     splits = [split for split in ("validation", "test") if metrics.get(split)]
     header = ["", *(f"{split} {key.upper()}" for split in splits for key in SHOWN)]
     rows = [
-        [label, *(f"{metrics[split][method][key]:.4f}" for split in splits for key in SHOWN)]
-        for method, label in METHODS.items()
+        [label, *(f"{metrics[split][row][key]:.4f}" for split in splits for key in SHOWN)]
+        for row, label in LABELS.items()
     ]
     return _table([header, *rows])
 
@@ -146,27 +134,21 @@ def _codes(codes: Mapping[str, Mapping[str, float]]) -> str:
     return _table([["", *STATISTICS.values()], *rows])
 
 
-def _settings(recipe: Mapping[str, Any]) -> str:
-    """The settings that matter most, one a row."""
-    collaborative, quantiser, retrieval = recipe["collaborative"], recipe["mq_tokenizer"], recipe["retrieval"]
+def _settings(recipe: Recipe) -> str:
+    """The most important settings, a row for each stage."""
+    collaborative, retrieval = recipe.collaborative, recipe.retrieval
     rows = [
-        ["collaborative model", f"{collaborative['model']}, {_pairs(collaborative['config'])}"],
-        ["MQ-Tokenizers", _pairs(quantiser["config"])],
-        ["T5", f"{retrieval['backbone'] or 'from scratch'}, {_pairs(retrieval['config'])}"],
+        ["collaborative model", f"{collaborative.model}, {_pairs(collaborative.config)}"],
+        ["MQ-Tokenizers", _pairs(recipe.mq_tokenizer.config)],
+        ["T5", f"{retrieval.backbone or 'from scratch'}, {_pairs(retrieval.config)}"],
     ]
     return _table([["stage", "settings"], *rows])
 
 
-def _pairs(settings: Mapping[str, Any]) -> str:
+def _pairs(settings: Mapping[str, Setting]) -> str:
     return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {path} to make a model card from; finish `tokenrec train` first.")
-    return json.loads(path.read_text(encoding="utf-8"))

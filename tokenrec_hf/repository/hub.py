@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -10,15 +9,16 @@ from pathlib import Path
 import numpy as np
 from huggingface_hub import HfApi
 
-from ..models.codes import forget_ids
+from ..models.codes import CONTENT, WITH_USERS, RepositoryFolder, check_repository, forget_ids, hub_errors
 from ..models.embedding_store import EmbeddingStore
 from ..models.modeling_collaborative import save_collaborative
-from ..models.recommender import CONTENT, WITH_USERS, RepositoryFolder, check_repository, hub_errors
+from ..models.recommender import load_history_encoder
 from .card import write_model_card
+from .repository import Repository
 
 
-def push_repository(
-    folder: str | os.PathLike,
+def push(
+    repository: Repository,
     repo_id: str,
     *,
     private: bool | None = None,
@@ -27,36 +27,36 @@ def push_repository(
     token: str | bool | None = None,
     commit_message: str = "Upload TokenRec recommender",
 ) -> str:
-    """Uploads a trained repository as one commit, in which files that it no longer has are removed.
+    """Uploads a trained repository as one commit, which also removes files that it no longer has.
 
-    Nothing can be seen of a push before that commit, so an interrupted one leaves the Hub repository as it was.
+    An interrupted push leaves the Hub repository as it was.
 
     Args:
-        folder: a trained repository; `training/` in it stays here.
-        repo_id: `name` or `organisation/name`; made if absent.
-        private: whether a repository that is made here is private; by default what the organisation prescribes.
-        revision: the branch, made if absent; by default the main one.
-        include_users: also upload what is known of users: ids, vectors, seen items, codes, and what the collaborative model
-            has of each of them. They are personal data, so by default they are left out. Of FISM the item side goes up all
-            the same, because it makes user tokens of anybody's history.
-        token: Hub token; by default the one that is logged in.
+        repository: a finished repository; its folder `training` is not uploaded.
+        repo_id: `name` or `organisation/name`; created if absent.
+        private: whether a created repository is private; by default the setting of the organisation.
+        revision: the branch, created if absent; by default the main branch.
+        include_users: also upload the users: ids, vectors, seen items, codes, and their part of the collaborative model. They
+            are personal data, so by default they are left out. The item side of FISM is always uploaded, because it makes
+            user tokens from histories.
+        token: Hub token; by default the stored one.
         commit_message: the message of the commit.
 
     Returns:
         The address of the commit.
 
     Raises:
-        FileNotFoundError: `folder` is no trained repository, or training in it has not finished.
-        ValueError: `repo_id` is not a name that a repository can have.
+        FileNotFoundError: the repository is unfinished.
+        ValueError: `repo_id` is not a valid name.
         OSError: the Hub refuses, or cannot be reached.
     """
-    check_repository(folder)
+    check_repository(repository.folder)
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as temporary, hub_errors(repo_id, revision):
         prepared = Path(temporary)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        _copy(Path(folder), prepared, include_users)
-        write_model_card(prepared, repo_id)
+        copy_shared(repository.folder, prepared, include_users)
+        write_model_card(Repository(prepared), repo_id)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         commit = api.upload_folder(
@@ -69,23 +69,19 @@ def push_repository(
     return str(commit.commit_url)
 
 
-def _copy(folder: Path, target: Path, include_users: bool) -> None:
-    """The content of a trained repository, without what is known of users unless asked for."""
+def copy_shared(folder: Path, target: Path, include_users: bool) -> None:
+    """Copies the shared files of a trained repository, without its users unless asked for."""
+    source, copied = RepositoryFolder(folder), RepositoryFolder(target)
     for pattern in (*CONTENT, *WITH_USERS * include_users):
         for path in folder.glob(pattern):
             if path.is_file():
                 copy = target / path.relative_to(folder)
-                copy.parent.mkdir(exist_ok=True)
+                copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, copy)
     if not include_users:
-        shutil.rmtree(target / "store")
-        EmbeddingStore.open(folder).save_pretrained(target / "store", include_users=False)
+        shutil.rmtree(copied.store)
+        EmbeddingStore.open(source.store).save_pretrained(copied.store, include_users=False)
         forget_ids(target / "codes.safetensors", "user")
-        parts = RepositoryFolder(folder)
-        if parts.has_histories:
-            # The item side makes user tokens of anybody's history.
-            model, ids = parts.load_collaborative()
-            items_only = model.without_users(np.zeros(len(ids["user"]), dtype=bool))
-            save_collaborative(
-                items_only, {"user": [], "item": ids["item"].ids()}, RepositoryFolder(target).collaborative
-            )
+        if (encoder := load_history_encoder(folder)) is not None:
+            model = encoder.model.without_users(np.zeros(encoder.model.config.num_users, dtype=bool))
+            save_collaborative(model, {"user": [], "item": encoder.items.ids()}, copied.collaborative)

@@ -1,12 +1,10 @@
-"""Vectors of newcomers in the space of a collaborative model that stays as it is (section II-E2 of TokenRec).
+"""Vectors in the space of a trained collaborative model, in closed form (section II-E2 of TokenRec).
 
-*Fold-in* takes one step of LightGCN's propagation from the known vectors (He et al., 2020) and calibrates it, in closed
-form, on the users and items whose vectors are known: milliseconds, no training, and any collaborative model may have made
-the vectors. *Alignment* turns the vectors of a model that was trained anew back into the old space. Both leave the
-MQ-Tokenizers and T5 valid. Rows and vectors only: knows nothing about ids or files.
-
-With FISM, only items have rows, in two tables or three: what they are as recommendations and what they say of whoever has had
-them. `fold_in_items` finds both.
+*Fold-in* gives cold-start users and items vectors: one step of LightGCN's propagation from the known vectors (He et al., 2020),
+calibrated by ridge regression on the users and items with known vectors. It takes milliseconds and works for any collaborative
+model. With FISM, whose items have rows in two or three tables, `fold_in_items` finds these rows and `smooth_tables` improves
+those of rare items. *Alignment* rotates the vectors of a retrained model back into the old space. All leave MQ-Tokenizers and
+T5 valid. `augment_norm` makes cosine rank as the dot product does. Rows and vectors only, no ids and no files.
 """
 
 from __future__ import annotations
@@ -19,34 +17,54 @@ import torch.nn.functional as F
 
 from ..models.modeling_collaborative import FISMModel
 
+Kind = str
+Vectors = dict[Kind, torch.Tensor]
+
 # Of the mean eigenvalue of X^T X. On LastFM with a fifth of the users, or of the items, left out, 1e-4 to 3e-2 were alike.
 RIDGE = 1e-2
-# How much an item counts in a history that nothing known came after.
+# Weight in a history of an item that no known item came after.
 FAINT = 1e-3
-# Interactions that are looked at at once.
+# Interactions of a chunk.
 CHUNK = 1 << 18
+
+
+class UnreachedError(ValueError):
+    """A cold-start user or item without a chain of interactions to a known one.
+
+    Args:
+        kind: `"user"` or `"item"`.
+        row: its row.
+    """
+
+    def __init__(self, kind: Kind, row: int):
+        super().__init__(
+            f"the cold-start {kind} in row {row} has no interaction that leads to a known user or item; supply a vector or "
+            "leave it out."
+        )
+        self.kind, self.row = kind, row
 
 
 def fold_in(
     user_vectors: torch.Tensor, item_vectors: torch.Tensor, users: np.ndarray, items: np.ndarray
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Vectors for users and items that the collaborative model has never seen, from their interactions.
+    """Vectors of cold-start users and items from their interactions.
 
     With d_u and d_i the numbers of interactions, the features of a user are x_u = sum_i q_i / sqrt(d_u d_i) over the items of
-    u, and its vector is x_u W. W is the ridge regression of the known users' vectors on their features, from which the part
-    that q_i owes to the user itself is taken away first, because a newcomer has left no trace in q_i. Items likewise.
+    u, and its vector is x_u W. W is the ridge regression of the known users' vectors on their features. The contribution of
+    the user itself to q_i is subtracted from these features first, because a cold-start user has not contributed to q_i.
+    Items likewise.
 
     Args:
         user_vectors: p of the known users, `[U, d]`.
         item_vectors: q of the known items, `[I, d]`.
-        users: user row of each interaction, known or new, int64 `[n]`; rows from U on are newcomers.
-        items: item row of each interaction, int64 `[n]`; rows from I on are newcomers.
+        users: user row of each interaction, int64 `[n]`; rows from U on are cold-start users.
+        items: item row of each interaction, int64 `[n]`; rows from I on are cold-start items.
 
     Returns:
-        Vectors of the new users `[U', d]` and new items `[I', d]`, in row order, up to the largest row that is named.
+        Vectors of the cold-start users `[U', d]` and items `[I', d]`, in row order, up to the largest row in the interactions.
 
     Raises:
-        ValueError: no chain of interactions leads from a newcomer to a known user or item.
+        UnreachedError: no chain of interactions leads from a cold-start user or item to a known user or item.
     """
     known = {"user": len(user_vectors), "item": len(item_vectors)}
     rows = {"user": torch.from_numpy(np.asarray(users)), "item": torch.from_numpy(np.asarray(items))}
@@ -56,12 +74,12 @@ def fold_in(
         vectors[kind] = torch.cat([start.float(), torch.zeros(count - known[kind], start.shape[1])])
     ready = {kind: torch.arange(len(vectors[kind])) < count for kind, count in known.items()}
     weights = _calibrate(vectors, rows, ready)
-    while not all(one.all() for one in ready.values()):
+    while not all(flags.all() for flags in ready.values()):
         links = ready["user"][rows["user"]] & ready["item"][rows["item"]]
         degree = {kind: torch.bincount(rows[kind][links], minlength=len(vectors[kind])) for kind in rows}
         found = {}
         for kind, other in (("user", "item"), ("item", "user")):
-            # Newcomers whose other side has a vector already.
+            # Interactions of cold-start rows with rows that have a vector already.
             usable = ~ready[kind][rows[kind]] & ready[other][rows[other]]
             mine, theirs = rows[kind][usable], rows[other][usable]
             own = torch.bincount(mine, minlength=len(vectors[kind]))
@@ -70,11 +88,7 @@ def fold_in(
             found[kind] = new, features[new] @ weights[kind]
         if not any(new.any() for new, _ in found.values()):
             kind = "user" if not ready["user"].all() else "item"
-            row = int((~ready[kind]).nonzero()[0])
-            raise ValueError(
-                f"new {kind} in row {row} has no interaction that leads to a known user or item, so nothing can be said about "
-                "it; supply a vector or leave it out."
-            )
+            raise UnreachedError(kind, int((~ready[kind]).nonzero()[0]))
         for kind, (new, values) in found.items():
             vectors[kind][new] = values
             ready[kind] |= new
@@ -82,29 +96,27 @@ def fold_in(
 
 
 def fold_in_items(model: FISMModel, users: np.ndarray, items: np.ndarray, num_trained: int) -> list[torch.Tensor]:
-    """Rows of new items in the tables of a [`FISMModel`], from the histories that they are in.
+    """Rows of cold-start items in the tables of a [`FISMModel`], from the histories with them.
 
-    People come to an item from what they had before it, and go on to what they have after it. With p_{u<i} the vector of what u
-    had before i, x_i = sum_u p_{u<i} / sqrt(d_i) over the d_i users who had something before says where q_i is, and
-    y_i = sum_u q_{u>i} / sqrt(d'_i), with q_{u>i} of length 1 along sum_j 2^(-n_j / half_life) q_j, j having come n_j items after i,
-    says what i says of its users. So q_i is x_i W and the rows of the other tables are y_i W', ridge regressions of the rows of the
-    items of the training on their features. An item that nothing known came after speaks of its users by what came before it, but
-    so faintly that it is heard only by those who have nothing else. Without a `half_life`, both sides are the rest of the
-    history.
+    Users come to an item from the items before it and go on to the items after it. With p_{u<i} the vector of the history of u
+    before i, x_i = sum_u p_{u<i} / sqrt(d_i) over the d_i users with such a history predicts q_i. With q_{u>i} of length 1
+    along sum_j 2^(-n_j / half_life) q_j, where j came n_j items after i, y_i = sum_u q_{u>i} / sqrt(d'_i) predicts the rows of
+    the other tables. So q_i is x_i W and the other rows are y_i W', where W and W' are the ridge regressions of the trained
+    items' rows on their features. An item that no known item came after gets its other rows from x_i, with weight `FAINT`, so
+    that it matters only in histories without any other item. Without a `half_life`, both sides are the rest of the history.
 
-    x_i W is shorter than 1 by what it does not know of the item, and its products with users are of the right size; by cosine
-    it would be too large and the item recommended to too many. So q_i is made as long as the others in those directions in
-    which users differ least.
+    x_i W is shorter than 1, by the part of q_i that it does not predict. Its products with users have the right size; divided
+    by its length it would be recommended to too many. So q_i gets length 1 in the directions in which users differ least.
 
     Args:
-        model: its tables; rows of items from `num_trained` on are not looked at.
+        model: its tables; rows of items from `num_trained` on are ignored.
         users: user row of each interaction, sorted and each user's in time order, int64 `[n]`.
-        items: item row of each interaction, int64 `[n]`; rows from `num_trained` on are newcomers.
-        num_trained: number of items that the model was trained with.
+        items: item row of each interaction, int64 `[n]`; rows from `num_trained` on are cold-start items.
+        num_trained: number of items of the training.
 
     Returns:
-        For each of `model.tables()` the rows of the newcomers, `[I', d]`, in row order, up to the largest row that is named; zeros
-        where no chain of interactions leads to an item of the training.
+        For each of `model.tables()` the rows of the cold-start items, `[I', d]`, in row order, up to the largest row in the
+        interactions; zeros where no chain of interactions leads to an item of the training.
     """
     user, item = (torch.from_numpy(np.asarray(one, dtype=np.int64)) for one in (users, items))
     count = max(num_trained, int(item.max()) + 1 if len(item) else 0)
@@ -124,7 +136,7 @@ def fold_in_items(model: FISMModel, users: np.ndarray, items: np.ndarray, num_tr
                 for table in tables
             ]
             basis = torch.linalg.eigh(gram)[1]
-            # Which of two opposite directions it returns is up to the library.
+            # The sign of an eigenvector is arbitrary and differs between libraries.
             basis = basis * basis.sum(dim=0).sign()
         reached = unknown & (known_of[0] + known_of[1] > 0)
         if not reached.any():
@@ -140,19 +152,23 @@ def fold_in_items(model: FISMModel, users: np.ndarray, items: np.ndarray, num_tr
     return [table[num_trained:] for table in tables]
 
 
-def smooth_tables(model: FISMModel, users: np.ndarray, items: np.ndarray) -> None:
-    """Moves the rows of items some of the way to what is expected of items with such neighbours in the histories.
+def smooth_tables(model: FISMModel, users: np.ndarray, items: np.ndarray) -> bool:
+    """Moves the rows of items towards their prediction from the neighbours in the histories.
 
-    With x_i and y_i as in [`fold_in_items`], z_i = (x_i, y_i) W'' is the ridge regression of a table's rows on both features. Rows
-    become a mean of the trained one and z_i, in which z_i has the weight `history_smoothing` of the model's configuration, and
-    `item_smoothing` in the table of q. Rows of rare items are trained from a few examples; the regression has
-    seen all items.
+    With x_i and y_i as in [`fold_in_items`], z_i = (x_i, y_i) W'' is the ridge regression of a table's rows on both features.
+    A row becomes the weighted mean of itself and z_i; the weight of z_i is `history_smoothing` of the model's configuration,
+    or `item_smoothing` in the table of q. Rows of rare items are trained from a few examples; the regression uses all items.
 
     Args:
         model: changed in place.
-        users: user row of each interaction, sorted and each user's in time order, int64 `[n]`: those of the training.
+        users: user row of each interaction, sorted and each user's in time order, int64 `[n]`; training only.
         items: item row of each interaction, int64 `[n]`.
+
+    Returns:
+        Whether the tables changed: False where both weights are 0.
     """
+    if not (model.config.history_smoothing or model.config.item_smoothing):
+        return False
     user, item = (torch.from_numpy(np.asarray(one, dtype=np.int64)) for one in (users, items))
     tables = [
         F.normalize(module.weight.detach().cpu(), dim=-1)
@@ -170,15 +186,16 @@ def smooth_tables(model: FISMModel, users: np.ndarray, items: np.ndarray) -> Non
             share = model.config.item_smoothing if is_target else model.config.history_smoothing
             expected = both @ _ridge(both, table, had)
             module.weight.copy_(torch.where(had[:, None], torch.lerp(table, expected, share), table))
+    return True
 
 
 def align(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """The rotation that brings vectors of a model trained anew into the space of the old one (orthogonal Procrustes).
+    """The rotation from the space of a retrained model into that of the old model (orthogonal Procrustes).
 
-    Lengths and angles, and with them scores, stay as they are.
+    Lengths and angles, and with them scores, do not change.
 
     Args:
-        old: vectors of the users and items that both models know, `[n, d]`.
+        old: vectors of the users and items of both models, `[n, d]`.
         new: the same in the new model, in the same order, `[n, d]`.
 
     Returns:
@@ -188,10 +205,36 @@ def align(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     return (u @ v).to(new.dtype)
 
 
-def _sides(model: FISMModel, tables, known, users, items) -> tuple[torch.Tensor, torch.Tensor]:
-    """What comes before each interaction, as p, and what comes after it, as a mean q: `[n, d]` each, of length 1 or 0.
+def augment_norm(
+    users: torch.Tensor, items: torch.Tensor, norm: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Vectors of one more dimension, of which the *cosine* ranks items as the dot product of the given vectors does.
 
-    Items that are not `known` are passed over, as if they were not there.
+    Retrieval is by cosine (Eq. 19), but BPR trains dot products, in which the norm of an item carries its popularity. With M
+    the largest norm of an item, (q, sqrt(M^2 - ||q||^2)) has norm M for every item and (p, 0) leaves the product unchanged
+    (Bachrach et al., 2014).
+
+    Args:
+        users: p, `[num_users, d]`.
+        items: q, `[num_items, d]`.
+        norm: M; by default that of `items`. For cold-start items it is that of the trained items; a longer vector keeps its
+            own length.
+
+    Returns:
+        `[num_users, d + 1]` and `[num_items, d + 1]`.
+    """
+    squares = items.square().sum(dim=1, keepdim=True)
+    largest = squares.max() if norm is None else norm**2
+    rest = (largest - squares).clamp(min=0).sqrt()
+    return torch.cat([users, torch.zeros_like(users[:, :1])], dim=1), torch.cat([items, rest], dim=1)
+
+
+def _sides(
+    model: FISMModel, tables: Sequence[torch.Tensor], known: torch.Tensor, users: torch.Tensor, items: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The history before each interaction, as p, and the items after it, as a mean q: `[n, d]` each, of length 1 or 0.
+
+    Items that are not `known` are skipped.
     """
     config, inside = model.config, known[items]
     said, targets = tables[0], tables[1]
@@ -211,22 +254,22 @@ def _rests(rows: torch.Tensor, users: torch.Tensor) -> torch.Tensor:
     """For each row the sum of the others of its user, `[n, d]`."""
     total = rows.new_zeros(int(users.max()) + 1, rows.shape[1]).index_add_(0, users, rows)
     rest = total[users] - rows
-    # What rounding leaves of nothing is nothing.
+    # A user with one item has no rest; rounding errors must not become one.
     return rest * (rest.norm(dim=1, keepdim=True) > 1e-5 * total[users].norm(dim=1, keepdim=True))
 
 
 def _decayed_sums(rows: torch.Tensor, users: torch.Tensor, inside: torch.Tensor, half_life: float) -> torch.Tensor:
-    """For each interaction the sum of the rows before it, n of them ago counting 2^(-(n - 1) / half_life): `[n, d]`.
+    """For each interaction the sum of the rows before it, the n-th last with weight 2^(-(n - 1) / half_life): `[n, d]`.
 
     Args:
         rows: of the interactions that are `inside`, in their order, `[m, d]`.
         users: of all interactions, ascending, `[n]`.
-        inside: which interactions have a row, bool `[n]`.
+        inside: True where an interaction has a row, bool `[n]`.
         half_life: in rows.
     """
     owners = users[inside]
     places = torch.arange(len(owners)) - torch.searchsorted(owners, owners)
-    # Of a row and those before it: of the last span of them, then of the last 2 * span.
+    # Sums over the last `span` rows, doubled until they reach the first one.
     sums, span = rows.clone(), 1
     while len(later := (places >= span).nonzero().flatten()):
         sums.index_add_(0, later, sums[later - span], alpha=2 ** (-span / half_life))
@@ -246,11 +289,11 @@ def _features(
     users: torch.Tensor,
     items: torch.Tensor,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
-    """What of the `known` items (bool `[num_items]`) comes before and after items.
+    """The features x_i and y_i of [`fold_in_items`] of all items, from the `known` items (bool `[num_items]`).
 
     Returns:
-        For both sides the sum over the interactions of each item, over the root of the number of those where there is anything on
-        this side, `[num_items, d]`; these numbers, `[num_items]`; and the second moments `[d, d]` of what comes before.
+        x and y, `[num_items, d]`; for each the number of interactions of an item with something on this side, `[num_items]`;
+        and the second moments `[d, d]` of the vectors of the histories before the interactions.
     """
     count, width = tables[0].shape
     totals, numbers = (
@@ -258,7 +301,7 @@ def _features(
         [torch.zeros(count, dtype=torch.long) for _ in range(2)],
     )
     gram = torch.zeros(width, width)
-    # Whole users, as many as make up a chunk.
+    # Chunks end between users.
     firsts = torch.searchsorted(users, users[::CHUNK].contiguous())
     bounds = [*firsts.unique().tolist(), len(users)]
     for start, end in zip(bounds, bounds[1:]):
@@ -272,20 +315,20 @@ def _features(
 
 
 def _lengthened(vectors: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    """Vectors `[n, d]` of length 1 whose products with users are about those of the given ones.
+    """Vectors `[n, d]` of length 1 with about the same products with users.
 
     Args:
-        vectors: longer ones stay as they are.
-        basis: orthonormal columns `[d, d]`, those in which users differ least first.
+        vectors: longer vectors are returned unchanged.
+        basis: orthonormal columns `[d, d]`, sorted by how much users differ along them, ascending.
     """
-    # The mirror image, so that items that are alike stay alike: what is large where users differ most, where they differ least.
+    # The mirror image moves the large coordinates to the directions in which users differ least; similar items stay similar.
     mirrored = (vectors @ basis).flip(1) @ basis.T
     along = F.normalize(vectors, dim=-1)
     away = F.normalize(mirrored - (mirrored * along).sum(dim=1, keepdim=True) * along, dim=-1)
     return vectors + (1 - vectors.square().sum(dim=1, keepdim=True)).clamp(min=0).sqrt() * away
 
 
-def _calibrate(vectors, rows, ready) -> dict[str, torch.Tensor]:
+def _calibrate(vectors: Vectors, rows: Vectors, ready: Vectors) -> Vectors:
     """W of users and of items `[d, d]`, from the interactions of known users with known items."""
     links = ready["user"][rows["user"]] & ready["item"][rows["item"]]
     pairs = {kind: rows[kind][links] for kind in rows}
@@ -295,7 +338,7 @@ def _calibrate(vectors, rows, ready) -> dict[str, torch.Tensor]:
         for kind, other in (("user", "item"), ("item", "user"))
     }
     raw = {kind: _ridge(features[kind], vectors[kind], degree[kind]) for kind in rows}
-    # What each link adds to a node's features by way of the node itself: 1 / (d_u d_i) of its own vector, mapped.
+    # The contribution of each link to a node's features through the node itself: 1 / (d_u d_i) of its own vector, mapped.
     share = 1 / (degree["user"][pairs["user"]] * degree["item"][pairs["item"]]).float()
     weights = {}
     for kind, other in (("user", "item"), ("item", "user")):
@@ -305,7 +348,13 @@ def _calibrate(vectors, rows, ready) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _propagate(source, mine, theirs, own_degree, their_degree) -> torch.Tensor:
+def _propagate(
+    source: torch.Tensor,
+    mine: torch.Tensor,
+    theirs: torch.Tensor,
+    own_degree: torch.Tensor,
+    their_degree: torch.Tensor,
+) -> torch.Tensor:
     """sum of source / sqrt(d_own d_their) over the links of each node: `[number of nodes, d]`."""
     weight = (own_degree[mine] * their_degree[theirs]).float().rsqrt()
     return torch.zeros(len(own_degree), source.shape[1]).index_add_(0, mine, source[theirs] * weight[:, None])

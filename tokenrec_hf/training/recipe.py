@@ -1,7 +1,8 @@
-"""Recipes: all settings of a training run, typed, and read and checked once from YAML and the command line.
+"""Recipes: the typed settings of a training run, read and validated once from YAML and the command line.
 
-A recipe has a section for each stage. The four that ship with the package (`paper`, `best`, `cpu`, and the demo's
-`quickstart`) are complete; a file of your own needs only the settings that differ.
+A recipe has a section for each stage. The four recipes of the package (`paper`, `best`, `cpu`, and `quickstart` for the demo)
+are complete; a user's file needs only the settings that differ. Fields of the models' configurations and of transformers'
+`TrainingArguments` keep their names and are validated by these classes.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import copy
 import os
 import re
 from collections.abc import Mapping, Sequence
-from functools import partial
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..models.codes import atomic_write
 
 if TYPE_CHECKING:
     from ..models.configuration_tokenrec import CollaborativeConfig, MQTokenizerConfig
@@ -23,18 +26,32 @@ if TYPE_CHECKING:
 RECIPES = ("paper", "best", "cpu", "quickstart")
 AUTO = "auto"
 _FOLDER = Path(__file__).parents[1] / "assets" / "recipes"
-# Sections whose keys are those of a configuration class or of TrainingArguments.
+# Sections with the fields of a configuration class or of TrainingArguments.
 _OPEN = ("config", "training")
 
-# A value of a field of another class, which knows its type and checks it.
+# The value of a field of another class, which knows its type.
 Setting = Any
+Positive = Annotated[int, Field(ge=1)]
+
+
+class SettingError(ValueError):
+    """A setting that does not exist or has an impossible value.
+
+    Args:
+        setting: its dotted name.
+        message: the sentence that says so.
+    """
+
+    def __init__(self, setting: str, message: str):
+        super().__init__(message)
+        self.setting = setting
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class _Stage(_Section):
+class StageSettings(_Section):
     """A stage that `Trainer` runs.
 
     Args:
@@ -45,55 +62,49 @@ class _Stage(_Section):
 
     config: dict[str, Setting]
     training: dict[str, Setting]
-    evaluate_every: int = Field(ge=1)
+    evaluate_every: Annotated[int | float, Field(gt=0)]
 
 
-class _SelectedStage(_Stage):
+class SelectedStageSettings(StageSettings):
     """A stage whose length is chosen on validation.
 
     Args:
         patience: evaluations without a better NDCG@20 after which training stops.
-        most_steps: the most training steps, where the epochs of `training` would take more.
+        most_steps: the largest number of training steps; limits the epochs of `training`.
     """
 
-    patience: int = Field(ge=1)
-    most_steps: int | None = Field(ge=1)
+    patience: Positive
+    most_steps: Positive | None
 
 
-class CollaborativeSettings(_SelectedStage):
-    """Step 0, see [`_SelectedStage`].
+class CollaborativeSettings(SelectedStageSettings):
+    """Step 0, see [`SelectedStageSettings`].
 
     Args:
-        model: kind of the collaborative model.
+        model: the kind of collaborative model.
         num_negatives: items without an interaction that are drawn for each interaction.
         augment_norm: add the dimension that makes cosine rank as the dot product does.
     """
 
     model: Literal["lightgcn", "matrix_factorization", "fism"]
-    num_negatives: int = Field(ge=0)
+    num_negatives: Annotated[int, Field(ge=0)]
     augment_norm: bool
 
-    def model_configuration(self, **chosen: Setting) -> CollaborativeConfig:
-        """The configuration of the model; `chosen` replaces fields, those that are `auto` among them.
-
-        Recipes describe LightGCN; other kinds of models take the fields that they have.
-        """
-        from ..models.modeling_collaborative import COLLABORATIVE_MODELS
-
-        kind = COLLABORATIVE_MODELS[self.model].config_class
-        known = kind().to_dict()
-        fields = {name: value for name, value in self.config.items() if name in known and value != AUTO}
-        return kind(**{**fields, **chosen})
+    def model_configuration(self) -> CollaborativeConfig:
+        """The configuration of the model, with the fields that this kind of model has and that are not `auto`."""
+        config_class = _collaborative_configs()[self.model]
+        known = config_class().to_dict()
+        return config_class(**{name: value for name, value in self.config.items() if name in known and value != AUTO})
 
 
-class MQTokenizerSettings(_Stage):
-    """Step 1, see [`_Stage`].
+class MQTokenizerSettings(StageSettings):
+    """Step 1, see [`StageSettings`].
 
     Args:
-        user_codebooks: K of users, where it is not that of items.
+        user_codebooks: K of users; None for that of items.
     """
 
-    user_codebooks: int | None = Field(ge=1)
+    user_codebooks: Positive | None
 
     def model_configuration(self, kind: str, embedding_dim: int, num_vectors: int) -> MQTokenizerConfig:
         """The configuration of the MQ-Tokenizer of `"user"` or `"item"`.
@@ -103,12 +114,12 @@ class MQTokenizerSettings(_Stage):
         """
         from ..models.configuration_tokenrec import MQTokenizerConfig
 
-        fields = {**self.config, "embedding_dim": embedding_dim}
-        if fields.get("codebook_size") == AUTO:
-            fields["codebook_size"] = 256 if num_vectors <= 10_000 else 512
+        config = {**self.config, "embedding_dim": embedding_dim}
+        if config.get("codebook_size") == AUTO:
+            config["codebook_size"] = 256 if num_vectors <= 10_000 else 512
         if kind == "user" and self.user_codebooks is not None:
-            fields["num_codebooks"] = self.user_codebooks
-        return MQTokenizerConfig(**fields)
+            config["num_codebooks"] = self.user_codebooks
+        return MQTokenizerConfig(**config)
 
 
 class PromptSettings(_Section):
@@ -120,29 +131,29 @@ class PromptSettings(_Section):
         train_history: items of the longest history while training.
         targets_per_prompt: the most items to retrieve for a training prompt.
         history_only: share of training prompts that name no user.
-        shuffle_history: random order of a history; `auto`: unless a `half_life` says that order counts.
+        shuffle_history: random order of a history; `auto`: random unless the model has a `half_life`.
     """
 
-    max_length: int = Field(ge=1)
-    max_history: int | Literal["auto"]
-    train_history: int = Field(ge=1)
-    targets_per_prompt: int = Field(ge=1)
-    history_only: float = Field(ge=0, le=1, strict=False)
+    max_length: Positive
+    max_history: Positive | Literal["auto"]
+    train_history: Positive
+    targets_per_prompt: Positive
+    history_only: Annotated[float, Field(ge=0, le=1)]
     shuffle_history: bool | Literal["auto"]
 
 
-class RetrievalSettings(_SelectedStage):
-    """Step 2, see [`_SelectedStage`].
+class RetrievalSettings(SelectedStageSettings):
+    """Step 2, see [`SelectedStageSettings`].
 
     Args:
-        backbone: folder or Hub name of a T5 checkpoint; None trains the T5 that `config` describes from scratch.
+        backbone: folder or Hub name of a T5 checkpoint; None trains the T5 of `config` from scratch.
         vocabulary: a T5 tokenizer or `spiece.model`; None takes the backbone's, or the small one of the package.
         num_negatives: competitors of a sampled softmax for each prompt; 0 lets all items compete.
     """
 
     backbone: str | None
     vocabulary: str | None
-    num_negatives: int = Field(ge=0)
+    num_negatives: Annotated[int, Field(ge=0)]
 
     @property
     def loss_type(self) -> str:
@@ -153,10 +164,10 @@ class RetrievalSettings(_SelectedStage):
 
 
 class Recipe(_Section):
-    """All settings of a training run; see the files in `tokenrec_hf/assets/recipes` for the meaning of each.
+    """All settings of a training run; the files in `tokenrec_hf/assets/recipes` comment on each.
 
     Args:
-        recipe: the name of the recipe that it began as.
+        recipe: the name of the recipe that the settings are based on.
         seed: of everything random.
         collaborative, mq_tokenizer, prompts, retrieval: the sections.
 
@@ -175,56 +186,59 @@ class Recipe(_Section):
 
     @classmethod
     def load(
-        cls, name: str = "cpu", config: str | os.PathLike | None = None, overrides: Mapping[str, Any] | None = None
+        cls, name: str = "cpu", config: str | os.PathLike | None = None, overrides: Mapping[str, Setting] | None = None
     ) -> Recipe:
-        """A complete recipe, checked.
+        """A complete recipe, validated.
 
         Args:
             name: one of `paper`, `best`, `cpu`, `quickstart`.
-            config: a YAML file whose entries replace those of the named recipe; its own `recipe:` entry overrides `name`.
+            config: a YAML file with entries that replace those of the named recipe; its `recipe:` entry overrides `name`.
             overrides: single settings by dotted name, e.g. `{"retrieval.config.loss_type": "cosine_ranking"}`.
 
         Raises:
-            ValueError: an unknown recipe, an unknown or impossible setting, or a file that is no YAML mapping.
+            ValueError: an unknown recipe or a file that is no YAML mapping; [`SettingError`] for an unknown or impossible
+                setting.
             FileNotFoundError: `config` does not exist.
         """
         changes = _read(Path(config)) if config is not None else {}
         name = changes.get("recipe", name)
         if name not in RECIPES:
-            raise ValueError(
-                f"there is no recipe {name!r}; choose one of {', '.join(RECIPES)} or pass a file with --config."
+            raise SettingError(
+                "recipe",
+                f"there is no recipe {name!r}; choose one of {', '.join(RECIPES)} or pass a file with --config.",
             )
         settings = _read(_FOLDER / f"{name}.yaml")
         _merge(settings, changes, str(config))
         for dotted, value in (overrides or {}).items():
-            nested: Any = value
+            nested: Setting = value
             for part in reversed(dotted.split(".")):
                 nested = {part: nested}
             _merge(settings, nested, f"setting {dotted}")
         return cls.from_dict(settings)
 
     @classmethod
-    def from_dict(cls, settings: Mapping[str, Any]) -> Recipe:
-        """The recipe of complete settings, as `to_dict` gives them.
+    def from_dict(cls, settings: Mapping[str, Setting]) -> Recipe:
+        """The recipe of complete settings, as `to_dict` returns them.
 
         Raises:
-            ValueError: an unknown or impossible setting; the message gives its dotted name.
+            SettingError: an unknown or impossible setting; the message gives its dotted name.
         """
         try:
             recipe = cls.model_validate(copy.deepcopy(dict(settings)))
         except ValidationError as error:
-            found = error.errors(include_url=False)[0]
-            place = ".".join(map(str, found["loc"][: 2 if found["loc"][0] != "seed" else 1]))
-            raise ValueError(f"{place} is {found['input']!r}: {_lower(found['msg'])}.") from None
-        _check_models(recipe)
+            raise _structure_error(error) from None
+        for section, stage in recipe:
+            if isinstance(stage, StageSettings):
+                _check_config(section, stage)
+                _check_training(section, stage)
         _check_combinations(recipe)
         return recipe
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Setting]:
         """All settings as plain values."""
         return self.model_dump()
 
-    def changed(self, **overrides: Any) -> Recipe:
+    def changed(self, **overrides: Setting) -> Recipe:
         """A recipe with settings replaced, by dotted name: `recipe.changed(**{"prompts.max_history": 32})`."""
         settings = self.to_dict()
         for dotted, value in overrides.items():
@@ -236,21 +250,22 @@ class Recipe(_Section):
         return Recipe.from_dict(settings)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the recipe, whole or not at all; `Recipe.load(config=path)` gives it back."""
-        path = Path(path)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
-        os.replace(temporary, path)
+        """Writes the recipe, whole or not at all; `Recipe.load(config=path)` returns it."""
+        with atomic_write(path) as temporary:
+            temporary.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads `1e-3` as a number; for YAML 1.1 it is text, because it has no point."""
+    """Reads `1e-3` as a number; in YAML 1.1 it is text, because it has no point."""
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Setting]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no recipe file {path}; check --config.")
     try:
@@ -262,82 +277,100 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _merge(recipe: dict[str, Any], changes: Mapping[str, Any], origin: str, path: Sequence[str] = ()) -> None:
+def _merge(settings: dict[str, Setting], changes: Mapping[str, Setting], origin: str, path: Sequence[str] = ()) -> None:
     for key, value in changes.items():
         place = ".".join([*path, str(key)])
         is_open = bool(path) and path[-1] in _OPEN
-        if key not in recipe and not is_open:
-            raise ValueError(f"{origin}: there is no setting {place!r}; here there are {', '.join(recipe)}.")
-        if isinstance(recipe.get(key), dict):
-            if not isinstance(value, Mapping):
-                raise ValueError(f"{origin}: {place} is a section with settings of its own, not a value.")
-            _merge(recipe[key], value, origin, [*path, key])
+        if key not in settings and not is_open:
+            message = f"{origin}: there is no setting {place!r}; here there are {', '.join(settings)}."
+            raise SettingError(place, message)
+        if not isinstance(settings.get(key), dict) or is_open:
+            settings[key] = copy.deepcopy(value)
+        elif isinstance(value, Mapping):
+            _merge(settings[key], value, origin, [*path, key])
         else:
-            recipe[key] = copy.deepcopy(value)
+            raise SettingError(place, f"{origin}: {place} is a section with settings of its own, not a value.")
 
 
-def _check_models(recipe: Recipe) -> None:
-    """Refuses names and values that the models' configurations or `TrainingArguments` do not take."""
+# Validation -----------------------------------------------------------------------------------------------------------
+
+
+def _structure_error(error: ValidationError) -> SettingError:
+    """The first finding of pydantic as one sentence; the alternatives of a union are findings at one place."""
+    found = error.errors(include_url=False)
+    place, value = found[0]["loc"][:2], found[0]["input"]
+    setting = ".".join(map(str, place))
+    if found[0]["type"] == "extra_forbidden":
+        return SettingError(setting, f"there is no setting {setting!r}.")
+    if found[0]["type"] == "missing":
+        return SettingError(setting, f"the setting {setting} is missing.")
+    wanted = [one["msg"].removeprefix("Input should be ") for one in found if one["loc"][:2] == place]
+    return SettingError(setting, f"{setting} is {value!r} but must be {' or '.join(wanted)}.")
+
+
+def _check_config(section: str, stage: StageSettings) -> None:
+    """Refuses names and values that the configuration of the stage's model does not take."""
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import TrainingArguments
 
     from ..models.configuration_tokenrec import MQTokenizerConfig, T5GenerativeRetrievalConfig
+
+    others: set[str] = set()
+    config_class: type = MQTokenizerConfig if isinstance(stage, MQTokenizerSettings) else T5GenerativeRetrievalConfig
+    if isinstance(stage, CollaborativeSettings):
+        config_class = _collaborative_configs()[stage.model]
+        # A setting of another kind of model may stay in the recipe when the model is changed.
+        others = {name for other in _collaborative_configs().values() for name in other().to_dict()}
+        others -= set(config_class().to_dict())
+    usual = config_class()
+    chosen = {name: value for name, value in stage.config.items() if value != AUTO and name not in others}
+    for name, value in chosen.items():
+        _check_field(f"{section}.config.{name}", value, hasattr(usual, name), getattr(usual, name, None), config_class)
+    try:
+        config_class(**chosen)
+    except (ValueError, StrictDataclassError) as error:
+        raise SettingError(f"{section}.config", f"{section}.config: {error}") from None
+
+
+def _collaborative_configs() -> dict[str, type[CollaborativeConfig]]:
     from ..models.modeling_collaborative import COLLABORATIVE_MODELS
 
-    kind = COLLABORATIVE_MODELS[recipe.collaborative.model].config_class
-    # A setting of another kind of model may stay in the recipe when the model is changed.
-    others = {name for other in COLLABORATIVE_MODELS.values() for name in other.config_class().to_dict()}
-    others -= set(kind().to_dict())
-    stages: dict[str, tuple[_Stage, Any]] = {
-        "collaborative": (recipe.collaborative, kind),
-        "mq_tokenizer": (recipe.mq_tokenizer, MQTokenizerConfig),
-        "retrieval": (recipe.retrieval, T5GenerativeRetrievalConfig),
-    }
-    for section, (stage, config_class) in stages.items():
-        fields = {name: value for name, value in stage.config.items() if value != AUTO and name not in others}
-        for place, values, make in (
-            ("config", fields, config_class),
-            ("training", stage.training, partial(TrainingArguments, output_dir="unused")),
-        ):
-            usual = make()
-            for name, value in values.items():
-                dotted = f"{section}.{place}.{name}"
-                if not hasattr(usual, name):
-                    raise ValueError(f"there is no setting {dotted!r}; {type(usual).__name__} has no such field.")
-                default = getattr(usual, name)
-                if isinstance(default, (int, float)) and not isinstance(default, bool) and isinstance(value, str):
-                    raise ValueError(f"{dotted} is {value!r} but must be a number.")
-            try:
-                make(**values)
-            except (ValueError, StrictDataclassError) as error:
-                raise ValueError(f"{section}.{place}: {error}") from None
-        if stage.training["per_device_train_batch_size"] < 1:
-            raise ValueError(f"{section}.training.per_device_train_batch_size must be at least 1.")
+    return {name: model.config_class for name, model in COLLABORATIVE_MODELS.items()}  # type: ignore[misc]
+
+
+def _check_training(section: str, stage: StageSettings) -> None:
+    """Refuses names and text that `TrainingArguments` do not take.
+
+    They are not built: a recipe of a GPU (`bf16`) must be readable on other machines.
+    """
+    from transformers import TrainingArguments
+
+    usual = {field.name: field.default for field in fields(TrainingArguments)}
+    for name, value in stage.training.items():
+        _check_field(f"{section}.training.{name}", value, name in usual, usual.get(name), TrainingArguments)
+    if stage.training.get("per_device_train_batch_size", 1) < 1:
+        place = f"{section}.training.per_device_train_batch_size"
+        raise SettingError(place, f"{place} must be at least 1.")
+
+
+def _check_field(place: str, value: Setting, is_known: bool, usual: Setting, owner: type) -> None:
+    if not is_known:
+        raise SettingError(place, f"there is no setting {place!r}; {owner.__name__} has no such field.")
+    if isinstance(usual, (int, float)) and not isinstance(usual, bool) and isinstance(value, str):
+        raise SettingError(place, f"{place} is {value!r} but must be a number.")
 
 
 def _check_combinations(recipe: Recipe) -> None:
     """Refuses settings that contradict each other across sections."""
-    if recipe.collaborative.model == "fism" and recipe.collaborative.augment_norm:
-        raise ValueError(
-            "collaborative.augment_norm does nothing for fism, whose items all have the same length; set it to false."
+    from ..models.modeling_collaborative import COLLABORATIVE_MODELS
+
+    model = recipe.collaborative.model
+    if COLLABORATIVE_MODELS[model].users_are_histories and recipe.collaborative.augment_norm:
+        raise SettingError(
+            "collaborative.augment_norm",
+            f"collaborative.augment_norm does nothing for {model}, whose items all have the same length; set it to false.",
         )
     if recipe.retrieval.config.get("user_shortcut") and not recipe.mq_tokenizer.config.get("residual"):
-        raise ValueError(
-            "retrieval.config.user_shortcut needs mq_tokenizer.config.residual=true: only such codewords add up."
+        raise SettingError(
+            "retrieval.config.user_shortcut",
+            "retrieval.config.user_shortcut needs mq_tokenizer.config.residual=true: only residual codewords add up.",
         )
-
-
-def _lower(text: str) -> str:
-    return text[:1].lower() + text[1:].rstrip(".")
-
-
-def load_recipe(
-    name: str = "cpu", config: str | os.PathLike | None = None, overrides: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """TEMPORARY: `Recipe.load` as a dict, until all callers take a [`Recipe`]."""
-    return Recipe.load(name, config, overrides).to_dict()
-
-
-def save_recipe(recipe: Mapping[str, Any], path: Path) -> None:
-    """TEMPORARY: see `load_recipe`."""
-    Recipe.from_dict(recipe).save(path)

@@ -1,29 +1,32 @@
 """The three training stages as functions around the stock `Trainer` (section II-E1 of TokenRec, arXiv 2406.10450).
 
-Step 0 trains a collaborative model, step 1 an MQ-Tokenizer for users and one for items, step 2 T5 with everything else frozen.
-Each function resumes from the last checkpoint in its folder, and a resumed run ends with the same weights as an uninterrupted
-one. Works on rows and tensors; `training.py` turns a data set and a recipe into these calls.
+Step 0 trains a collaborative model, step 1 an MQ-Tokenizer for users and one for items, step 2 T5 with all other parts frozen.
+Each function resumes from the last checkpoint in its folder, and a resumed run ends with the weights of an uninterrupted one.
+The stages work on rows and tensors: they know no ids and write no files but checkpoints.
 """
 
 from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Generic, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 from transformers import (
     EarlyStoppingCallback,
+    EvalPrediction,
     PreTrainedModel,
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -34,20 +37,27 @@ from ..data.collator import DataCollatorForGenerativeRetrieval, PromptDataset
 from ..data.interaction_matrix import InteractionMatrix
 from ..data.splits import Holdout
 from ..evaluation.metrics import evaluate_embeddings
-from ..models.configuration_tokenrec import MQTokenizerConfig
-from ..models.modeling_collaborative import COLLABORATIVE_MODELS, CollaborativeModel
+from ..models.modeling_collaborative import COLLABORATIVE_MODELS, CollaborativeModel, FISMModel
 from ..models.modeling_mq_tokenizer import MQTokenizerModel
 from ..models.modeling_t5_retrieval import T5ForGenerativeRetrieval
 from .closed_forms import smooth_tables
+from .recipe import (
+    CollaborativeSettings,
+    MQTokenizerSettings,
+    RetrievalSettings,
+    SelectedStageSettings,
+    Setting,
+    StageSettings,
+)
 from .training_data import HistoryDataset, InteractionDataset, LengthGroupedSampler, VectorDataset
 
 SELECT_BY = "ndcg@20"
-_TRAINING_ARGUMENTS = {field.name for field in fields(TrainingArguments)}
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 @dataclass
-class StageResult:
-    """What a stage leaves behind.
+class StageResult(Generic[Model]):
+    """The result of a stage.
 
     Args:
         model: the trained model: with validation the best, else the last one.
@@ -55,28 +65,37 @@ class StageResult:
         metrics: the last evaluation of that model, without the `eval_` prefix.
     """
 
-    model: Any
+    model: Model
     epochs: float
     metrics: dict[str, float]
 
 
 class _Trainer(Trainer):
-    """A `Trainer` that groups examples whose `lengths` the data set knows."""
+    """A `Trainer` that groups examples by their `lengths`, where the data set has them."""
 
-    def _get_train_sampler(self, train_dataset=None):
-        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        if getattr(dataset, "lengths", None) is None:
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        lengths = getattr(self.train_dataset if train_dataset is None else train_dataset, "lengths", None)
+        if lengths is None:
             return super()._get_train_sampler(train_dataset)
-        return LengthGroupedSampler(dataset.lengths, self.args.train_batch_size, self.args.seed)
+        return LengthGroupedSampler(lengths, self.args.train_batch_size, self.args.seed)
+
+
+class EpochDataset(Protocol):
+    """A data set that draws anew in every epoch."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Makes the next pass that of this epoch."""
 
 
 class SetEpoch(TrainerCallback):
     """Tells the training set which epoch begins, for its stateless random draws."""
 
-    def __init__(self, dataset):
+    def __init__(self, dataset: EpochDataset):
         self.dataset = dataset
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         """Passes the epoch on, also after a resumption in mid-epoch."""
         self.dataset.set_epoch(int((state.epoch or 0) + 1e-6))
 
@@ -87,154 +106,149 @@ class StopAt(TrainerCallback):
     def __init__(self, step: float = math.inf):
         self.step = step
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Stops at the step."""
         control.should_training_stop |= state.global_step >= self.step
         if control.should_training_stop and not args.load_best_model_at_end:
-            # Trainer goes on from a checkpoint of the last step by training one step too many.
+            # From a checkpoint of the last step, Trainer would continue with one step too many.
             control.should_save = False
 
 
 class Progress(TrainerCallback):
     """A progress bar with the stage's name and its latest evaluation."""
 
-    def __init__(self, name: str, shown: tuple[str, ...]):
+    def __init__(self, name: str, shown: Sequence[str]):
         self.name, self.shown = name, shown
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Opens the bar where training begins or goes on."""
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        """Opens the bar at the first step of this process."""
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.name, unit="step", mininterval=1.0)
 
-    def on_step_end(self, args, state, control, **kwargs):
-        """Moves on."""
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Advances the bar."""
         self.bar.update(state.global_step - self.bar.n)
 
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
         """Shows the latest metrics."""
-        found = {name: metrics[f"eval_{name}"] for name in self.shown if f"eval_{name}" in (metrics or {})}
+        found = {name: value for name in self.shown if (value := (metrics or {}).get(f"eval_{name}")) is not None}
         self.bar.set_postfix({name: f"{value:.4f}" for name, value in found.items()})
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Closes the bar."""
         self.bar.close()
 
 
 def train_collaborative(
     interactions: InteractionMatrix,
-    settings: Mapping[str, Any],
+    settings: CollaborativeSettings,
     folder: Path,
     *,
     holdout: Holdout | None = None,
     epochs: float | None = None,
     seed: int = 0,
     start: CollaborativeModel | None = None,
-) -> StageResult:
+) -> StageResult[CollaborativeModel]:
     """Step 0: LightGCN, matrix factorisation or FISM on the training interactions.
 
     Args:
         interactions: the training interactions.
-        settings: the recipe's section: `model`, `config`, `num_negatives`, `evaluate_every`, `patience`, `training`.
-        folder: where checkpoints go.
+        settings: the recipe's section.
+        folder: for checkpoints.
         holdout: the validation items; the best epoch by NDCG@20 (dot product) is kept. Without it, all `epochs` count.
         epochs: stop after so many, with the learning-rate schedule unchanged (the refit).
         seed: of everything random.
-        start: a model of these users and items to go on training, instead of a fresh one.
+        start: a model of these users and items to continue with, instead of a fresh one.
     """
     set_seed(seed)
-    if start is None and settings["model"] not in COLLABORATIVE_MODELS:
-        raise ValueError(
-            f"collaborative.model is {settings['model']!r} but must be one of {', '.join(COLLABORATIVE_MODELS)}."
-        )
-    model: Any = start
-    if model is None:
-        kind: Any = COLLABORATIVE_MODELS[settings["model"]]
-        fields = kind.config_class().to_dict()
-        # Recipes describe LightGCN; other models take what they have of it.
-        config = {name: value for name, value in settings["config"].items() if name in fields}
-        model = kind.from_interactions(kind.config_class(**config), interactions)
-    negatives = settings["num_negatives"]
-    evaluation_negatives = 0 if model.users_are_histories else negatives
+    if start is not None:
+        model = start
+    else:
+        model_class = COLLABORATIVE_MODELS[settings.model]
+        model = model_class.from_interactions(settings.model_configuration(), interactions)
+    dataset: HistoryDataset | InteractionDataset
+    if model.users_are_histories:
+        dataset, evaluation_negatives = HistoryDataset(interactions, model.ordered_histories, seed), 0
+    else:
+        evaluation_negatives = settings.num_negatives
+        dataset = InteractionDataset(interactions, settings.num_negatives, seed)
 
-    def metrics(prediction):
+    def metrics(prediction: EvalPrediction) -> dict[str, float]:
         assert holdout is not None
-        users, items = torch.from_numpy(prediction.predictions), model.item_embeddings().cpu()
-        return evaluate_embeddings(users, items, holdout.targets, *interactions.of_users(holdout.users), cosine=False)
+        users = torch.from_numpy(prediction.predictions)
+        return _dot_product_metrics(users, model.item_embeddings().cpu(), holdout, interactions)
 
     result = _fit(
         model,
         settings,
         folder,
-        HistoryDataset(interactions, model.ordered_histories, seed)
-        if model.users_are_histories
-        else InteractionDataset(interactions, negatives, seed),
+        dataset,
         _as_is,
         name="collaborative model",
-        evaluation=InteractionDataset(interactions, evaluation_negatives, seed, holdout)
-        if holdout is not None
-        else None,
+        evaluation=InteractionDataset(interactions, evaluation_negatives, seed, holdout) if holdout else None,
         compute_metrics=metrics,
         # All users in one batch, so that the graph is propagated once.
-        eval_batch_size=len(holdout.users) if holdout is not None else 1,
+        eval_batch_size=len(holdout.users) if holdout else 1,
         epochs=epochs,
         seed=seed,
     )
-    if model.users_are_histories and (model.config.history_smoothing or model.config.item_smoothing):
-        smooth_tables(model, interactions.users, interactions.items)
-        if holdout is not None:
-            result.metrics |= evaluate_embeddings(
-                model.user_embeddings().cpu()[holdout.users],
-                model.item_embeddings().cpu(),
-                holdout.targets,
-                *interactions.of_users(holdout.users),
-                cosine=False,
-            )
+    smoothed = model.users_are_histories and smooth_tables(
+        cast(FISMModel, model), interactions.users, interactions.items
+    )
+    if smoothed and holdout is not None:
+        users = model.user_embeddings().cpu()[holdout.users]
+        result.metrics |= _dot_product_metrics(users, model.item_embeddings().cpu(), holdout, interactions)
     return result
 
 
 def train_mq_tokenizer(
     vectors: torch.Tensor,
-    settings: Mapping[str, Any],
+    settings: MQTokenizerSettings,
     folder: Path,
     *,
+    kind: str,
     others: torch.Tensor | None = None,
-    name: str = "MQ-Tokenizer",
     seed: int = 0,
-) -> StageResult:
+) -> StageResult[MQTokenizerModel]:
     """Step 1: an MQ-Tokenizer on collaborative vectors `[n, d]`; logs the statistics of its codes while training.
+
+    Residual codebooks are fit by k-means alone.
 
     Args:
         vectors: all vectors, raw.
-        settings: the recipe's section: `config`, `evaluate_every`, `training`. A `codebook_size` of `auto` is 256 for up to
-            10,000 vectors and 512 for more, the paper's choices for small and large data.
-        folder: where checkpoints go.
+        settings: the recipe's section.
+        folder: for checkpoints.
+        kind: of the vectors, `"user"` or `"item"`.
         others: further vectors to learn from, `[m, d]`, see [`MQTokenizerModel.prepare`].
-        name: shown while training.
         seed: of everything random.
     """
     set_seed(seed)
-    config = dict(settings["config"], embedding_dim=vectors.shape[1])
     trained_on = vectors if others is None else torch.cat([vectors, others])
-    if config["codebook_size"] == "auto":
-        config["codebook_size"] = 256 if len(trained_on) <= 10_000 else 512
-    model = MQTokenizerModel(MQTokenizerConfig(**config))
+    model = MQTokenizerModel(settings.model_configuration(kind, vectors.shape[1], len(trained_on)))
     model.prepare(vectors, seed, others)
-    if model.config.residual:  # the k-means was the training
+    if model.config.residual:
         return StageResult(model.eval(), 0, model.statistics(vectors))
-    vectors = trained_on
-    dataset = VectorDataset(vectors)
+    dataset = VectorDataset(trained_on)
     return _fit(
         model,
         settings,
         folder,
         dataset,
         _as_is,
-        name=name,
+        name=f"{kind} MQ-Tokenizer",
         shown=("usage", "unique", "reconstruction_error"),
         evaluation=dataset,
-        compute_metrics=lambda _: model.statistics(vectors),
-        # The statistics are computed from all vectors at once: of the forward pass, nothing is kept.
+        # The statistics are computed from all vectors at once: nothing of the forward pass is kept.
+        compute_metrics=lambda _: model.statistics(trained_on),
         preprocess_logits=lambda logits, labels: logits[0],
-        select=False,
         seed=seed,
     )
 
@@ -242,23 +256,23 @@ def train_mq_tokenizer(
 def train_retrieval(
     model: T5ForGenerativeRetrieval,
     collator: DataCollatorForGenerativeRetrieval,
-    settings: Mapping[str, Any],
+    settings: RetrievalSettings,
     folder: Path,
     *,
     holdout: Holdout | None = None,
     epochs: float | None = None,
     seed: int = 0,
-) -> StageResult:
+) -> StageResult[T5ForGenerativeRetrieval]:
     """Step 2: T5, its token embeddings and the projection; vectors and MQ-Tokenizers stay as they are.
 
     Args:
         model: with items bound.
         collator: makes the prompts; its interactions are the training interactions.
-        settings: the recipe's section: `evaluate_every`, `patience`, `training`.
-        folder: where checkpoints go.
+        settings: the recipe's section.
+        folder: for checkpoints.
         holdout: the validation items; the best epoch by NDCG@20 is kept. Without it, all `epochs` count.
         epochs: stop after so many, with the learning-rate schedule unchanged (the refit).
-        seed: of everything random that the collator does not draw.
+        seed: of everything random except the collator's draws.
     """
     interactions = collator.interactions
     evaluation = None
@@ -266,7 +280,7 @@ def train_retrieval(
         holdout = by_history_length(holdout, interactions)
         evaluation = PromptDataset(holdout.users, holdout.targets)
 
-    def metrics(prediction):
+    def metrics(prediction: EvalPrediction) -> dict[str, float]:
         assert holdout is not None
         queries = torch.from_numpy(prediction.predictions).float()
         seen = interactions.of_users(holdout.users)
@@ -287,74 +301,58 @@ def train_retrieval(
 
 
 def by_history_length(holdout: Holdout, interactions: InteractionMatrix) -> Holdout:
-    """The same pairs, users with like histories together, so that batches carry little padding."""
+    """The same pairs in the order of the histories' lengths, so that batches carry little padding."""
     order = np.argsort(interactions.lengths[holdout.users], kind="stable")
     return Holdout(holdout.users[order], holdout.targets[order])
 
 
-def _as_is(batch):
+def _dot_product_metrics(
+    users: torch.Tensor, items: torch.Tensor, holdout: Holdout, interactions: InteractionMatrix
+) -> dict[str, float]:
+    """Metrics of the users `[n, d]` of a holdout, with all items `[num_items, d]` ranked by the dot product."""
+    return evaluate_embeddings(users, items, holdout.targets, *interactions.of_users(holdout.users), cosine=False)
+
+
+Batch = dict[str, torch.Tensor]
+
+
+def _as_is(batch: Batch) -> Batch:
     return batch
 
 
 def _fit(
-    model: PreTrainedModel,
-    settings: Mapping[str, Any],
+    model: Model,
+    settings: StageSettings,
     folder: Path,
-    dataset: Any,
-    collator: Callable,
+    dataset: HistoryDataset | InteractionDataset | VectorDataset | PromptDataset,
+    collator: Callable[..., Batch],
     *,
     name: str,
-    shown: tuple[str, ...] = ("hr@20", SELECT_BY),
+    shown: Sequence[str] = ("hr@20", SELECT_BY),
     evaluation: Dataset | None = None,
-    compute_metrics: Callable | None = None,
-    preprocess_logits: Callable | None = None,
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]],
+    preprocess_logits: Callable[..., torch.Tensor] | None = None,
     eval_batch_size: int | None = None,
-    select: bool = True,
     epochs: float | None = None,
     seed: int = 0,
-) -> StageResult:
-    arguments = dict(settings["training"])
-    _check_training_arguments(arguments)
+) -> StageResult[Model]:
+    """Trains a model with `Trainer`; see the stages for the arguments."""
+    steps_per_epoch = math.ceil(len(dataset) / _examples_per_step(settings))
+    selects = isinstance(settings, SelectedStageSettings) and evaluation is not None
+    arguments = _training_arguments(
+        settings, folder, steps_per_epoch, evaluates=evaluation is not None, selects=selects
+    )
     if eval_batch_size is not None:
         arguments["per_device_eval_batch_size"] = eval_batch_size
-    steps_per_epoch = math.ceil(len(dataset) / _examples_per_step(arguments))
-    if settings.get("most_steps") and "num_train_epochs" in arguments:
-        most = max(1, round(settings["most_steps"] / steps_per_epoch))
-        arguments["num_train_epochs"] = min(arguments["num_train_epochs"], most)
-    every = max(1, round(settings["evaluate_every"] * steps_per_epoch)) if "max_steps" not in arguments else None
-    every = every or settings["evaluate_every"]
-    select = select and evaluation is not None
-    full = {
-        "output_dir": str(folder),
-        "seed": seed,
-        "eval_strategy": "steps" if evaluation is not None else "no",
-        "eval_steps": every,
-        "save_steps": every,
-        "logging_steps": every,
-        "save_total_limit": 1,
-        "load_best_model_at_end": select,
-        "metric_for_best_model": SELECT_BY if select else None,
-        "greater_is_better": True if select else None,
-        # Early stopping goes on counting where it was interrupted.
-        "restore_callback_states_from_checkpoint": True,
-        "remove_unused_columns": False,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        # Item vectors and graph are the same in every process; broadcasting them at each step would only cost time.
-        "ddp_broadcast_buffers": False,
-        "ddp_find_unused_parameters": False,
-        **arguments,
-    }
     callbacks: list[TrainerCallback] = [Progress(name, shown)]
     if hasattr(dataset, "set_epoch"):
         callbacks.append(SetEpoch(dataset))
-    if select:
-        callbacks.append(EarlyStoppingCallback(settings["patience"]))
+    if isinstance(settings, SelectedStageSettings) and selects:
+        callbacks.append(EarlyStoppingCallback(settings.patience))
     callbacks.append(StopAt(max(1, round(epochs * steps_per_epoch)) if epochs is not None else math.inf))
     trainer = _Trainer(
         model=model,
-        args=TrainingArguments(**full),
+        args=TrainingArguments(**{"seed": seed, **arguments}),
         data_collator=collator,
         train_dataset=dataset,
         eval_dataset=evaluation,
@@ -364,21 +362,54 @@ def _fit(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=_last_whole_checkpoint(folder))
-    metrics = _evaluations(trainer, select)
+    metrics = _evaluations(trainer, selects)
     model.eval()
-    best = trainer.state.best_global_step if select else None
+    best = trainer.state.best_global_step if selects else None
     return StageResult(model, (best or trainer.state.global_step) / steps_per_epoch, metrics)
 
 
-def _examples_per_step(arguments: Mapping[str, Any]) -> int:
+def _training_arguments(
+    settings: StageSettings, folder: Path, steps_per_epoch: int, *, evaluates: bool, selects: bool
+) -> dict[str, Setting]:
+    """The `TrainingArguments` of a stage; those of the recipe come last and win."""
+    chosen = dict(settings.training)
+    if isinstance(settings, SelectedStageSettings) and settings.most_steps and "num_train_epochs" in chosen:
+        most = max(1, round(settings.most_steps / steps_per_epoch))
+        chosen["num_train_epochs"] = min(chosen["num_train_epochs"], most)
+    unit = 1 if "max_steps" in chosen else steps_per_epoch
+    every = max(1, round(settings.evaluate_every * unit))
+    return {
+        "output_dir": str(folder),
+        "eval_strategy": "steps" if evaluates else "no",
+        "eval_steps": every,
+        "save_steps": every,
+        "logging_steps": every,
+        "save_total_limit": 1,
+        "load_best_model_at_end": selects,
+        "metric_for_best_model": SELECT_BY if selects else None,
+        "greater_is_better": True if selects else None,
+        # Early stopping keeps its count across an interruption.
+        "restore_callback_states_from_checkpoint": True,
+        "remove_unused_columns": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        # Item vectors and graph are the same in every process, so broadcasting them at each step would only cost time.
+        "ddp_broadcast_buffers": False,
+        "ddp_find_unused_parameters": False,
+        **chosen,
+    }
+
+
+def _examples_per_step(settings: StageSettings) -> int:
     """Training examples between two updates of the weights, over all devices and processes."""
     names = ("per_device_train_batch_size", "gradient_accumulation_steps", "use_cpu")
-    sizes = TrainingArguments(**{name: arguments[name] for name in names if name in arguments})
+    sizes = TrainingArguments(**{name: value for name, value in settings.training.items() if name in names})
     return sizes.train_batch_size * sizes.gradient_accumulation_steps * sizes.world_size
 
 
 def _last_whole_checkpoint(folder: Path) -> str | None:
-    """The last checkpoint that was written to its end; one that a crash cut off is removed."""
+    """The last checkpoint that was written to its end; checkpoints that a crash cut off are removed."""
     while folder.is_dir() and (last := get_last_checkpoint(str(folder))) is not None:
         # Trainer writes its state last.
         if (Path(last) / TRAINER_STATE_NAME).is_file():
@@ -387,20 +418,12 @@ def _last_whole_checkpoint(folder: Path) -> str | None:
     return None
 
 
-def _evaluations(trainer: Trainer, select: bool) -> dict[str, float]:
+def _evaluations(trainer: Trainer, selects: bool) -> dict[str, float]:
     """The metrics logged at the step of the best model (or of the last evaluation)."""
     found = [entry for entry in trainer.state.log_history if any(key.startswith("eval_") for key in entry)]
-    if select:
+    if selects:
         found = [entry for entry in found if entry["step"] == trainer.state.best_global_step]
     if not found:
         return {}
     timings = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
     return {key[5:]: value for key, value in found[-1].items() if key.startswith("eval_") and key not in timings}
-
-
-def _check_training_arguments(arguments: Mapping[str, Any]) -> None:
-    for name in arguments:
-        if name not in _TRAINING_ARGUMENTS:
-            raise ValueError(
-                f"{name!r} is not one of transformers' TrainingArguments; see their documentation for the names."
-            )
