@@ -173,6 +173,7 @@ def _read_delimited(raw: RawFile, delimiter: str, asked: Mapping[str, str | None
         if len(names) == 1:
             raise ValueError(f"{raw} has a single column, {names[0]!r}; separate its columns by {delimiter!r}.")
         chosen = {role: names.index(name) for role, name in _choose_columns(names, asked, str(raw)).items()}
+        stream.seek(0)  # so that errors count lines from the start
         if delimiter == "::":  # pandas is fast with a single character only
             stream, delimiter = io.BytesIO(stream.read().replace(b"::", b"\t")), "\t"
         try:
@@ -180,6 +181,7 @@ def _read_delimited(raw: RawFile, delimiter: str, asked: Mapping[str, str | None
                 stream,
                 sep=delimiter,
                 header=None,
+                skiprows=0 if raw.columns else 1,
                 names=range(len(names)),
                 # "007" is not 7, and "NA" is an id. An empty field is missing.
                 dtype=object,
