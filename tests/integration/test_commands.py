@@ -103,11 +103,10 @@ def test_a_fresh_process_with_auto_classes_recommends_the_same_bit_for_bit(work,
 import json
 import tokenrec_hf
 from transformers import AutoModel, AutoTokenizer
-from tokenrec_hf import EmbeddingStore, Recommender, SEEN_TEMPLATES, render
+from tokenrec_hf import EmbeddingStore, Recommender
 model, tokenizer = AutoModel.from_pretrained("out"), AutoTokenizer.from_pretrained("out")
-prompt = render(next(one for one in SEEN_TEMPLATES if one.uses_history), "03", ["01", "11"])
-inputs = tokenizer([prompt], return_tensors="pt", padding=True, return_entities=True)
-print(json.dumps(Recommender(model, tokenizer, EmbeddingStore.open("out")).answer(inputs, top_k=7)[0]))
+recommender = Recommender(model, tokenizer, EmbeddingStore.open("out"))
+print(json.dumps(recommender.recommend(["03"], [["01", "11"]], top_k=7)[0]))
 """
     fresh = subprocess.run([sys.executable, "-c", script], cwd=work, capture_output=True, text=True)
     assert fresh.returncode == 0, fresh.stderr

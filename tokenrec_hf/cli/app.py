@@ -503,8 +503,8 @@ def _dataset_name(dataset: str) -> str:
     Raises:
         FileNotFoundError: there is no such data set.
     """
-    from ..data.data_sources import DATA_SOURCES
     from ..data.interactions import HUB, load_interactions
+    from ..data.named_datasets import DATA_SOURCES
 
     if dataset.startswith(HUB):
         return dataset.removeprefix(HUB)
@@ -603,7 +603,7 @@ def _tokens(recommender: Recommender, kind: str, ids: Sequence[str]) -> list[str
 
 
 def _titles(dataset: str | None) -> dict[str, str]:
-    from ..data.data_sources import load_item_titles
+    from ..data.named_datasets import load_item_titles
 
     try:
         return load_item_titles(dataset) if dataset in TITLED else {}
