@@ -226,8 +226,9 @@ def train(
     from ..training.recipe import Recipe, SettingError
 
     name = _dataset_name(dataset)
-    given = {"seed": seed, "retrieval.config.loss_type": loss_type}
-    given = {setting: value for setting, value in given.items() if value is not None} | read_settings(settings or ())
+    shortcuts = {"seed": seed, "retrieval.config.loss_type": loss_type}
+    given = {setting: value for setting, value in shortcuts.items() if value is not None}
+    given |= read_settings(settings or ())
     try:
         loaded = Recipe.load(recipe, config, given)
     except SettingError as error:
