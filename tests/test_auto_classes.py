@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -91,6 +92,15 @@ def check(printed, expected, modules):
     assert printed["modules"] == modules
     assert printed["tokens"] == expected["tokens"]
     assert printed["found"] == printed["found_again"] == expected["found"]
+
+
+def test_a_repository_carries_little_code_and_all_that_it_imports(trained_repository):
+    code = {path.name: path.read_text(encoding="utf-8") for path in trained_repository.glob("*.py")}
+    assert len(code) <= 10
+    assert sum(len(text.splitlines()) for text in code.values()) <= 3_200
+    imported = {name for text in code.values() for name in re.findall(r"^\s*from \.(\w+) import", text, re.MULTILINE)}
+    assert {f"{name}.py" for name in imported} <= set(code)
+    assert list(trained_repository.rglob("*.py")) == list(trained_repository.glob("*.py"))
 
 
 def test_the_code_in_a_repository_needs_nothing_but_what_transformers_brings(trained_repository):

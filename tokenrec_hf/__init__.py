@@ -14,8 +14,6 @@ from typing import Any
 
 from wrapt import when_imported
 
-from .store import open_store as open_store
-
 __version__ = "0.1.0"
 
 _NAMES = {
@@ -41,6 +39,7 @@ _NAMES = {
     "evaluation.metrics": ("RankingMetrics", "evaluate_embeddings"),
     "training.recipe": ("Recipe",),
     "training.stages": ("SetEpoch",),
+    "store": ("open_store",),
     "store.faiss": ("FaissStore",),
     "store.milvus": ("MilvusStore",),
     "repository.update": ("NewVectors", "read_vectors"),
@@ -48,7 +47,7 @@ _NAMES = {
     "repository.repository": ("Repository",),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
-__all__ = sorted([*_MODULE_OF, "open_store"])
+__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tokenrec_hf import Recommender
-from tokenrec_hf.repository.hub import push_repository
+from tokenrec_hf.repository.repository import Repository
 
 CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 BATCH = 4
@@ -102,7 +102,7 @@ def test_a_stranger_who_trusts_a_folder_gets_the_same_recommendations(stranger, 
 
 @pytest.mark.slow
 def test_a_stranger_gets_the_same_recommendations_from_the_hub(stranger, hub, trained_repository, local, tmp_path):
-    push_repository(trained_repository, "tester/demo", private=True, include_users=True)
+    Repository(trained_repository).push_to_hub("tester/demo", private=True, include_users=True)
     requests = json.dumps(local["requests"])
     printed = stranger(RECOMMEND, "tester/demo", requests, BATCH, **hub.environment(tmp_path / "cache"))
     assert printed == {name: local[name] for name in ("tokens", "queries", "found")}
@@ -110,7 +110,7 @@ def test_a_stranger_gets_the_same_recommendations_from_the_hub(stranger, hub, tr
 
 @pytest.mark.slow
 def test_a_stranger_gets_for_a_history_what_its_user_gets_here(stranger, hub, fism_repository, tmp_path):
-    push_repository(fism_repository, "tester/histories")
+    Repository(fism_repository).push_to_hub("tester/histories")
     here = Recommender.from_pretrained(fism_repository)
     users = here.store.ids("user")[:4]
     requests = json.dumps([{"history": seen} for seen in here.store.seen(users)])

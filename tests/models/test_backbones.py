@@ -11,6 +11,7 @@ from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5For
 
 from tokenrec_hf import EmbeddingStore, MQTokenizerConfig, MQTokenizerModel, T5ForGenerativeRetrieval, TokenRecTokenizer
 from tokenrec_hf.repository.build import build_retrieval_model
+from tokenrec_hf.training.recipe import Recipe
 
 COMMON = {
     "decoder_start_token_id": 0,
@@ -182,8 +183,9 @@ def test_code_tokens_take_the_free_rows_first_and_are_all_set_anew(checkpoint, p
     tokenizer = TokenRecTokenizer.from_components(
         plain_tokenizer(tokens), user_mq=user_mq, item_mq=item_mq, store=store
     )
-    section = {"backbone": str(folder), "config": {"pooling": "mean"}}
-    model = build_retrieval_model(section, tokenizer, user_mq, item_mq)
+    settings = Recipe.load("paper").retrieval
+    settings = settings.model_copy(update={"backbone": str(folder), "config": {"pooling": "mean"}})
+    model = build_retrieval_model(settings, tokenizer, user_mq, item_mq)
 
     ids = torch.from_numpy(tokenizer.code_token_ids("user")), torch.from_numpy(tokenizer.code_token_ids("item"))
     codes = torch.cat([one.flatten() for one in ids])
@@ -211,7 +213,8 @@ def test_a_vocabulary_smaller_than_the_rows_is_not_cut(backbone, parts, tmp_path
     user_mq, item_mq, store = parts
     size = len(state["shared.weight"]) - 200
     tokenizer = TokenRecTokenizer.from_components(plain_tokenizer(size), user_mq=user_mq, item_mq=item_mq, store=store)
-    section = {"backbone": str(folder), "config": {"pooling": "mean"}}
-    table = build_retrieval_model(section, tokenizer, user_mq, item_mq).get_input_embeddings().weight
+    settings = Recipe.load("paper").retrieval
+    settings = settings.model_copy(update={"backbone": str(folder), "config": {"pooling": "mean"}})
+    table = build_retrieval_model(settings, tokenizer, user_mq, item_mq).get_input_embeddings().weight
     assert len(table) == len(state["shared.weight"])
     assert torch.equal(table[len(tokenizer) :], state["shared.weight"][len(tokenizer) :])

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from store_checks import DIM, HOSTILE, AgainstDictionaries, snapshot
 
 from tokenrec_hf.models import embedding_store as module
 from tokenrec_hf.models.embedding_store import (
@@ -32,21 +32,7 @@ from tokenrec_hf.models.embedding_store import (
     unit_rows,
 )
 
-DIM = 3
 SEQUENCES = int(os.environ.get("TOKENREC_SEQUENCES", "60"))
-HOSTILE = [
-    "it's",
-    'say"so"',
-    "zz']-or-id-not-in-['zz",
-    "back\\slash",
-    "日本語",
-    "é́",
-    "%s{}$",
-    "a/../b",
-    "x" * 256,
-    "-1",
-    "\x00",
-]
 
 
 def numbered(prefix, count):
@@ -62,137 +48,6 @@ def store():
     store.upsert("item", numbered("i", 6), torch.randn(6, DIM, generator=generator))
     store.set_seen(["u0", "u2"], [["i3", "i1"], ["i5", "i0", "i1"]])
     return store
-
-
-def snapshot(store):
-    """Everything a store tells about itself."""
-    kinds = ("user", "item")
-    return (
-        {kind: store.ids(kind) for kind in kinds},
-        {kind: store.vectors(kind).tolist() for kind in kinds},
-        store.seen(store.ids("user")),
-        store.metadata(store.ids("item")),
-        store.space_ids,
-        store.embedding_dim,
-    )
-
-
-class AgainstDictionaries(RuleBasedStateMachine):
-    """Any sequence of operations gives what plain dictionaries and lists give."""
-
-    ids = st.sampled_from(["a", "b", "c", "d", "e", *HOSTILE[:4]])
-    kinds = st.sampled_from(["user", "item"])
-    numbers = st.integers(-2, 2).map(float)
-    vectors = st.lists(st.tuples(ids, st.tuples(numbers, numbers, numbers)), max_size=6)
-    names = st.sampled_from(["genre", "withdrawn"])
-    values = st.sampled_from([True, False, 1, "a", 'it\'s "so"'])
-
-    def prepared(self, store):
-        """A store as it is to be tested."""
-        return store
-
-    def rows(self, kind, ids):
-        return self.store.rows(kind, ids)
-
-    @initialize(folder=st.uuids(), users=vectors, items=vectors)
-    def start(self, folder, users, items):
-        self.folder = self.root / str(folder)
-        self.store = self.prepared(EmbeddingStore(DIM))
-        self.model = {"user": {}, "item": {}}
-        self.seen = {}
-        self.known = {}
-        self.upsert("user", users)
-        self.upsert("item", items)
-
-    @rule(kind=kinds, rows=vectors)
-    def upsert(self, kind, rows):
-        self.store.upsert(kind, [one for one, _ in rows], np.array([row for _, row in rows]).reshape(-1, DIM))
-        for one, row in rows:
-            self.model[kind][one] = row
-
-    @rule(kind=kinds, ids=st.lists(ids, max_size=4))
-    def delete(self, kind, ids):
-        self.store.delete(kind, ids)
-        for one in ids:
-            self.model[kind].pop(one, None)
-            if kind == "item":
-                self.known.pop(one, None)
-        if kind == "user":
-            self.seen = {user: items for user, items in self.seen.items() if user not in ids}
-        self.seen = {user: [item for item in items if item in self.model["item"]] for user, items in self.seen.items()}
-
-    @rule(data=st.data(), replace=st.booleans())
-    def see(self, data, replace):
-        if not self.model["user"] or not self.model["item"]:
-            return
-        users = data.draw(st.lists(st.sampled_from(sorted(self.model["user"])), max_size=4))
-        items = st.lists(st.sampled_from(sorted(self.model["item"])), max_size=4)
-        lists = [data.draw(items) for _ in users]
-        (self.store.set_seen if replace else self.store.add_seen)(users, lists)
-        for user, new in zip(users, lists):
-            self.seen[user] = new if replace else self.seen.get(user, []) + new
-
-    @rule(data=st.data())
-    def know(self, data):
-        if not self.model["item"]:
-            return
-        items = data.draw(st.lists(st.sampled_from(sorted(self.model["item"])), max_size=4))
-        metadata = [data.draw(st.dictionaries(self.names, st.none() | self.values, max_size=2)) for _ in items]
-        self.store.set_metadata(items, metadata)
-        for item, new in zip(items, metadata):
-            merged = self.known.get(item, {}) | new
-            self.known[item] = {name: value for name, value in merged.items() if value is not None}
-
-    @rule()
-    def save(self):
-        self.store.save_pretrained(self.folder)
-
-    @rule()
-    def save_and_open_again(self):
-        self.store.save_pretrained(self.folder)
-        opened = EmbeddingStore.open(self.folder)
-        assert snapshot(opened) == snapshot(self.store)
-        self.store = self.prepared(opened)
-
-    @rule(
-        query=st.tuples(numbers, numbers, numbers),
-        top_k=st.integers(1, 8),
-        exclude=st.lists(ids, max_size=4),
-        where=st.dictionaries(names, values | st.lists(values, max_size=2), max_size=2),
-    )
-    def search(self, query, top_k, exclude, where):
-        [found], [scores] = self.store.search(torch.tensor([query]), top_k, [exclude], where)
-        expected = {}
-        for item, vector in self.model["item"].items():
-            lengths = np.linalg.norm(vector) * np.linalg.norm(query)
-            expected[item] = np.dot(vector, query) / lengths if lengths else 0.0
-        allowed = [item for item in expected if item not in exclude and self.matches(item, where)]
-        assert len(found) == len(set(found)) == min(top_k, len(allowed))
-        assert set(found) <= set(allowed)
-        np.testing.assert_allclose(scores, [expected[item] for item in found], atol=1e-6)
-        np.testing.assert_allclose(
-            scores, sorted((expected[one] for one in allowed), reverse=True)[: len(found)], atol=1e-6
-        )
-
-    def matches(self, item, where):
-        known = {name: json.dumps(value) for name, value in self.known.get(item, {}).items()}
-        return known.get("withdrawn") != "true" and all(
-            known.get(name) in [json.dumps(value) for value in (wanted if isinstance(wanted, list) else [wanted])]
-            for name, wanted in where.items()
-        )
-
-    @invariant()
-    def everything_agrees(self):
-        assert self.store.metadata(list(self.model["item"])) == [self.known.get(one, {}) for one in self.model["item"]]
-        for kind, model in self.model.items():
-            assert self.store.ids(kind) == list(model)
-            assert self.store.count(kind) == len(model)
-            assert self.store.vectors(kind).tolist() == [list(row) for row in model.values()]
-            backwards = list(model)[::-1]
-            assert self.store.get(kind, backwards).tolist() == [list(model[one]) for one in backwards]
-            assert self.rows(kind, [*backwards, "absent"]).tolist() == [*range(len(model))][::-1] + [-1]
-        users = [*self.model["user"], "absent"]
-        assert self.store.seen(users) == [self.seen.get(user, []) for user in users]
 
 
 def test_any_sequence_of_operations_agrees_with_dictionaries(tmp_path):
@@ -816,13 +671,16 @@ def test_a_file_that_was_never_safetensors_is_named(store, tmp_path):
     [
         ("items", "vectors", torch.ones(6, DIM, dtype=torch.float64), "there are no 6 float32 item vectors of 3 dim"),
         ("items", "vectors", torch.ones(5, DIM), "there are no 6 float32 item vectors of 3 dim"),
-        ("items", "ids.offsets", torch.tensor([0, 1]), "the id table is damaged"),
-        ("items", "metadata.genre", torch.zeros(6, dtype=torch.int32), "the metadata does not fit the items"),
-        ("users", "seen.items", torch.tensor([0, 1, 2, 3, 6], dtype=torch.int32), "the seen items do not fit"),
-        ("users", "seen.items", torch.tensor([0, 1, 2, 3, -1], dtype=torch.int32), "the seen items do not fit"),
-        ("users", "seen.items", torch.tensor([0, 1, 2, 3, 4]), "the seen items do not fit"),
-        ("users", "seen.indptr", torch.tensor([0, 3, 1, 5, 5]), "the seen items do not fit"),
-        ("users", "seen.indptr", torch.tensor([0, 5, 5, 5]), "the seen items do not fit"),
+        ("items", "offsets", torch.tensor([0, 1]), "the id table is damaged"),
+        ("items", "metadata", torch.tensor(list(b'{"6": {"a": 1}}'), dtype=torch.uint8), "out of range"),
+        ("items", "metadata", torch.tensor(list(b"{"), dtype=torch.uint8), "Expecting"),
+        ("items", "metadata", torch.tensor(list(b"[]"), dtype=torch.uint8), "has no attribute"),
+        ("items", "metadata", torch.tensor(list(b'{"0": 1}'), dtype=torch.uint8), "has no attribute"),
+        ("users", "seen_items", torch.tensor([0, 1, 2, 3, 6], dtype=torch.int32), "the seen items do not fit"),
+        ("users", "seen_items", torch.tensor([0, 1, 2, 3, -1], dtype=torch.int32), "the seen items do not fit"),
+        ("users", "seen_items", torch.tensor([0, 1, 2, 3, 4]), "the seen items do not fit"),
+        ("users", "seen_indptr", torch.tensor([0, 3, 1, 5, 5]), "the seen items do not fit"),
+        ("users", "seen_indptr", torch.tensor([0, 5, 5, 5]), "the seen items do not fit"),
     ],
 )
 def test_arrays_that_do_not_fit_together_are_refused(store, tmp_path, kind, name, array, why):
@@ -943,8 +801,9 @@ def test_any_changes_and_filters_give_what_dictionaries_give(data, where):
             metadata.keep(np.array(keep, dtype=bool))
             known = [values for values, kept in zip(known, keep) if kept]
         else:
-            metadata = ItemMetadata(metadata.num_items, metadata.columns, metadata.values)
-    found = metadata.get(np.arange(len(known)))
+            metadata = ItemMetadata(metadata.items)
+        metadata.allowed({"genre": ["1"]})
+    found = metadata.items
     assert [set(one) for one in found] == [set(one) for one in known]
     assert all(same(one[name], values[name]) for one, values in zip(found, known) for name in values)
     checked = check_where(where)
@@ -955,16 +814,6 @@ def test_any_changes_and_filters_give_what_dictionaries_give(data, where):
     ]
     allowed = metadata.allowed(checked)
     assert expected == ([True] * len(known) if allowed is None else allowed.tolist())
-
-
-def test_columns_that_do_not_fit_are_refused():
-    for columns, values in (
-        ({"a": np.array([0, 1], dtype=np.int32)}, {"a": ["x"]}),
-        ({"a": np.array([0], dtype=np.int32)}, {"a": ["x"]}),
-        ({"a": np.array([0, -1], dtype=np.int32)}, {}),
-    ):
-        with pytest.raises(ValueError, match="does not fit"):
-            ItemMetadata(2, columns, values)
 
 
 # ---- lists of different lengths

@@ -5,8 +5,26 @@ import pytest
 import torch
 
 from tokenrec_hf.data.interaction_matrix import InteractionMatrix
-from tokenrec_hf.models.configuration_tokenrec import FISMConfig, LightGCNConfig, MatrixFactorizationConfig
-from tokenrec_hf.models.modeling_collaborative import FISMModel, LightGCNModel, MatrixFactorizationModel
+from tokenrec_hf.models.codes import IdIndex
+from tokenrec_hf.models.configuration_tokenrec import (
+    CollaborativeConfig,
+    FISMConfig,
+    LightGCNConfig,
+    MatrixFactorizationConfig,
+)
+from tokenrec_hf.models.embedding_store import EmbeddingStore
+from tokenrec_hf.models.modeling_collaborative import (
+    COLLABORATIVE_MODELS,
+    CollaborativeModel,
+    FISMModel,
+    HistoryEncoder,
+    LightGCNModel,
+    MatrixFactorizationModel,
+    collaborative_class,
+    load_collaborative,
+    save_collaborative,
+)
+from tokenrec_hf.models.recommender import load_history_encoder
 
 NUM_USERS, NUM_ITEMS, DIM = 7, 9, 4
 
@@ -317,3 +335,163 @@ def test_a_saved_fism_loads_bit_for_bit_with_its_histories(interactions, tmp_pat
 def test_impossible_fism_settings_are_named(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         FISMConfig(**settings)
+
+
+# ---- Histories of ids
+
+
+@pytest.fixture(params=[{}, {"half_life": 3.0}, {"half_life": 3.0, "recent_half_life": 0.5}], ids=str)
+def history_model(request):
+    torch.manual_seed(0)
+    return FISMModel(FISMConfig(embedding_dim=6, num_users=0, num_items=5, num_interactions=0, **request.param)).eval()
+
+
+@pytest.fixture
+def encoder(history_model):
+    return HistoryEncoder(history_model, IdIndex(list("abcde")))
+
+
+def naive(model, history):
+    """p of item rows with their ages, from the equation in the docstring of FISMModel."""
+    config, total = model.config, np.zeros(6)
+    for row, age in history:
+        weight = 1 if config.half_life is None else 2 ** (-age / config.half_life)
+        total += weight * model.history_table.weight[row].detach().numpy()
+        if model.recent_table is not None:
+            total += 2 ** (-age / config.recent_half_life) * model.recent_table.weight[row].detach().numpy()
+    return total / np.linalg.norm(total)
+
+
+def test_a_vector_is_that_of_the_equation(history_model, encoder):
+    vectors, known = encoder.encode([["a", "c", "e"], ["b"]])
+    assert known.tolist() == [True, True]
+    expected = [naive(history_model, [(0, 2), (2, 1), (4, 0)]), naive(history_model, [(1, 0)])]
+    np.testing.assert_allclose(vectors.numpy(), expected, atol=1e-6)
+
+
+def test_items_that_it_does_not_know_make_the_others_older_and_say_nothing(history_model, encoder):
+    vectors, known = encoder.encode([["a", "new", "c", "newer"], ["new"], []])
+    assert known.tolist() == [True, False, False]
+    np.testing.assert_allclose(vectors[0].numpy(), naive(history_model, [(0, 3), (2, 1)]), atol=1e-6)
+    assert not vectors[1:].any()
+
+
+def test_there_may_be_no_histories(encoder):
+    vectors, known = encoder.encode([])
+    assert vectors.shape == (0, 6) and known.shape == (0,)
+
+
+def test_ids_and_items_must_be_as_many(history_model):
+    with pytest.raises(ValueError, match="there are 4 ids for 5 items"):
+        HistoryEncoder(history_model, IdIndex(list("abcd")))
+
+
+def test_histories_of_training_give_the_vectors_of_training(fism_repository):
+    store = EmbeddingStore.open(fism_repository)
+    vectors, known = load_history_encoder(fism_repository).encode(store.seen(store.ids("user")))
+    assert known.all()
+    torch.testing.assert_close(vectors, store.vectors("user"), rtol=0, atol=1e-5)
+
+
+def test_other_models_and_folders_have_no_history_encoder(trained_repository, tmp_path):
+    assert load_history_encoder(trained_repository) is None
+    assert load_history_encoder(tmp_path) is None
+
+
+# ---- All kinds of models
+
+
+MATRIX = InteractionMatrix(np.array([0, 0, 1, 2, 2]), np.array([0, 2, 1, 1, 0]), 3, 3)
+IDS = {"user": ["u", "v", "w"], "item": ["a", "b", "c"]}
+
+
+@pytest.fixture(params=COLLABORATIVE_MODELS)
+def any_model(request):
+    torch.manual_seed(0)
+    model_class = COLLABORATIVE_MODELS[request.param]
+    return model_class.from_interactions(model_class.config_class(embedding_dim=4), MATRIX).eval()
+
+
+def test_a_model_comes_back_as_what_it_was_with_the_ids_of_its_rows(any_model, tmp_path):
+    save_collaborative(any_model, IDS, tmp_path)
+    loaded, ids = load_collaborative(tmp_path)
+    assert type(loaded) is type(any_model) is collaborative_class(tmp_path) and not loaded.training
+    for name, tensor in any_model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    assert {kind: index.ids() for kind, index in ids.items()} == IDS
+
+
+def test_a_model_of_an_unknown_kind_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="config.json has the model_type 'bert', which is none of"):
+        load_collaborative(tmp_path)
+
+
+def test_a_resized_model_has_the_settings_and_other_users_and_items(any_model):
+    larger = any_model.resized(InteractionMatrix(np.array([0, 3]), np.array([4, 1]), 4, 5))
+    assert type(larger) is type(any_model) and larger.config.embedding_dim == 4
+    assert larger.user_embeddings().shape == (4, 4) and larger.item_embeddings().shape == (5, 4)
+    assert any_model.config.num_users == 3
+
+
+def test_the_interactions_of_training_are_kept_unless_the_model_is_free_of_them(any_model):
+    found = any_model.interactions()
+    if isinstance(any_model, LightGCNModel | FISMModel):
+        assert [one.tolist() for one in found] == [MATRIX.users.tolist(), MATRIX.items.tolist()]
+        assert {one.dtype for one in found} == {np.dtype("int64")}
+    else:
+        assert found is None
+
+
+def test_only_models_of_histories_make_vectors_of_them(any_model):
+    history = torch.tensor([0, 0]), torch.tensor([0, 2]), torch.tensor([1, 0]), 1
+    if any_model.users_are_histories:
+        assert torch.allclose(any_model.history_vectors(*history), any_model.user_embeddings()[:1], atol=1e-6)
+    else:
+        with pytest.raises(NotImplementedError, match="cannot make one from a history"):
+            any_model.history_vectors(*history)
+
+
+@pytest.mark.parametrize("keep", [[True, False, True], [False, False, False]])
+def test_a_model_without_some_users_has_neither_their_rows_nor_their_interactions(any_model, keep):
+    keep = np.array(keep)
+    left = any_model.without_users(keep)
+    rows = torch.from_numpy(keep)
+    assert left.config.num_users == keep.sum() and left.config.num_items == 3
+    for (kind, table), (_, former) in zip(left.tables(), any_model.tables()):
+        assert torch.equal(table.weight, former.weight[rows] if kind == "user" else former.weight)
+    if any_model.interactions() is not None:
+        inside = keep[MATRIX.users]
+        assert [one.tolist() for one in left.interactions()] == [
+            (np.cumsum(keep) - 1)[MATRIX.users[inside]].tolist(),
+            MATRIX.items[inside].tolist(),
+        ]
+    if any_model.users_are_histories:
+        assert torch.equal(left.user_embeddings(), any_model.user_embeddings()[rows])
+    # The original model is not changed.
+    assert any_model.config.num_users == 3
+
+
+def test_an_own_model_is_a_subclass_with_tables_and_vectors(tmp_path, monkeypatch):
+    """The documented way to add a model: a subclass and an entry in the table."""
+
+    class PopularConfig(CollaborativeConfig):
+        model_type = "popular"
+
+    class PopularModel(CollaborativeModel):
+        config_class = PopularConfig
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.table = torch.nn.Embedding(config.num_items, config.embedding_dim)
+            self.post_init()
+
+        def tables(self):
+            return [("item", self.table)]
+
+    monkeypatch.setitem(COLLABORATIVE_MODELS, "popular", PopularModel)
+    model = PopularModel.from_interactions(PopularConfig(embedding_dim=4), MATRIX)
+    save_collaborative(model, IDS, tmp_path)
+    loaded = load_collaborative(tmp_path)[0]
+    assert type(loaded) is PopularModel and torch.equal(loaded.table.weight, model.table.weight)
+    assert len(loaded.interactions()[0]) == len(MATRIX)

@@ -1,4 +1,4 @@
-"""T5 retrieval against NumPy: Eq. 17 (LLM), 18 (projection), 19 (cosine, ranking), 20 (ranking loss).
+"""T5 retrieval against NumPy: Eq. 17 (LLM), 18 (projection), 19 (cosine), 20 (ranking loss).
 
 Eq. 16, token-by-token generation, is what Eq. 17 replaces: one pass over the prompt of Eq. 15 and no generated token.
 """
@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration, T5Model, Trainer, TrainingArguments
 
 from tokenrec_hf.models.configuration_tokenrec import T5GenerativeRetrievalConfig
-from tokenrec_hf.models.embedding_store import EmbeddingStore
 from tokenrec_hf.models.modeling_t5_retrieval import T5ForGenerativeRetrieval
 
 SIZES = {
@@ -605,48 +604,7 @@ def test_gradient_accumulation_takes_the_same_steps_as_one_large_batch(prompts, 
     assert any(not torch.equal(start[name], trained[0][name]) for name in start)
 
 
-# ---- Eq. 19: recommendation
-
-
-@pytest.fixture
-def store():
-    made = EmbeddingStore(DIM, {"user": "users-1", "item": "items-1"})
-    made.upsert("user", [f"u{i}" for i in range(4)], torch.randn(4, DIM))
-    made.upsert("item", [f"i{i}" for i in range(NUM_ITEMS)], items())
-    made.set_seen(["u0", "u2"], [["i1", "i2"], ["i8"]])
-    return made
-
-
-ENTITIES = {"user_ids": [["u0"], ["u1"], ["u2"], ["stranger"]], "item_ids": [["i3"], [], ["i0", "i8"], ["i5", "new"]]}
-FORBIDDEN = [{1, 2, 3}, set(), {0, 8}, {5}]
-
-
-@pytest.mark.parametrize("exclude_seen", [True, False])
-def test_recommendations_are_the_cosine_ranking_without_what_was_seen(exclude_seen, store, prompts):
-    """Eq. 19, item by item."""
-    model = tiny()
-    z, q = array(model.encode_queries(**prompts)), array(items())
-    found = model.recommend({**prompts, **ENTITIES}, store, top_k=4, exclude_seen=exclude_seen)
-    for query, forbidden, row in zip(z, FORBIDDEN, found):
-        left = [j for j in range(NUM_ITEMS) if not (exclude_seen and j in forbidden)]
-        best = sorted(left, key=lambda j: -cosine(query, q[j]))[:4]
-        assert [one["item"] for one in row] == [f"i{j}" for j in best]
-        assert [one["score"] for one in row] == pytest.approx([cosine(query, q[j]) for j in best], abs=1e-5)
-
-
-def test_fewer_recommendations_come_back_where_fewer_items_are_left(store, prompts):
-    found = tiny().recommend({**prompts, **ENTITIES}, store, top_k=100)
-    assert [len(row) for row in found] == [NUM_ITEMS - len(seen) for seen in FORBIDDEN]
-    for row, seen in zip(found, FORBIDDEN):
-        assert {one["item"] for one in row} == {f"i{j}" for j in range(NUM_ITEMS) if j not in seen}
-
-
-def test_new_items_of_the_store_can_be_recommended_without_touching_the_model(store, prompts):
-    model = tiny()
-    z = model.encode_queries(**prompts).detach()
-    store.upsert("item", ["brand-new"], 7 * z[:1])
-    best = model.recommend(prompts, store, top_k=1, exclude_seen=False)[0][0]
-    assert best["item"] == "brand-new" and best["score"] == pytest.approx(1, abs=1e-5)
+# ---- Queries of prompts of all lengths
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
@@ -662,34 +620,17 @@ def test_a_short_prompt_is_not_padded_to_the_longest(pooling, left, with_mask, m
     read = []
     encode = model.encode_queries
     monkeypatch.setattr(model, "encode_queries", lambda ids, mask: read.append(ids.numel()) or encode(ids, mask))
-    store = EmbeddingStore(DIM)
-    store.upsert("item", ["a"], torch.ones(1, DIM))
-    asked = []
-    monkeypatch.setattr(store, "search", lambda queries, *rest: asked.append(queries) or ([], []))
-    model.recommend(
-        {"input_ids": ids, **({"attention_mask": (ids > 0).long()} if with_mask else {})}, store, exclude_seen=False
-    )
-    np.testing.assert_allclose(array(asked[0]), alone, atol=1e-4)
+    mask = (ids > 0).long() if with_mask else None
+    np.testing.assert_allclose(array(model.encode_by_length(ids, mask)), alone, atol=1e-4)
     assert left or sum(read) < 2 * 32 * len(lengths) < ids.numel()
 
 
-def test_recommending_turns_dropout_off(store, prompts):
-    model = tiny(dropout_rate=0.5).train()
-    first = model.recommend(prompts, store, exclude_seen=False)
-    assert model.train().recommend(prompts, store, exclude_seen=False) == first
-
-
-def test_excluding_the_seen_without_knowing_the_ids_is_refused(store, prompts):
-    with pytest.raises(ValueError, match="return_entities=True, or pass exclude_seen=False"):
-        tiny().recommend(prompts, store)
-
-
-def test_a_store_of_another_space_is_refused(store, prompts):
-    model = tiny(space_ids={"user": "users-1", "item": "items-2"})
-    with pytest.raises(ValueError, match="item vectors of the store belong to MQ-Tokenizer items-1.*items-2"):
-        model.recommend({**prompts, **ENTITIES}, store)
-    fitting = tiny(space_ids={"user": "users-1", "item": "items-1"})
-    assert len(fitting.recommend({**prompts, **ENTITIES}, store)) == 4
+@pytest.mark.parametrize("training", [True, False])
+def test_encoding_by_length_has_no_dropout_and_leaves_the_mode_as_it_was(prompts, training):
+    model = tiny(dropout_rate=0.5).train(training)
+    first = model.encode_by_length(**prompts)
+    assert torch.equal(model.encode_by_length(**prompts), first)
+    assert {module.training for module in model.modules()} == {training}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tokenrec_hf import EmbeddingStore, T5ForGenerativeRetrieval, T5GenerativeRetrievalConfig, TokenRecTokenizer
+from tokenrec_hf import (
+    EmbeddingStore,
+    Recommender,
+    T5ForGenerativeRetrieval,
+    T5GenerativeRetrievalConfig,
+    TokenRecTokenizer,
+)
 
 peft = pytest.importorskip("peft")
 
@@ -146,10 +152,12 @@ def test_a_model_with_an_adapter_recommends(example, trained_repository, parts, 
     tokenizer, store = parts
     model = tuned(example, trained_repository, parts, whole_rows)
     inputs = tokenizer(PROMPTS, padding=True, return_tensors="pt", return_entities=True)
-    found = model.recommend(inputs, store, top_k=5)
-    plain = T5ForGenerativeRetrieval.from_pretrained(trained_repository).recommend(inputs, store, top_k=5)
+    found = Recommender(model, tokenizer, store).answer(inputs, top_k=5)
+    plain = Recommender.from_pretrained(trained_repository).answer(inputs, top_k=5)
     assert [len(row) for row in found] == [5, 5] and found != plain
-    scores = [row["score"] for row in model.merge_and_unload().recommend(inputs, store, top_k=5)[0]]
+    scores = [
+        row["score"] for row in Recommender(model.merge_and_unload(), tokenizer, store).answer(inputs, top_k=5)[0]
+    ]
     assert scores == pytest.approx([row["score"] for row in found[0]], abs=1e-5)
 
 

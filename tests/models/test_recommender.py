@@ -10,8 +10,9 @@ from tokenrec_hf.models.embedding_store import EmbeddingStore
 from tokenrec_hf.models.modeling_mq_tokenizer import MQTokenizerModel
 from tokenrec_hf.models.modeling_t5_retrieval import T5ForGenerativeRetrieval
 from tokenrec_hf.models.prompts import HISTORY_TEMPLATES, UNSEEN_TEMPLATE, USER_ONLY_TEMPLATES, render
-from tokenrec_hf.models.recommender import Recommender, check_repository
+from tokenrec_hf.models.recommender import Recommender, RepositoryFolder, check_repository
 from tokenrec_hf.models.tokenization_tokenrec import TokenRecTokenizer
+from tokenrec_hf.repository.repository import Repository
 
 DIM, NUM_ITEMS = 8, 40
 LONG = [f"i{n}" for n in range(30)]
@@ -66,6 +67,12 @@ def repository(parts, tmp_path_factory):
     tokenizer.save_pretrained(folder)
     store.save_pretrained(folder / "store")
     return folder
+
+
+@pytest.fixture
+def own_store(repository):
+    """A copy of the store that a test may change."""
+    return EmbeddingStore.open(repository)
 
 
 def test_a_prompt_names_users_and_items_by_the_codes_of_their_vectors(parts, mqs):
@@ -149,6 +156,58 @@ def test_recommendations_are_those_of_the_model_for_the_prompts(recommender):
         assert [one["score"] for one in row] == pytest.approx(cosines[best], abs=1e-5)
 
 
+def test_recommending_leaves_the_model_in_the_mode_it_was_in(recommender):
+    first = recommender.recommend(["ann"])
+    recommender.model.train()
+    try:
+        assert recommender.recommend(["ann"]) == first
+        assert recommender.model.training
+    finally:
+        recommender.model.eval()
+    assert recommender.recommend(["ann"]) == first and not recommender.model.training
+
+
+def test_new_items_of_the_store_are_recommended_without_touching_the_model(parts, own_store):
+    model, tokenizer, store = parts[0], parts[1], own_store
+    query = model.encode_queries(**tokenizer(render(USER_ONLY_TEMPLATES[0], "bob"), return_tensors="pt")).detach()
+    store.upsert("item", ["brand-new"], 7 * query)
+    best = Recommender(model, tokenizer, store).recommend(["bob"], top_k=1)[0][0]
+    assert best["item"] == "brand-new" and best["score"] == pytest.approx(1, abs=1e-5)
+
+
+def test_tokenised_prompts_are_answered_without_the_items_that_they_name(recommender):
+    prompts = ["After item_i3 item_i4 user_ann liked what?", "What fits item_i9 best?"]
+    inputs = recommender.tokenizer(prompts, padding=True, return_tensors="pt", return_entities=True)
+    found = recommender.answer(inputs, top_k=NUM_ITEMS)
+    for row, seen in zip(found, ({"i1", "i2", "i3", "i4"}, {"i9"})):
+        assert {one["item"] for one in row} == {f"i{n}" for n in range(NUM_ITEMS)} - seen
+    del inputs["user_ids"]
+    assert len(recommender.answer(inputs, top_k=NUM_ITEMS, exclude_seen=False)[0]) == NUM_ITEMS
+    with pytest.raises(ValueError, match="return_entities=True, or pass exclude_seen=False"):
+        recommender.answer(inputs)
+
+
+def test_similar_items_are_the_nearest_others_by_cosine(recommender):
+    vectors = recommender.store.vectors("item").double().numpy()
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    found = recommender.similar_items(["i7", "i2"], top_k=3)
+    for number, row in zip((7, 2), found):
+        cosines = unit @ unit[number]
+        best = [n for n in np.argsort(-cosines) if n != number][:3]
+        assert [one["item"] for one in row] == [f"i{n}" for n in best]
+        assert [one["score"] for one in row] == pytest.approx(cosines[best], abs=1e-5)
+    assert len(recommender.similar_items(["i7"], top_k=NUM_ITEMS)[0]) == NUM_ITEMS - 1
+    assert recommender.similar_items([]) == []
+    with pytest.raises(KeyError, match="i99"):
+        recommender.similar_items(["i1", "i99"])
+
+
+def test_similar_items_can_be_filtered_by_metadata(parts, own_store):
+    own_store.set_metadata(["i1", "i2", "i3"], [{"genre": "jazz"}] * 3)
+    found = Recommender(*parts[:2], own_store).similar_items(["i1"], where={"genre": "jazz"})
+    assert {one["item"] for one in found[0]} == {"i2", "i3"}
+
+
 def test_no_users_have_no_recommendations_in_their_prompts(recommender):
     assert recommender.prompts([]) == []
 
@@ -228,6 +287,15 @@ def test_an_unfinished_training_says_to_go_on(tmp_path):
         check_repository(tmp_path)
 
 
+def test_an_unfinished_change_is_refused_by_readers(repository, tmp_path):
+    folder = shutil.copytree(repository, tmp_path / "copy")
+    RepositoryFolder(folder).committed.mkdir()
+    with pytest.raises(ValueError, match=r"open it once with `Repository\(folder\)` or any `tokenrec` command"):
+        Recommender.from_pretrained(folder)
+    Repository(folder)
+    assert Recommender.from_pretrained(folder).recommend(["ann"])
+
+
 class Reader:
     """A history encoder whose vector of a history is that of the user `who`; items after i20 are new to it."""
 
@@ -257,7 +325,7 @@ def test_a_history_that_tells_nothing_of_its_user_is_shown_alone(parts, recommen
     for one in (reader, recommender):
         assert one.prompts([None], [["i30"]]) == ["What fits item_i30 best?"]
     assert recommender.prompts([None], [["i3"]]) == ["What fits item_i3 best?"]
-    with pytest.raises(ValueError, match="names a user, but nobody is known by id"):
+    with pytest.raises(ValueError, match="names a user, but the request has no user id"):
         reader.prompts([None], [["i30"]], UNSEEN_TEMPLATE)
 
 

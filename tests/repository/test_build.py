@@ -8,7 +8,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import T5Config, T5ForConditionalGeneration
 
 from tokenrec_hf.cli.app import main
-from tokenrec_hf.data.data_sources import demo_interactions
+from tokenrec_hf.data.demo import demo_interactions
 from tokenrec_hf.data.splits import index_splits, leave_one_out
 from tokenrec_hf.models.codes import load_indexes
 from tokenrec_hf.models.configuration_tokenrec import MQTokenizerConfig
@@ -16,6 +16,7 @@ from tokenrec_hf.models.embedding_store import EmbeddingStore
 from tokenrec_hf.models.modeling_collaborative import FISMModel, LightGCNModel
 from tokenrec_hf.models.modeling_mq_tokenizer import MQTokenizerModel
 from tokenrec_hf.models.modeling_t5_retrieval import T5ForGenerativeRetrieval
+from tokenrec_hf.models.recommender import Recommender
 from tokenrec_hf.models.tokenization_tokenrec import TokenRecTokenizer
 from tokenrec_hf.repository import build as training
 from tokenrec_hf.repository.build import build_collator, build_retrieval_model, train
@@ -168,9 +169,7 @@ def test_training_writes_a_repository(trained, splits):
     # The recipe stores vectors whose cosine ranks as the dot product of these.
     augmented = augment_norm(collaborative.user_embeddings(), collaborative.item_embeddings())
     assert torch.equal(store.vectors("user"), augmented[0]) and torch.equal(store.vectors("item"), augmented[1])
-    inputs = tokenizer("What would user_two enjoy next?", return_tensors="pt", return_entities=True)
-    inputs["user_ids"], inputs["item_ids"] = [["two"]], [[]]
-    found = model.recommend(inputs, store, top_k=30)[0]
+    found = Recommender(model, tokenizer, store).recommend(["two"], [[]], top_k=30)[0]
     assert len(found) == 28
     assert not {"f001", "f002"} & {one["item"] for one in found}
 

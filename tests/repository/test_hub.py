@@ -107,7 +107,7 @@ def test_a_repository_without_users_recommends_to_histories(hub, repository):
     assert folder.is_dir()
 
 
-def test_what_fism_makes_of_a_history_is_pushed_without_anybody_s(hub, fism_repository):
+def test_the_item_side_of_fism_is_pushed_without_histories(hub, fism_repository):
     Repository(fism_repository).push_to_hub(NAME)
     here = EmbeddingStore.open(fism_repository)
     users = here.ids("user")

@@ -62,7 +62,7 @@ def test_users_of_the_training_leave_its_records_too(repository):
         assert not set(users) & set(pq.read_table(path)["user_id"].to_pylist())
 
 
-def test_users_who_were_deleted_in_part_are_deleted_by_the_next_call(repository, monkeypatch):
+def test_an_interrupted_deletion_is_completed_by_the_next_call(repository, monkeypatch):
     """A process that stops after the records of the training have changed leaves users that can be removed again."""
     users = EmbeddingStore.open(repository).ids("user")[:2]
     forget = module._forget_interactions
@@ -97,7 +97,7 @@ def test_a_withdrawn_item_stays_withdrawn(repository):
     recommender.recommend([other])
 
 
-def test_removing_somebody_unknown_changes_nothing(repository):
+def test_removing_an_unknown_user_changes_nothing(repository):
     before = contents(repository)
     with pytest.raises(ValueError, match="user 'nobody' is not in the store of .*; nothing was removed"):
         Repository(repository).remove(users=[EmbeddingStore.open(repository).ids("user")[0], "nobody"])

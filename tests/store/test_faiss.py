@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
-from test_embedding_store import DIM, AgainstDictionaries
+from store_checks import DIM, AgainstDictionaries
 
 pytest.importorskip("faiss", reason="needs the extra faiss")
 

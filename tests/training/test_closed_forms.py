@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tokenrec_hf.models.configuration_tokenrec import FISMConfig
 from tokenrec_hf.models.modeling_collaborative import FISMModel
 from tokenrec_hf.training import closed_forms as module
-from tokenrec_hf.training.closed_forms import align, augment_norm, fold_in, fold_in_items, smooth_tables
+from tokenrec_hf.training.closed_forms import UnreachedError, align, augment_norm, fold_in, fold_in_items, smooth_tables
 
 
 def random_interactions(generator, num_users, num_items, per_user):
@@ -235,7 +235,7 @@ def test_smoothing_moves_rows_to_what_their_neighbours_say(half_life):
     features, numbers, _ = naive_side_features(histories, 41, 41, half_life, a, q, b)
     both = np.concatenate(features, axis=1)
     had = numbers.any(axis=0)
-    assert not had[40]  # nobody has had it: it stays
+    assert not had[40]  # without interactions: it stays
     smooth_tables(model, *flat(histories))
     for (_, table), before, share in zip(model.tables(), (a, q, b), (0.75, 0.25, 0.75)):
         expected = (1 - share) * before + share * both @ naive_ridge(both[had], before[had])

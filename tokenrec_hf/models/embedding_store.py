@@ -17,9 +17,9 @@ import re
 import secrets
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from itertools import chain
+from itertools import chain, compress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
@@ -264,7 +264,6 @@ class EmbeddingStore(Store):
             "embedding_dim": self.embedding_dim,
             "space_ids": dict(self.space_ids),
             "counts": {kind: self.count(kind) for kind in kinds},
-            "metadata": self._metadata.values,
             "files": {f"{kind}s": _save_arrays(folder, f"{kind}s", self._arrays(kind)) for kind in kinds},
         }
         with atomic_write(folder / MANIFEST) as path:
@@ -328,7 +327,7 @@ class EmbeddingStore(Store):
         new = rows < 0
         self._vectors[kind][rows[~new]] = matrix[~new]
         if new.any():
-            self._index[kind] = self._index[kind].extended([names[row] for row in np.flatnonzero(new)], kind)
+            self._index[kind] = self._index[kind].extended(list(compress(names, new.tolist())), kind)
             self._vectors[kind] = torch.cat([self._vectors[kind], matrix[new]])
             if kind == "user":
                 lengths = np.append(self._seen.lengths, np.zeros(new.sum(), dtype=np.int64))
@@ -373,7 +372,7 @@ class EmbeddingStore(Store):
     @_locked
     def rows(self, kind: str, ids: Sequence[str]) -> np.ndarray:
         """The row of each id, int64 `[n]`; -1 where the id is not in the store."""
-        return self._index[check_kind(kind)].rows(check_id_list(kind, ids))
+        return self._index[check_kind(kind, ids)].rows(ids)
 
     def contains(self, kind: str, ids: Sequence[str]) -> np.ndarray:
         """Whether each id is in the store, boolean `[n]`."""
@@ -453,7 +452,7 @@ class EmbeddingStore(Store):
         Raises:
             ValueError: an item is not in the store.
         """
-        return self._metadata.get(self._rows_of("item", item_ids, "the metadata"))
+        return [dict(self._metadata.items[row]) for row in self._rows_of("item", item_ids, "the metadata")]
 
     @_locked
     def allowed(self, where: Mapping[str, Any] | None = None) -> np.ndarray | None:
@@ -533,13 +532,14 @@ class EmbeddingStore(Store):
 
     def _arrays(self, kind: str) -> dict[str, torch.Tensor]:
         """All content of a kind, by the names in its file."""
-        arrays = {f"ids.{name}": array for name, array in self._index[kind].arrays().items()}
+        arrays = self._index[kind].arrays()
         if kind == "user":
-            arrays |= {"seen.indptr": self._seen.indptr, "seen.items": self._seen.values}
+            arrays |= {"seen_indptr": self._seen.indptr, "seen_items": self._seen.values}
         else:
-            arrays |= {f"metadata.{name}": column for name, column in self._metadata.columns.items()}
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
-        return {**tensors, "vectors": self._vectors[kind].contiguous()}
+            # Only the items that have any: most stores have none.
+            known = {row: values for row, values in enumerate(self._metadata.items) if values}
+            arrays["metadata"] = np.frombuffer(bytearray(json.dumps(known).encode()), dtype=np.uint8)
+        return {"vectors": self._vectors[kind], **{name: torch.from_numpy(array) for name, array in arrays.items()}}
 
     @classmethod
     def _load(cls, folder: Path) -> EmbeddingStore:
@@ -561,112 +561,79 @@ class EmbeddingStore(Store):
             store = cls(manifest["embedding_dim"], manifest["space_ids"])
             # Items first: the users' seen items point to their rows.
             for kind in sorted(manifest["counts"]):
-                store._fill(kind, tensors[f"{kind}s"], manifest["metadata"])
+                store._fill(kind, tensors[f"{kind}s"])
                 if store.count(kind) != manifest["counts"][kind]:
                     raise ValueError(f"there are no {manifest['counts'][kind]} {kind}s with an id and a vector each.")
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise _damaged(path, f"it does not fit its files: {error}") from error
         return store
 
-    def _fill(self, kind: str, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Sequence[Any]]) -> None:
+    def _fill(self, kind: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Takes over the content of a file of `_arrays`, after checking that it fits together."""
-        vectors = tensors["vectors"]
-        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-        index = IdIndex.from_arrays({"blob": arrays["ids.blob"], "offsets": arrays["ids.offsets"]})
+        vectors, arrays = tensors["vectors"], {name: tensor.numpy() for name, tensor in tensors.items()}
+        index = IdIndex.from_arrays(arrays)
         if vectors.dtype != torch.float32 or vectors.shape != (len(index), self.embedding_dim):
             raise ValueError(
                 f"there are no {len(index)} float32 {kind} vectors of {self.embedding_dim} dimensions with an id each."
             )
         self._index[check_kind(kind)], self._vectors[kind] = index, vectors
         if kind == "item":
-            columns = {name[9:]: array for name, array in arrays.items() if name.startswith("metadata.")}
-            self._metadata = ItemMetadata(len(index), columns, values)
-            return
-        self._seen = Ragged(arrays["seen.indptr"], arrays["seen.items"])
-        fits = len(self._seen) == len(index) and self._seen.is_valid(self.count("item"))
-        if not fits or self._seen.values.dtype != np.int32:
-            raise ValueError("the seen items do not fit the users and items.")
+            known = json.loads(arrays["metadata"].tobytes())
+            self._metadata = ItemMetadata([{}] * len(index))
+            self._metadata.set(list(map(int, known)), check_metadata(list(known.values()), len(known)))
+        else:
+            self._seen = Ragged(arrays["seen_indptr"], arrays["seen_items"])
+            fits = len(self._seen) == len(index) and self._seen.is_valid(self.count("item"))
+            if not fits or self._seen.values.dtype != np.int32:
+                raise ValueError("the seen items do not fit the users and items.")
 
 
 class ItemMetadata:
-    """Metadata of items as columns: a name is a column, and a row of it holds the number of the item's value.
+    """Metadata of items: a dict of values by name for each item, which is replaced and never changed.
 
     Args:
-        num_items: n.
-        columns: by name, int32 `[n]`: the position of an item's value in `values`, -1 where it has none.
-        values: by name, the different values.
-
-    Raises:
-        ValueError: the columns do not fit `values` or the number of items.
+        items: the dicts, checked by [`check_metadata`], without values of `None`.
     """
 
-    def __init__(
-        self,
-        num_items: int = 0,
-        columns: Mapping[str, np.ndarray] | None = None,
-        values: Mapping[str, Sequence[Any]] | None = None,
-    ):
-        self.num_items = num_items
-        self.columns = dict(columns or {})
-        self._numbers = {
-            name: {_key(value): number for number, value in enumerate(column)}
-            for name, column in (values or {}).items()
-        }
-        fits = self.columns.keys() == self._numbers.keys() and all(
-            len(column) == num_items and column.max(initial=-1) < len(self._numbers[name])
-            for name, column in self.columns.items()
-        )
-        if not fits:
-            raise ValueError("the metadata does not fit the items.")
+    def __init__(self, items: Sequence[dict[str, Any]] = ()):
+        self.items = list(items)
+        # By name, a number for each value, and the number of each item's value; made when a search needs them.
+        self._columns: dict[str, tuple[dict[Any, int], np.ndarray]] = {}
 
-    @property
-    def values(self) -> dict[str, list[Any]]:
-        """By name, the values that its column's numbers stand for."""
-        return {name: [value for _, value in numbers] for name, numbers in self._numbers.items()}
-
-    def set(self, rows: np.ndarray, metadata: Sequence[Mapping[str, Any]]) -> None:
-        """Merges checked names and values into those of the items at `rows`; `None` removes a name."""
+    def set(self, rows: Iterable[int], metadata: Sequence[Mapping[str, Any]]) -> None:
+        """Merges checked names and values into those of the items at `rows` `[m]`; `None` removes a name."""
         for row, values in zip(rows, metadata):
-            for name, value in values.items():
-                if name not in self.columns and value is not None:
-                    self.columns[name], self._numbers[name] = np.full(self.num_items, -1, dtype=np.int32), {}
-                if name in self.columns:
-                    numbers = self._numbers[name]
-                    number = -1 if value is None else numbers.setdefault(_key(value), len(numbers))
-                    self.columns[name][row] = number
+            merged = {**self.items[row], **values}
+            self.items[row] = {name: value for name, value in merged.items() if value is not None}
+        self._columns.clear()
 
-    def get(self, rows: np.ndarray) -> list[dict[str, Any]]:
-        """The names and values of the items at `rows` `[m]`."""
-        values = self.values
-        found = {name: column[rows].tolist() for name, column in self.columns.items()}
-        return [
-            {name: values[name][numbers[at]] for name, numbers in found.items() if numbers[at] >= 0}
-            for at in range(len(rows))
-        ]
+    def add_items(self, count: int) -> None:
+        """Adds items without metadata at the end."""
+        self.items += [{}] * count
+        self._columns.clear()
+
+    def keep(self, keep: np.ndarray) -> None:
+        """Removes the items where the boolean array `keep` `[n]` is false and closes the gaps."""
+        self.items = list(compress(self.items, keep.tolist()))
+        self._columns.clear()
 
     def allowed(self, where: Mapping[str, Sequence[Any]]) -> np.ndarray | None:
         """The items that a search may return, boolean `[n]`: not withdrawn, one of the values for every name; `None` for all."""
         conditions = [self._holds(name, wanted) for name, wanted in where.items()]
-        if WITHDRAWN in self.columns:
-            conditions.append(~self._holds(WITHDRAWN, [True]))
+        if (withdrawn := self._holds(WITHDRAWN, [True])).any():
+            conditions.append(~withdrawn)
         return np.logical_and.reduce(conditions) if conditions else None
-
-    def add_items(self, count: int) -> None:
-        """Adds items without metadata at the end."""
-        self.num_items += count
-        for name, column in self.columns.items():
-            self.columns[name] = np.append(column, np.full(count, -1, dtype=np.int32))
-
-    def keep(self, keep: np.ndarray) -> None:
-        """Removes the items where the boolean array `keep` `[n]` is false and closes the gaps."""
-        self.num_items = int(keep.sum())
-        self.columns = {name: column[keep] for name, column in self.columns.items()}
 
     def _holds(self, name: str, wanted: Sequence[Any]) -> np.ndarray:
         """Whether each item has one of the values `wanted` for a name, boolean `[n]`."""
-        numbers = self._numbers.get(name, {})
-        sought = [numbers[_key(value)] for value in wanted if _key(value) in numbers]
-        return np.isin(self.columns[name], sought) if sought else np.zeros(self.num_items, dtype=bool)
+        if name not in self._columns:
+            keys = [_key(values.get(name)) for values in self.items]
+            numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+            column = np.fromiter(map(numbers.__getitem__, keys), dtype=np.int32, count=len(keys))
+            self._columns[name] = numbers, column
+        numbers, column = self._columns[name]
+        sought = [numbers[_key(value)] for value in wanted if value is not None and _key(value) in numbers]
+        return np.isin(column, sought) if sought else np.zeros(len(column), dtype=bool)
 
 
 class Ragged:
@@ -861,75 +828,79 @@ def _ordered(columns: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor,
 
 
 def check_vectors(
-    embedding_dim: int, kind: str, ids: Sequence[str], vectors: torch.Tensor | np.ndarray
+    embedding_dim: int, kind: str, ids: Sequence[str], vectors: Vectors
 ) -> tuple[list[str], torch.Tensor]:
-    """`ids`, each once, and their vectors `[n, d]` in memory of their own; the last one of an id counts."""
-    names = check_ids(check_id_list(check_kind(kind), ids), kind)
-    matrix = check_matrix(embedding_dim, vectors, f"{kind} vectors", "n")
+    """Unique ids and their vectors, float32 `[n, d]` in memory of their own; of a repeated id the last vector counts.
+
+    Raises:
+        ValueError: an id, the shape or the length is wrong, or a vector holds NaN or an infinity.
+    """
+    names = check_ids(ids, check_kind(kind, ids))
+    matrix = _checked_matrix(embedding_dim, vectors, f"{kind} vectors", "n")
     if len(names) != len(matrix):
         raise ValueError(f"{len(names)} {kind} ids were given with {len(matrix)} vectors; give one vector for each id.")
-    for start in range(0, len(names), ITEM_CHUNK):
-        bad = ~torch.isfinite(matrix[start : start + ITEM_CHUNK]).all(dim=1)
-        if bad.any():
-            name = names[start + int(bad.nonzero()[0])]
-            raise ValueError(
-                f"the vector of {kind} {name!r} holds NaN or an infinity; leave {kind} {name!r} out or mend its vector."
-            )
-    last = {name: position for position, name in enumerate(names)}
+    if (row := _first_not_finite(matrix)) is not None:
+        raise ValueError(
+            f"the vector of {kind} {names[row]!r} holds NaN or an infinity; leave the {kind} out or correct its vector."
+        )
+    last = {name: row for row, name in enumerate(names)}
     if len(last) < len(names):
         return list(last), matrix[list(last.values())]
     return names, matrix.clone() if isinstance(vectors, torch.Tensor) else matrix
 
 
-def check_queries(embedding_dim: int, queries: torch.Tensor | np.ndarray, top_k: int) -> torch.Tensor:
-    """Queries as a float32 CPU tensor `[B, embedding_dim]`, or a ValueError that says what is wrong with them or `top_k`."""
-    matrix = check_matrix(embedding_dim, queries, "queries", "B")
+def check_queries(embedding_dim: int, queries: Vectors, top_k: int) -> torch.Tensor:
+    """Queries as a float32 CPU tensor `[B, embedding_dim]`, or a ValueError about them or about `top_k`."""
+    matrix = _checked_matrix(embedding_dim, queries, "queries", "B")
     if top_k < 1:
         raise ValueError(f"top_k is {top_k}; ask for at least 1 item.")
-    bad = ~torch.isfinite(matrix).all(dim=1)
-    if bad.any():
-        raise ValueError(f"query {int(bad.nonzero()[0])} holds NaN or an infinity; no item can be compared with it.")
+    if (row := _first_not_finite(matrix)) is not None:
+        raise ValueError(f"query {row} holds NaN or an infinity; no item can be compared with it.")
     return matrix
 
 
-def check_matrix(embedding_dim: int, vectors: torch.Tensor | np.ndarray, what: str, count: str) -> torch.Tensor:
-    """`vectors` as a float32 CPU tensor of shape `[count, embedding_dim]`, or a ValueError that names `what`."""
+def _checked_matrix(embedding_dim: int, vectors: Vectors, role: str, rows: str) -> torch.Tensor:
+    """`vectors` as a float32 CPU tensor `[rows, embedding_dim]`, or a ValueError that names their role."""
     if isinstance(vectors, torch.Tensor):
         matrix = vectors.detach().to("cpu", torch.float32)
     else:
         matrix = torch.from_numpy(np.array(vectors, dtype=np.float32))
     if matrix.ndim != 2:
         raise ValueError(
-            f"{what} have shape {list(matrix.shape)} but the store expects [{count}, {embedding_dim}]; pass a "
-            "matrix with one row each."
+            f"{role} have shape {list(matrix.shape)} but the store expects [{rows}, {embedding_dim}]; pass a matrix with a "
+            "row for each."
         )
     if matrix.shape[1] != embedding_dim:
         raise ValueError(
-            f"{what} have {matrix.shape[1]} dimensions but the store holds vectors of {embedding_dim}; pass "
-            f"vectors of {embedding_dim} or make a store with embedding_dim={matrix.shape[1]}."
+            f"{role} have {matrix.shape[1]} dimensions but the store holds vectors of {embedding_dim}; pass vectors of "
+            f"{embedding_dim} or make a store with embedding_dim={matrix.shape[1]}."
         )
     return matrix
 
 
-def check_kind(kind: str) -> str:
-    """`kind`, or a ValueError where it is neither `"user"` nor `"item"`."""
+def _first_not_finite(matrix: torch.Tensor) -> int | None:
+    """The first row of `[n, d]` with NaN or an infinity."""
+    # In parts, because the masks of a large matrix would take as much memory as the matrix.
+    for start, part in zip(range(0, len(matrix), ITEM_CHUNK), matrix.split(ITEM_CHUNK)):
+        if not (fine := torch.isfinite(part).all(dim=1)).all():
+            return start + int(fine.int().argmin())
+    return None
+
+
+def check_kind(kind: str, ids: Sequence[str] = ()) -> str:
+    """`kind`, or a ValueError where it is neither `"user"` nor `"item"`, or `ids` are a single string."""
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; it must be 'user' or 'item'.")
+    if isinstance(ids, str):
+        raise ValueError(f"{kind} ids are the single string {ids[:60]!r}; pass a list of ids.")
     return kind
 
 
-def check_id_list(kind: str, ids: Sequence[str]) -> Sequence[str]:
-    """`ids`, or a ValueError where they are a single string."""
-    if isinstance(ids, str):
-        raise ValueError(f"{kind} ids are the single string {ids[:60]!r}; pass a list of ids.")
-    return ids
-
-
-def list_lengths(lists: Sequence[Sequence[str]], expected: int, what: str, of: str) -> np.ndarray:
-    """The length of each list, int64 `[expected]`; ValueError where there is not one list for each."""
+def list_lengths(lists: Sequence[Sequence[str]], expected: int, name: str, owner: str) -> np.ndarray:
+    """The length of each list, int64 `[expected]`, or a ValueError if there is not a list for each owner."""
     if len(lists) != expected or str in set(map(type, lists)):
         found = "strings" if len(lists) == expected else f"{len(lists)} lists of item ids"
-        raise ValueError(f"{what} holds {found}; pass one list of item ids for each {of}, {expected} in all.")
+        raise ValueError(f"{name} holds {found}; pass one list of item ids for each {owner}, {expected} in all.")
     return np.fromiter(map(len, lists), dtype=np.int64, count=expected)
 
 

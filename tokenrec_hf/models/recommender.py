@@ -202,10 +202,18 @@ class Recommender:
             inputs: `input_ids` and `attention_mask`, `[B, T]`, and for each prompt the lists `user_ids` and `item_ids` of the
                 tokenizer's `return_entities=True`.
             top_k, exclude_seen, where: see `recommend`.
+
+        Raises:
+            ValueError: `exclude_seen` without the ids.
         """
         queries = self.model.encode_by_length(inputs["input_ids"], inputs["attention_mask"])
         excluded = None
         if exclude_seen:
+            if "user_ids" not in inputs or "item_ids" not in inputs:
+                raise ValueError(
+                    "exclude_seen needs the ids that the prompts name: tokenise them with return_entities=True, or pass "
+                    "exclude_seen=False."
+                )
             recorded = [self.store.seen(users) for users in inputs["user_ids"]]
             excluded = [
                 [*named, *(item for items in seen for item in items)]

@@ -110,7 +110,7 @@ class Repository:
         """
         from ..data.splits import index_splits
         from ..evaluation.ranking import evaluate_baselines, evaluate_retrieval
-        from ..models.embedding_store import EmbeddingStore
+        from ..models.recommender import Recommender
 
         check_repository(self.folder)
         data, recipe, folder = index_splits(self.splits(), split), self.recipe, self.folder
@@ -118,7 +118,9 @@ class Repository:
             if store is not None:
                 raise ValueError("the given store holds the vectors of the refit; evaluate it on the test split.")
             folder = self.selection
-        metrics = evaluate_baselines(data, store or EmbeddingStore.open(RepositoryFolder(folder).store))
+        # The recommender checks that its parts are undamaged and belong together.
+        store = Recommender.from_pretrained(folder, store=store).store
+        metrics = evaluate_baselines(data, store)
         metrics[variant] = evaluate_retrieval(folder, data, recipe, variant, store)
         return {"split": split, "variant": variant, "users": len(data.holdout.users), "metrics": metrics}
 

@@ -26,7 +26,6 @@ from ..models.embedding_store import (
     EmbeddingStore,
     Store,
     Vectors,
-    check_id_list,
     check_kind,
     check_metadata,
     check_queries,
@@ -188,7 +187,7 @@ class MilvusStore(Store):
 
     def delete(self, kind: str, ids: Sequence[str]) -> None:
         """As [`EmbeddingStore.delete`]. Deleting items reads the seen items of all users."""
-        names = check_ids(dict.fromkeys(check_id_list(check_kind(kind), ids)), kind) if len(ids) else []
+        names = check_ids(_unique(kind, ids), kind)
         names = [name for name, is_present in zip(names, self.contains(kind, names)) if is_present]
         if not names:
             return
@@ -204,7 +203,7 @@ class MilvusStore(Store):
 
     def get(self, kind: str, ids: Sequence[str]) -> torch.Tensor:
         """As [`EmbeddingStore.get`]."""
-        found = {row["id"]: row["vector"] for row in self._rows(check_kind(kind), _unique(kind, ids), ["vector"])}
+        found = {row["id"]: row["vector"] for row in self._rows(kind, _unique(kind, ids), ["vector"])}
         missing = next((name for name in ids if _encoded(name) not in found), None)
         if missing is not None:
             raise KeyError(f"{kind} {missing!r} is not in the store; add it with upsert.")
@@ -213,7 +212,7 @@ class MilvusStore(Store):
 
     def contains(self, kind: str, ids: Sequence[str]) -> np.ndarray:
         """As [`EmbeddingStore.contains`]."""
-        found = {row["id"] for row in self._rows(check_kind(kind), _unique(kind, ids), ["id"])}
+        found = {row["id"] for row in self._rows(kind, _unique(kind, ids), ["id"])}
         return np.array([_encoded(name) in found for name in ids], dtype=bool)
 
     def ids(self, kind: str) -> list[str]:
@@ -484,7 +483,8 @@ def _copy(source: Store, target: Store, kinds: Sequence[str] = KINDS) -> None:
 
 
 def _unique(kind: str, ids: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(check_id_list(kind, ids)))
+    check_kind(kind, ids)
+    return list(dict.fromkeys(ids))
 
 
 def _encoded(name: str) -> str:

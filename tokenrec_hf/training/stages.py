@@ -41,6 +41,7 @@ from ..models.modeling_collaborative import COLLABORATIVE_MODELS, CollaborativeM
 from ..models.modeling_mq_tokenizer import MQTokenizerModel
 from ..models.modeling_t5_retrieval import T5ForGenerativeRetrieval
 from .closed_forms import smooth_tables
+from .datasets import HistoryDataset, InteractionDataset, LengthGroupedSampler, VectorDataset
 from .recipe import (
     CollaborativeSettings,
     MQTokenizerSettings,
@@ -49,7 +50,6 @@ from .recipe import (
     Setting,
     StageSettings,
 )
-from .training_data import HistoryDataset, InteractionDataset, LengthGroupedSampler, VectorDataset
 
 SELECT_BY = "ndcg@20"
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -94,7 +94,7 @@ class SetEpoch(TrainerCallback):
         self.dataset = dataset
 
     def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         """Passes the epoch on, also after a resumption in mid-epoch."""
         self.dataset.set_epoch(int((state.epoch or 0) + 1e-6))
@@ -106,9 +106,7 @@ class StopAt(TrainerCallback):
     def __init__(self, step: float = math.inf):
         self.step = step
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Stops at the step."""
         control.should_training_stop |= state.global_step >= self.step
         if control.should_training_stop and not args.load_best_model_at_end:
@@ -123,14 +121,12 @@ class Progress(TrainerCallback):
         self.name, self.shown = name, shown
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         """Opens the bar at the first step of this process."""
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.name, unit="step", mininterval=1.0)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Advances the bar."""
         self.bar.update(state.global_step - self.bar.n)
 
@@ -146,9 +142,7 @@ class Progress(TrainerCallback):
         found = {name: value for name in self.shown if (value := (metrics or {}).get(f"eval_{name}")) is not None}
         self.bar.set_postfix({name: f"{value:.4f}" for name, value in found.items()})
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Closes the bar."""
         self.bar.close()
 

@@ -22,8 +22,9 @@ from transformers import T5Config, T5ForConditionalGeneration
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
 from tokenrec_hf import Recipe
-from tokenrec_hf.data.interaction_matrix import InteractionMatrix, bounded, stateless_random
+from tokenrec_hf.data.interaction_matrix import InteractionMatrix
 from tokenrec_hf.data.splits import Holdout
+from tokenrec_hf.data.stateless_random import bounded, stateless_random
 from tokenrec_hf.models.prompts import HISTORY_TEMPLATES
 from tokenrec_hf.models.tokenization_tokenrec import load_t5_tokenizer
 

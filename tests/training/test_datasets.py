@@ -6,7 +6,7 @@ import torch
 
 from tokenrec_hf.data.interaction_matrix import InteractionMatrix
 from tokenrec_hf.models.modeling_collaborative import FISMModel
-from tokenrec_hf.training.training_data import (
+from tokenrec_hf.training.datasets import (
     NEXT_ITEMS,
     HistoryDataset,
     InteractionDataset,

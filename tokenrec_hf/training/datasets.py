@@ -1,40 +1,46 @@
-"""What the stages train on: interactions, histories and vectors as data sets whose batches are fetched whole.
+"""The data sets of the training stages: interactions, histories and vectors, with batches that are fetched whole.
 
-Works on rows. Every random choice depends on seed and epoch only, so batches do not depend on interruptions.
+All data sets work on rows. Every random choice depends on seed and epoch only, so batches do not depend on interruptions.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from ..data.interaction_matrix import InteractionMatrix, bounded, stateless_random
+from ..data.collator import IGNORED
+from ..data.history_split import split_histories
+from ..data.interaction_matrix import InteractionMatrix
 from ..data.splits import Holdout
 from ..models.modeling_collaborative import CollaborativeModel
 
-# Targets of an ordered history: few enough that they still are what comes next.
+# Targets of an ordered history: few enough that they are the next items.
 NEXT_ITEMS = 5
+
+_HISTORY_SIZE, _HISTORY_ORDER = 0, 1
 
 
 class _Drawn:
-    """Something that is drawn anew in every epoch."""
+    """A data set or order that is drawn anew in every epoch."""
 
     epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Makes the next pass that of this epoch."""
+        """Sets the epoch of the next pass."""
         self.epoch = epoch
 
 
 class InteractionDataset(_Drawn, Dataset):
-    """Batches of interactions with negatives, fetched whole.
+    """Batches of interactions with negatives.
 
     Args:
-        interactions: where positives come from, and what a negative must not be in.
-        num_negatives: un-interacted items per interaction; 0 for none.
-        seed: of the negatives.
-        holdout: pairs to go through in place of the interactions themselves (evaluation).
+        interactions: the positives. A negative is never one of them.
+        num_negatives: m, un-interacted items for each interaction; 0 for none.
+        seed: seed of the negatives.
+        holdout: pairs to iterate over instead of the interactions (evaluation).
     """
 
     def __init__(self, interactions: InteractionMatrix, num_negatives: int, seed: int, holdout: Holdout | None = None):
@@ -60,12 +66,13 @@ class InteractionDataset(_Drawn, Dataset):
 
 
 class HistoryDataset(_Drawn, Dataset):
-    """Batches of users with their histories split into what is known and what is to be found, fetched whole.
+    """Batches of users with their histories split into a past and targets.
 
     Args:
-        interactions: in time order for each user; users with fewer than two are left out.
-        ordered: split into a past of random length and the `NEXT_ITEMS` items that follow it; else at random.
-        seed: of the splits.
+        interactions: in time order for each user. Users with fewer than two interactions are left out.
+        ordered: split into a past of random length and the `NEXT_ITEMS` items that follow it; else at random, and all
+            other items are targets.
+        seed: seed of the splits.
     """
 
     def __init__(self, interactions: InteractionMatrix, ordered: bool, seed: int):
@@ -76,35 +83,38 @@ class HistoryDataset(_Drawn, Dataset):
         return len(self.users)
 
     def __getitems__(self, rows: list[int]) -> dict[str, torch.Tensor]:
-        """The batch of the users numbered `rows`: the inputs of [`FISMModel`], `labels` `[B, P]`."""
+        """The batch of the users numbered `rows`: the inputs of [`FISMModel`], with `labels` `[B, P]`."""
         users = self.users[np.asarray(rows)]
-        indptr, items = self.interactions.of_users(users)
-        lengths = np.diff(indptr)
-        row = np.repeat(np.arange(len(users)), lengths)
-        rank = np.arange(len(items)) - indptr[row]
-        ages = lengths[row] - 1 - rank
-        size = 1 + bounded(stateless_random(self.seed, self.epoch, users, 1)[:, 0], lengths - 1)
-        if self.ordered:
-            ages, last = size[row] - 1 - rank, np.minimum(size + NEXT_ITEMS, lengths)
-        else:
-            element = users[row].astype(np.uint64) << np.uint64(32) | rank.astype(np.uint64)
-            shuffled = np.lexsort((stateless_random(self.seed, self.epoch, element, 1, 1)[:, 0], row))
-            items, ages, last = items[shuffled], ages[shuffled], lengths
-        known, wanted = rank < size[row], (rank >= size[row]) & (rank < last[row])
-        labels = np.full((len(users), (last - size).max()), -100)
-        labels[row[wanted], (rank - size[row])[wanted]] = items[wanted]
+        histories = self.interactions.histories.take(users)
+        past, positions, targets = split_histories(
+            histories,
+            users,
+            longest_past=histories.lengths - 1,
+            num_targets=NEXT_ITEMS if self.ordered else histories.lengths,
+            shuffle=not self.ordered,
+            seed=self.seed,
+            epoch=self.epoch,
+            order_draw=_HISTORY_ORDER,
+            size_draw=_HISTORY_SIZE,
+        )
+        # An item is as old as the number of items after it: in the past, or, without order, in the whole history.
+        newest = (past if self.ordered else histories).lengths - 1
         batch = {
             "user_ids": users,
-            "labels": labels,
-            "history_rows": row[known],
-            "history_items": items[known],
-            "history_ages": ages[known],
+            "labels": targets.padded(IGNORED),
+            "history_rows": past.rows,
+            "history_items": past.values,
+            "history_ages": newest[past.rows] - positions,
         }
         return {name: torch.from_numpy(value) for name, value in batch.items()}
 
 
 class VectorDataset(Dataset):
-    """Batches of vectors, fetched whole; the labels are the vectors themselves, so that `Trainer` evaluates."""
+    """Batches of vectors. The labels are the vectors themselves, so that `Trainer` evaluates.
+
+    Args:
+        vectors: `[n, d]`.
+    """
 
     def __init__(self, vectors: torch.Tensor):
         self.vectors = vectors
@@ -118,15 +128,15 @@ class VectorDataset(Dataset):
 
 
 class LengthGroupedSampler(_Drawn, Sampler[int]):
-    """A random order in which examples of like length are together, so that batches carry little padding.
+    """A random order that puts examples of similar length into the same batch, so that batches have little padding.
 
-    Of `GROUP` batches drawn at random the examples are sorted, and the batches are shuffled. The order depends on seed and epoch
-    alone, so that a resumed epoch goes on where it was.
+    The examples of `GROUP` batches, drawn at random, are sorted by length. Then the batches are shuffled. The order
+    depends on seed and epoch only, so a resumed epoch continues where it stopped.
 
     Args:
-        lengths: of the examples, `[n]`.
+        lengths: lengths of the examples, int `[n]`.
         batch_size: examples of a batch.
-        seed: of the order.
+        seed: seed of the order.
     """
 
     GROUP = 50
@@ -137,7 +147,7 @@ class LengthGroupedSampler(_Drawn, Sampler[int]):
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[int]:
         random = np.random.default_rng((self.seed, self.epoch))
         order = random.permutation(len(self.lengths))
         group = np.arange(len(order)) // (self.batch_size * self.GROUP)
@@ -152,13 +162,13 @@ class LengthGroupedSampler(_Drawn, Sampler[int]):
 def past_user_embeddings(
     model: CollaborativeModel, interactions: InteractionMatrix, copies: int, seed: int = 0
 ) -> torch.Tensor:
-    """User vectors p of parts of the histories, divided as in training.
+    """User vectors p of parts of the histories, split as in training.
 
     Args:
-        model: gives the vectors.
-        interactions: the histories; users with fewer than two items are left out.
-        copies: random parts of each history.
-        seed: of the divisions.
+        model: computes the vectors.
+        interactions: the histories. Users with fewer than two items are left out.
+        copies: number of random parts of each history.
+        seed: seed of the splits.
 
     Returns:
         `[copies * users, d]`, of length 1.
