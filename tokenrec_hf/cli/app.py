@@ -566,7 +566,7 @@ def _recommender(name: str, revision: str | None, store: str | None) -> tuple[Re
 
 
 def _store(uri: str | None) -> Store | None:
-    from ..store import open_store
+    from ..store.engines import open_store
 
     return None if uri is None else open_store(uri, token=os.environ.get("MILVUS_TOKEN"))
 
