@@ -97,7 +97,7 @@ def test_negatives_change_with_seed_epoch_and_example(crowded):
         assert (base == other).mean() < 0.25
 
 
-def test_negatives_are_uniform_over_what_is_left(crowded):
+def test_negatives_are_uniform_over_the_items_left(crowded):
     count = 20_000
     negatives = crowded.sample_negatives(np.zeros(count, dtype=np.int64), 1, seed=0, epoch=0, examples=np.arange(count))
     free = np.setdiff1d(np.arange(50), crowded.of(0))

@@ -100,7 +100,7 @@ def test_columns_can_be_named(write):
     path = write("a.csv", delimited(",", ["who", "what", "liked", "when"]))
     named = {"user_column": "who", "item_column": "what", "rating_column": "liked", "timestamp_column": "when"}
     assert tuples(load_interactions(path, **named)) == CLEAN
-    # What is named goes before what is found.
+    # A named column goes before a column with a common name.
     path = write("b.csv", "user_id,item_id,session\n1,2,x\n")
     assert tuples(load_interactions(path, user_column="session")) == [("x", "2")]
 
@@ -358,7 +358,7 @@ def test_train_txt_alone_is_enough(write):
         (None, "1 2\n", r"has no train\.txt"),
     ],
 )
-def test_what_is_wrong_in_a_folder_is_named(write, tmp_path, train, test, sentence):
+def test_an_error_in_a_folder_is_named(write, tmp_path, train, test, sentence):
     for name, content in [("train.txt", train), ("test.txt", test)]:
         if content is not None:
             write(name, content)
@@ -425,7 +425,7 @@ def test_what_is_wrong_in_a_folder_is_named(write, tmp_path, train, test, senten
         ("user_id,item_id\n1,2\n", {"k_core": 0}, r"k_core is 0"),
     ],
 )
-def test_what_is_wrong_in_a_table_is_named(write, content, options, sentence):
+def test_an_error_in_a_table_is_named(write, content, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         load_interactions(write("a.csv", content), **options)
 
@@ -447,7 +447,7 @@ def test_what_is_wrong_in_a_table_is_named(write, content, options, sentence):
         ({"user_id": [1], "item_id": [1], "rating": [[3]]}, "the ratings are of type list.*, not numbers"),
     ],
 )
-def test_what_is_wrong_in_a_dataset_is_named(columns, sentence):
+def test_an_error_in_a_dataset_is_named(columns, sentence):
     with pytest.raises(ValueError, match=sentence):
         load_interactions(Dataset.from_dict(columns))
 
@@ -470,7 +470,7 @@ def test_what_is_wrong_in_a_dataset_is_named(columns, sentence):
         ("a.csv.gz", "user_id,item_id\n", r"a\.csv\.gz cannot be unpacked"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_named(write, name, content, sentence):
+def test_an_unreadable_file_is_named(write, name, content, sentence):
     with pytest.raises(ValueError, match=sentence):
         load_interactions(write(name, content))
 

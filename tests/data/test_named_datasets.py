@@ -118,7 +118,7 @@ def test_counts_that_are_not_the_known_ones_are_told(publish, caplog):
     assert not caplog.text
 
 
-def test_a_wrong_checksum_leaves_nothing_in_the_cache(publish, tmp_path):
+def test_a_file_with_a_wrong_checksum_is_deleted_from_the_cache(publish, tmp_path):
     publish("ml-100k", MOVIES, md5="0" * 32)
     with pytest.raises(
         ValueError,
@@ -128,7 +128,7 @@ def test_a_wrong_checksum_leaves_nothing_in_the_cache(publish, tmp_path):
     assert os.listdir(tmp_path / "cache") == []
 
 
-def test_an_interrupted_download_leaves_nothing_and_can_be_repeated(publish, tmp_path):
+def test_an_interrupted_download_is_deleted_and_can_be_repeated(publish, tmp_path):
     publish("ml-100k", MOVIES[:100], length=len(MOVIES))
     with pytest.raises(
         ConnectionError,
@@ -279,7 +279,7 @@ def test_an_unreachable_server_names_file_address_and_variable(publish, server):
 
 
 @pytest.mark.parametrize("name", DATA_SOURCES)
-def test_every_known_set_says_where_it_comes_from_and_on_what_terms(name):
+def test_every_known_set_has_an_address_and_terms_of_use(name):
     source = DATA_SOURCES[name]
     assert source.name == name
     assert source.url.startswith("https://")

@@ -1,4 +1,4 @@
-"""The data sets of the stages: what is drawn, and that it is drawn anew and repeatably."""
+"""The data sets of the stages: their draws, new in each epoch and repeatable."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def test_negatives_of_the_collaborative_stage_are_new_in_each_epoch_and_never_in
 
 
 @pytest.mark.parametrize("ordered", [True, False])
-def test_histories_are_split_anew_in_every_epoch_and_nothing_known_is_asked_for(ordered):
+def test_histories_are_split_anew_in_every_epoch_into_past_and_other_items(ordered):
     random = np.random.default_rng(0)
     histories = [random.permutation(20)[: 1 + user].tolist() for user in range(12)]
     pairs = [(user, item) for user, history in enumerate(histories) for item in history]

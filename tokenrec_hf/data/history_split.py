@@ -48,7 +48,7 @@ def split_histories(
         longest_past: the largest size of the past, int64 `[B]`. The size is uniform from 1 to this number. A user with 0
             has no past; without `shuffle`, the targets of this user are the latest items.
         num_targets: the largest number of targets, int64 `[B]` or one number for all.
-        shuffle: put each history in random order before it is split; else the past is what came before a random moment.
+        shuffle: put each history in random order before it is split; else the past ends at a random moment.
         seed: see [`stateless_random`].
         epoch: see [`stateless_random`].
         order_draw: the number of the draw for the order.

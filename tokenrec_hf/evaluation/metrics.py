@@ -23,7 +23,7 @@ def target_ranks(
     """The rank of each user's held-out item among the items that the user has not seen.
 
     The rank is pessimistic: an item that ties with the target is ranked above it, so a model that gives all items the same
-    score earns nothing.
+    score has metrics of 0.
 
     Args:
         scores: float `[B, n]`, a score for each of B users and each of n items, higher is better.
@@ -44,7 +44,7 @@ def target_ranks(
 
 
 def hit_rate(ranks: torch.Tensor | np.ndarray, k: int) -> float:
-    """HR@K: the share of users whose target is among the first `k`; `ranks` is int64 `[B]`, from 0."""
+    """HR@K: the share of users with the target among the first `k`; `ranks` is int64 `[B]`, from 0."""
     return _metric("hr", _histogram(ranks, k), k)
 
 
@@ -220,9 +220,9 @@ def _masked(
         raise ValueError(
             f"seen has {len(rows)} rows but {len(items)} items; pass pairs as two vectors of equal length."
         )
-    for numbers, what in ((targets, "targets"), (items, "seen")):
+    for numbers, name in ((targets, "targets"), (items, "seen")):
         if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < scores.shape[1]:
-            raise ValueError(f"{what} names an item outside 0..{scores.shape[1] - 1}; score all items that occur.")
+            raise ValueError(f"{name} names an item outside 0..{scores.shape[1] - 1}; score all items that occur.")
     targets = targets[:, None]
     own = scores.gather(1, targets)
     scores[rows, items] = -torch.inf
