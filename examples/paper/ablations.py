@@ -19,11 +19,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import MOST_SEEDS, Answer, Fits
+from harness import MOST_SEEDS, Answer, Fits, settings_of
 from records import Job, Recorded
 from report import PAIR, mean_and_spread, table_lines
 
-from tokenrec_hf import load_recipe
+from tokenrec_hf import Recipe
 
 # Other evaluations shown of the study `best`: prompts of a history only, and vectors without T5.
 OTHERS = {"tokenrec_history_only": "history only", "collaborative_cosine": "vectors"}
@@ -124,9 +124,8 @@ def _jobs(dataset: str, name: str, seeds: int) -> dict[str, list[Job]]:
     base, short = base_of(name)
     jobs = {}
     for variant, changes in STUDIES[name].items():
-        recipe = load_recipe(base, overrides={**short, **changes})
-        del recipe["seed"]
-        jobs[variant] = [Job(dataset, f"tokenrec-{base}", "validation", seed, recipe) for seed in range(seeds)]
+        settings = settings_of(Recipe.load(base, overrides={**short, **changes}))
+        jobs[variant] = [Job(dataset, f"tokenrec-{base}", "validation", seed, settings) for seed in range(seeds)]
     return jobs
 
 

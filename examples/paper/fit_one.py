@@ -23,10 +23,9 @@ from datasets import DatasetDict
 from harness import CHANGES, TOKENREC, VECTORS
 from records import Record, Records
 
-from tokenrec_hf import leave_one_out, load_interactions, train
+from tokenrec_hf import Recipe, leave_one_out, load_interactions, train
 from tokenrec_hf.data.splits import SPLITS, index_splits
-from tokenrec_hf.repository.audit import audit
-from tokenrec_hf.repository.build import VARIANTS
+from tokenrec_hf.evaluation.variants import VARIANTS
 
 # ru_maxrss is in bytes on macOS and in KiB everywhere else.
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
@@ -92,15 +91,14 @@ def fit_tokenrec(job: dict[str, Any], splits: DatasetDict, work: Path) -> dict[s
     says so.
     """
     bf16 = job["model"] in CHANGES and device().type == "cpu" and product_type() == torch.bfloat16
-    recipe = {**job["settings"], "seed": job["seed"]}
+    recipe = Recipe.from_dict({**job["settings"], "seed": job["seed"]})
     if bf16:
-        retrieval = recipe["retrieval"]
-        recipe["retrieval"] = {**retrieval, "training": {**retrieval["training"], "bf16": True, "use_cpu": True}}
-    name = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:8]
+        recipe = recipe.changed(**{"retrieval.training": {**recipe.retrieval.training, "bf16": True, "use_cpu": True}})
+    name = hashlib.sha256(json.dumps(recipe.to_dict(), sort_keys=True).encode()).hexdigest()[:8]
     refit = job["phase"] == "both"
     folder = work / job["dataset"] / f"{job['model']}-{job['phase']}-seed{job['seed']}-{name}"
-    found = train(splits, recipe, folder, dataset_name=job["dataset"], refit=refit, log=print)
-    checks = audit(folder)
+    repository = train(splits, recipe, folder, dataset_name=job["dataset"], refit=refit, log=print)
+    found, checks = repository.metrics, repository.audit()
     if leaks := [check.finding for check in checks if check.passed is False]:
         raise RuntimeError(f"the audit of {folder} found that {leaks[0]}")
     stages = found["seconds"]["refit" if refit else "selection"]

@@ -22,8 +22,8 @@ from baselines.base import SELECT_BY, TRIALS
 from baselines.registry import BASELINES, load_baseline
 from records import Job, Record, Recorded, Records
 
-from tokenrec_hf import load_recipe
-from tokenrec_hf.repository.build import VARIANTS
+from tokenrec_hf import Recipe
+from tokenrec_hf.evaluation.variants import VARIANTS
 
 TOKENREC = {
     **{f"tokenrec-{recipe}": recipe for recipe in ("paper", "best", "cpu")},
@@ -172,10 +172,13 @@ def recorded(dataset: str, model: str, results: Path) -> tuple[int, int]:
     return max(tested, default=0), trials
 
 
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """The settings of a job with a recipe: all but the seed."""
+    return {name: value for name, value in recipe.to_dict().items() if name != "seed"}
+
+
 def _recipe(model: str) -> dict[str, Any]:
-    recipe = load_recipe(TOKENREC[model], overrides=CHANGES.get(model))
-    del recipe["seed"]
-    return recipe
+    return settings_of(Recipe.load(TOKENREC[model], overrides=CHANGES.get(model)))
 
 
 def _study_tokenrec(dataset: str, model: str, seeds: int, fits: Answer) -> list[Row]:

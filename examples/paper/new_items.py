@@ -13,18 +13,22 @@ favours all ways equally.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from tokenrec_hf import evaluate_embeddings
+from tokenrec_hf import FISMModel, Repository, evaluate_embeddings
+from tokenrec_hf.data.interaction_matrix import InteractionMatrix
 from tokenrec_hf.data.splits import IndexedSplits, index_splits
 from tokenrec_hf.models.modeling_collaborative import HistoryEncoder
 from tokenrec_hf.models.recommender import load_history_encoder
-from tokenrec_hf.repository.build import load_splits
 from tokenrec_hf.training.closed_forms import fold_in, fold_in_items
+
+# Name; vectors of users and items; mask of users with a new target.
+Way = tuple[str, tuple[torch.Tensor, torch.Tensor], np.ndarray]
 
 
 def main() -> None:
@@ -34,15 +38,15 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.3, help="share of new items (default: 0.3)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the choice of new items")
     arguments = parser.parse_args()
-    selection = arguments.repository / "training" / "selection"
-    folder = selection if selection.is_dir() else arguments.repository
-    encoder = load_history_encoder(folder)
+    repository = Repository(arguments.repository)
+    has_refit = repository.selection.is_dir()
+    encoder = load_history_encoder(repository.selection if has_refit else arguments.repository)
     if encoder is None:
         parser.error(f"{arguments.repository} has no FISM; train it with --recipe best.")
-    data = index_splits(load_splits(arguments.repository), "validation")
+    data = index_splits(repository.splits(), "validation")
     print(f"{'':22} {'HR@20':>7} {'NDCG@20':>8}   new targets, HR@20 / NDCG@20   others")
     for name, (users, items), is_new in ways(encoder, data, arguments.share, arguments.seed):
-        groups = [slice(None), is_new, ~is_new]
+        groups: list[np.ndarray] = [np.ones_like(is_new), is_new, ~is_new]
         found = [measure(users, items, data, group) for group in groups]
         print(
             f"{name:22} {found[0][0]:7.4f} {found[0][1]:8.4f}   "
@@ -50,9 +54,10 @@ def main() -> None:
         )
 
 
-def ways(encoder: HistoryEncoder, data: IndexedSplits, share: float, seed: int):
+def ways(encoder: HistoryEncoder, data: IndexedSplits, share: float, seed: int) -> Iterator[Way]:
     """Name, vectors of users and items, and a mask of users with a new validation item, for each way to estimate new items."""
     model, interactions = encoder.model, data.interactions
+    assert isinstance(model, FISMModel)
     count = len(data.item_ids)
     new = np.zeros(count, dtype=bool)
     new[np.random.default_rng(seed).permutation(count)[: round(share * count)]] = True
@@ -85,19 +90,22 @@ def ways(encoder: HistoryEncoder, data: IndexedSplits, share: float, seed: int):
     yield "folded in", (_users(model, found, interactions, items), found[1][place]), is_new
 
 
-def _users(model, tables, interactions, items) -> torch.Tensor:
+def _users(
+    model: FISMModel, tables: Sequence[torch.Tensor], interactions: InteractionMatrix, items: np.ndarray
+) -> torch.Tensor:
     """User vectors p of these tables, `[num_users, d]`."""
     with torch.no_grad():
         for (_, module), table in zip(model.tables(), tables):
             module.weight.copy_(table)
-    lengths = interactions.lengths
-    ages = np.repeat(interactions.indptr[1:], lengths) - 1 - np.arange(len(items))
-    users, items, ages = (torch.from_numpy(np.asarray(one)).long() for one in (interactions.users, items, ages))
+    ages = np.repeat(interactions.indptr[1:], interactions.lengths) - 1 - np.arange(len(items))
+    history = (torch.from_numpy(np.asarray(one)).long() for one in (interactions.users, items, ages))
     with torch.no_grad():
-        return model.history_vectors(users, items, ages, interactions.num_users)
+        return model.history_vectors(*history, interactions.num_users)
 
 
-def measure(users: torch.Tensor, items: torch.Tensor, data: IndexedSplits, group) -> tuple[float, float]:
+def measure(
+    users: torch.Tensor, items: torch.Tensor, data: IndexedSplits, group: slice | np.ndarray
+) -> tuple[float, float]:
     """HR@20 and NDCG@20 of a group of the holdout's users."""
     rows, targets = data.holdout.users[group], data.holdout.targets[group]
     seen = data.interactions.of_users(rows)

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from records import Job, Record, Records
+from records import Job, Record, Recorded, Records
 from report import PAIR, mean_and_spread, short_number, table_lines
 
-from tokenrec_hf import LightGCNModel, RankingMetrics, leave_one_out, load_interactions, load_recipe
+from tokenrec_hf import LightGCNModel, RankingMetrics, Recipe, leave_one_out, load_interactions
 from tokenrec_hf.data.interaction_matrix import InteractionMatrix
 from tokenrec_hf.data.splits import IndexedSplits, index_splits
 from tokenrec_hf.training.stages import train_collaborative
@@ -73,7 +73,8 @@ def main() -> None:
             folder = arguments.work / arguments.dataset / f"protocol-errors-seed{seed}"
             records.put(arguments.dataset, [run(arguments.dataset, selection, refit, folder, seed)])
             print(f"seed {seed} done", flush=True)
-    print("\n".join(table([records.find(job(arguments.dataset, seed)) for seed in range(arguments.seeds)])))
+    found = Recorded(arguments.results)
+    print("\n".join(table([found(job(arguments.dataset, seed)) for seed in range(arguments.seeds)])))
 
 
 def job(dataset: str, seed: int) -> Job:
@@ -121,7 +122,7 @@ def fit(
     selection: IndexedSplits, refit: IndexedSplits, folder: Path, seed: int
 ) -> tuple[dict[str, LightGCNModel], dict[str, float]]:
     """The models whose lengths are chosen on `validation` and on `test`, and their epochs."""
-    settings = load_recipe("cpu")["collaborative"]
+    settings = Recipe.load("cpu").collaborative
     validated = train_collaborative(
         selection.interactions, settings, folder / "selection", holdout=selection.holdout, seed=seed
     )

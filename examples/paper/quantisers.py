@@ -20,18 +20,25 @@ from typing import Any
 
 import torch
 from records import Job, Records
-from report import table_lines
+from report import PAIR, table_lines
 
-from tokenrec_hf import FISMModel, MQTokenizerModel, leave_one_out, load_interactions, load_recipe
+from tokenrec_hf import FISMModel, MQTokenizerModel, Recipe, leave_one_out, load_interactions
 from tokenrec_hf.data.splits import IndexedSplits, index_splits
 from tokenrec_hf.evaluation.metrics import evaluate_embeddings
 from tokenrec_hf.training.stages import train_collaborative, train_mq_tokenizer
 
-# The paper's quantiser: K encoders side by side, trained.
-SIDE_BY_SIDE = {
-    "config": {"codebook_size": "auto", "codebook_dim": 64, "hidden_dim": 256, "commitment_weight": 1.0},
-    "evaluate_every": 3000,
-    "training": {"max_steps": 3000, "per_device_train_batch_size": 256, "learning_rate": 0.001, "weight_decay": 0.01},
+# Changes of recipe `best`: a single history table, so that a user vector is a sum of one vector for each item of the history,
+# and the settings of K encoders side by side, the paper's quantiser.
+CHANGES: dict[str, Any] = {
+    "collaborative.config.recent_half_life": None,
+    "mq_tokenizer.config.codebook_dim": 64,
+    "mq_tokenizer.config.hidden_dim": 256,
+    "mq_tokenizer.config.commitment_weight": 1.0,
+    "mq_tokenizer.evaluate_every": 3000,
+    "mq_tokenizer.training.learning_rate": 0.001,
+    "mq_tokenizer.training.weight_decay": 0.01,
+    # No T5 is trained; with the shortcut, the recipe refuses codes that are not residual.
+    "retrieval.config.user_shortcut": False,
 }
 
 
@@ -60,24 +67,24 @@ def job(dataset: str, half_life: float | None) -> Job:
 
 def compare(data: IndexedSplits, half_life: float | None) -> list[dict[str, Any]]:
     """A row for each representation of users: `name`, `error` (share of the variance lost by quantising) and metrics."""
-    # A single table, so that a history is a sum of one vector for each item.
-    changes = {"collaborative.config.half_life": half_life, "collaborative.config.recent_half_life": None}
-    settings = load_recipe("best", overrides=changes)["collaborative"]
+    settings = Recipe.load("best", overrides={**CHANGES, "collaborative.config.half_life": half_life}).collaborative
     with tempfile.TemporaryDirectory() as folder:
         fism = train_collaborative(data.interactions, settings, Path(folder), holdout=data.holdout).model
+    assert isinstance(fism, FISMModel)
     users, items = fism.user_embeddings(), fism.item_embeddings()
     history = fism.history_table.weight.detach()  # a, [num_items, d]
 
     def row(name: str, represented: torch.Tensor, error: float = 0.0) -> dict[str, Any]:
         seen = data.interactions.of_users(data.holdout.users)
         found = evaluate_embeddings(represented[data.holdout.users], items, data.holdout.targets, *seen, cosine=True)
-        return {"name": name, "error": error, **{metric: found[metric] for metric in ("hr@20", "ndcg@20")}}
+        return {"name": name, "error": error, **{metric: found[metric] for metric in PAIR}}
 
     rows = [row("vectors of FISM", users)]
     for count, residual in ((4, False), (4, True), (8, True)):
         mq = quantise(users, count, residual)
         name = f"users from {count} codes, {'residual' if residual else 'K encoders side by side'}"
-        rows.append(row(name, mq.decode(mq.encode(users)), mq.statistics(users)["reconstruction_error"]))
+        error = float(mq.statistics(users)["reconstruction_error"])
+        rows.append(row(name, mq.decode(mq.encode(users)), error))
     for name, quantised in (("q, their retrieval vectors", items), ("a", history)):
         codes = quantise(quantised, 4, residual=True).encode(quantised)
         rebuilt = fitted(codes, history)
@@ -94,10 +101,11 @@ def compare(data: IndexedSplits, half_life: float | None) -> list[dict[str, Any]
 
 def quantise(vectors: torch.Tensor, count: int, residual: bool) -> MQTokenizerModel:
     """An MQ-Tokenizer of `count` codebooks, fit to `vectors` `[n, d]`."""
-    settings = copy.deepcopy(SIDE_BY_SIDE)
-    settings["config"] |= {"num_codebooks": count, "residual": residual}
+    chosen = {"mq_tokenizer.config.num_codebooks": count, "mq_tokenizer.config.residual": residual}
+    settings = Recipe.load("best", overrides={**CHANGES, **chosen}).mq_tokenizer
     with tempfile.TemporaryDirectory() as folder:
-        return train_mq_tokenizer(vectors, settings, Path(folder)).model
+        # Of items, so that `user_codebooks` of the recipe does not apply.
+        return train_mq_tokenizer(vectors, settings, Path(folder), kind="item").model
 
 
 def fitted(codes: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:

@@ -32,13 +32,12 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from tokenrec_hf import (
     EmbeddingStore,
-    MQTokenizerConfig,
     MQTokenizerModel,
+    Recipe,
     Recommender,
     TokenRecTokenizer,
     leave_one_out,
     load_interactions,
-    load_recipe,
 )
 from tokenrec_hf.data.interaction_matrix import InteractionMatrix
 from tokenrec_hf.data.splits import IndexedSplits, index_splits
@@ -145,26 +144,22 @@ def tokenrec_methods(data: IndexedSplits, backbone: str, name: str) -> dict[str,
         backbone: sizes of T5, of `BACKBONES`.
         name: recipe of the vectors, tokens and pooling.
     """
-    recipe = load_recipe(name)
+    recipe = Recipe.load(name)
+    recipe = recipe.changed(
+        **{"retrieval.backbone": None, "retrieval.config": {**recipe.retrieval.config, **BACKBONES[backbone]}}
+    )
     torch.manual_seed(0)
-    width = recipe["collaborative"]["config"]["embedding_dim"] + recipe["collaborative"]["augment_norm"]
-    mq_settings = recipe["mq_tokenizer"]
+    width = recipe.collaborative.config["embedding_dim"] + recipe.collaborative.augment_norm
     store = EmbeddingStore(width)
     mqs = {}
     for kind, ids in (("user", data.user_ids), ("item", data.item_ids)):
         vectors = torch.randn(len(ids), width)
         store.upsert(kind, ids, vectors)
-        config = {**mq_settings["config"], "embedding_dim": width}
-        if kind == "user" and mq_settings["user_codebooks"] is not None:
-            config["num_codebooks"] = mq_settings["user_codebooks"]
-        config["codebook_size"] = min(256 if len(ids) <= 10_000 else 512, len(ids))
-        mqs[kind] = MQTokenizerModel(MQTokenizerConfig(**config))
+        mqs[kind] = MQTokenizerModel(recipe.mq_tokenizer.model_configuration(kind, width, len(ids)))
         mqs[kind].prepare(vectors)
     store.space_ids = {kind: mq.space_id for kind, mq in mqs.items()}
     tokenizer = TokenRecTokenizer.from_components(None, user_mq=mqs["user"], item_mq=mqs["item"], store=store)
-    section = {**recipe["retrieval"], "backbone": None}
-    section["config"] = {**section["config"], **BACKBONES[backbone]}
-    model = build_retrieval_model(section, tokenizer, mqs["user"], mqs["item"])
+    model = build_retrieval_model(recipe.retrieval, tokenizer, mqs["user"], mqs["item"])
     names = np.array(data.item_ids, dtype=object)
     seen = [names[data.interactions.of(user)].tolist() for user in range(len(data.user_ids))]
     store.set_seen(data.user_ids, seen)

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset, DatasetDict
 
-from tokenrec_hf import Recommender, add_to_repository, leave_one_out, load_interactions, load_recipe, train
+from tokenrec_hf import Recipe, Recommender, Repository, leave_one_out, load_interactions, train
 
 TOP_K, BATCH = 20, 128
 
@@ -51,7 +51,7 @@ def main() -> None:
     column = "user_id" if arguments.kind == "users" else "item_id"
     known = DatasetDict({name: split.filter(lambda row: row[column] not in held_out) for name, split in splits.items()})
     trained = arguments.output_dir / "trained"
-    train(known, load_recipe(arguments.recipe), trained, refit=not arguments.no_refit, log=print)
+    train(known, Recipe.load(arguments.recipe), trained, refit=not arguments.no_refit, log=print)
 
     seen = ("train",) if arguments.no_refit else ("train", "validation")
     rows = [pair for name in seen for pair in pairs(splits[name])]
@@ -61,7 +61,7 @@ def main() -> None:
     shutil.copytree(trained, added, ignore=shutil.ignore_patterns("selection"))
     weights = digest(added)
     started = time.perf_counter()
-    report = add_to_repository(added, interactions=as_dataset(new_rows), retrain=arguments.retrain)
+    report = Repository(added).add(interactions=as_dataset(new_rows), retrain=arguments.retrain)
     seconds = time.perf_counter() - started
     assert digest(added) == weights, "T5 has changed"
 

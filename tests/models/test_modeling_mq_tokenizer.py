@@ -115,18 +115,17 @@ def test_each_encoder_is_an_own_mlp_with_three_hidden_layers():
     for encoder in model.encoders:
         assert [layer.out_features for layer in encoder if hasattr(layer, "out_features")] == [10, 10, 10, 5]
     outputs, *_ = naive(model, array(x))
-    assert np.allclose(model.encoder_outputs(x).detach(), outputs, atol=1e-5)
+    assert np.allclose(model.quantise(x)[0].detach(), outputs, atol=1e-5)
 
 
 def test_codes_are_the_nearest_codewords_found_by_loops():
     """Eq. 5-6."""
     model = tiny(num_codebooks=2, codebook_size=16)
-    outputs = torch.randn(200, 2, 5)
+    outputs, codes = model.quantise(torch.randn(200, 6))
     books = array(model.codebooks)
     expected = [
         [int(np.argmin([np.sum((a - c) ** 2) for c in books[k]])) for k, a in enumerate(row)] for row in array(outputs)
     ]
-    codes = model.assign(outputs)
     assert codes.dtype == torch.int64 and codes.tolist() == expected
     for row, found in zip(codes[:20], model.codewords(codes[:20])):
         assert torch.equal(found, torch.stack([model.codebooks[k, w] for k, w in enumerate(row)]))
@@ -204,12 +203,12 @@ def captured(model, x):
     """A forward pass that keeps the gradients of the encoder outputs and of the decoder input."""
     kept = {}
 
-    def encoder_outputs(inputs):
-        kept["outputs"] = MQTokenizerModel.encoder_outputs(model, inputs)
+    def quantise(inputs):
+        kept["outputs"], codes = MQTokenizerModel.quantise(model, inputs)
         kept["outputs"].retain_grad()
-        return kept["outputs"]
+        return kept["outputs"], codes
 
-    model.encoder_outputs = encoder_outputs
+    model.quantise = quantise
 
     def decoder_input(_, inputs):
         kept["z"] = inputs[0]
@@ -218,7 +217,7 @@ def captured(model, x):
     hook = model.decoder.register_forward_pre_hook(decoder_input)
     output = model(x)
     hook.remove()
-    del model.encoder_outputs
+    del model.quantise
     return output, kept["outputs"], kept["z"]
 
 
@@ -325,7 +324,7 @@ def test_kmeans_initialisation_can_be_switched_off():
     plain.prepare(x)
     model.prepare(x)
     assert torch.equal(plain.codebooks, before)
-    outputs = model.encoder_outputs((x - model.mean) / model.scale)
+    outputs = model.quantise((x - model.mean) / model.scale)[0]
     for k in range(3):
         assert torch.allclose(model.codebooks[k], kmeans(outputs[:, k].detach(), 8, seed=k), atol=1e-6)
     assert model.statistics(x)["usage"] > plain.statistics(x)["usage"]
@@ -382,7 +381,7 @@ def test_revival_replaces_dead_codewords_only_and_by_encoder_outputs():
     model(x)
     changed = (model.codebooks != before).any(dim=-1).nonzero().tolist()
     assert changed == [[1, 3]], "a codeword that the batch uses is not dead, whatever its record"
-    outputs = model.encoder_outputs((x - model.mean) / model.scale)[:, 1]
+    outputs = model.quantise((x - model.mean) / model.scale)[0][:, 1]
     assert torch.cdist(model.codebooks[1, 3][None], outputs).min() < 1e-4
     assert model.usage[1, 3] == 1
 

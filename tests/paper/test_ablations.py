@@ -4,7 +4,7 @@ import ablations
 import pytest
 from records import Job
 
-from tokenrec_hf import load_recipe
+from tokenrec_hf import Recipe
 
 
 def recorded(job):
@@ -20,7 +20,7 @@ def recorded(job):
 def test_every_variant_is_a_recipe_that_can_be_trained(name):
     recipe, short = ablations.base_of(name)
     for changes in ablations.STUDIES[name].values():
-        load_recipe(recipe, overrides={**short, **changes})
+        Recipe.load(recipe, overrides={**short, **changes})
 
 
 def flat(settings, place=""):
@@ -36,7 +36,7 @@ def test_variants_differ_in_what_they_say_only_and_never_see_the_test_items(name
     assert {job.phase for job in jobs} == {"validation"}
     assert [job.seed for job in jobs] == [0, 1] * len(ablations.STUDIES[name])
     recipe, short = ablations.base_of(name)
-    whole = dict(flat(load_recipe(recipe, overrides=short)))
+    whole = dict(flat(Recipe.load(recipe, overrides=short).to_dict()))
     for job, changes in zip(jobs[::2], ablations.STUDIES[name].values()):
         found = dict(flat(job.settings))
         assert {place for place in found if found[place] != whole[place]} <= changes.keys()
@@ -44,7 +44,7 @@ def test_variants_differ_in_what_they_say_only_and_never_see_the_test_items(name
 
 
 def test_one_codebook_has_as_many_codewords_as_all_together():
-    usual = load_recipe("cpu")["mq_tokenizer"]["config"]["num_codebooks"] * 256
+    usual = Recipe.load("cpu").mq_tokenizer.config["num_codebooks"] * 256
     changes = ablations.STUDIES["table6"]["without K ways"]
     assert changes["mq_tokenizer.config.num_codebooks"] * changes["mq_tokenizer.config.codebook_size"] == usual
 

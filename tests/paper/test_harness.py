@@ -2,15 +2,14 @@
 
 import json
 import re
-import subprocess
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from types import SimpleNamespace
 
 import fit_one
 import harness
 import pytest
+import table2
 import torch
 from baselines import registry
 from baselines.base import Baseline
@@ -18,9 +17,8 @@ from harness import FitError, Fits, study
 from records import Job, Records
 from report import fit_cell, markdown, summary
 
+from tokenrec_hf import Repository
 from tokenrec_hf.data.splits import index_splits
-
-TABLE = Path(harness.__file__).with_name("table2.py")
 
 
 class Spy(Baseline):
@@ -141,34 +139,35 @@ def test_a_fit_that_crashes_is_named_and_leaves_no_record(tmp_path):
     assert Records(tmp_path).find(job) is None
 
 
+def run_table2(monkeypatch, *arguments):
+    """The exit code of table2.py with these arguments."""
+    monkeypatch.setattr(sys, "argv", ["table2.py", "--dataset", "demo", *map(str, arguments)])
+    return table2.main()
+
+
 @pytest.mark.slow
-def test_the_command_prints_the_table_and_a_second_time_trains_nothing(tmp_path):
-    command = [sys.executable, str(TABLE), "--dataset", "demo", "--models", "popularity", "ease", "--trials", "1"]
-    command += ["--results", str(tmp_path / "results")]
-    first = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert first.returncode == 0, first.stderr
-    assert "demo ease test seed 0: l2=" in first.stdout
-    table = first.stdout[first.stdout.index("## demo") :]
+def test_the_command_prints_the_table_and_a_second_time_trains_nothing(tmp_path, monkeypatch, capsys):
+    models, results = ("--models", "popularity", "ease"), ("--results", tmp_path / "results")
+    assert run_table2(monkeypatch, *models, "--trials", 1, *results) == 0
+    first = capsys.readouterr().out
+    assert "demo ease test seed 0: l2=" in first
+    table = first[first.index("## demo") :]
     popularity, ease = (
-        re.search(rf"\| {name} \|(?: 0\.\d+ \|) (0\.\d+) ", table)[1] for name in ("Popularity", "EASE")
+        float(re.search(rf"\| {name} \|(?: 0\.\d+ \|) (0\.\d+) ", table)[1]) for name in ("Popularity", "EASE")
     )
-    assert float(ease) > float(popularity)
-    second = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert second.returncode == 0, second.stderr
-    assert second.stdout == table
-    third = [*command[:4], "--recorded", "--results", str(tmp_path / "results")]
-    found = subprocess.run(third, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
-    assert found.stdout == table
-    nothing = subprocess.run([*third[:5], "--results", str(tmp_path)], capture_output=True, text=True, check=False)
-    assert nothing.returncode == 1 and "has no finished model on demo" in nothing.stderr
+    assert ease > popularity
+    assert run_table2(monkeypatch, *models, "--trials", 1, *results) == 0
+    assert capsys.readouterr().out == table
+    assert run_table2(monkeypatch, "--recorded", *results) == 0
+    assert capsys.readouterr().out == table
+    assert run_table2(monkeypatch, "--recorded", "--results", tmp_path) == 1
+    assert "has no finished model on demo" in capsys.readouterr().err
 
 
-def test_an_unknown_model_gets_a_sentence(tmp_path):
-    command = [sys.executable, str(TABLE), "--dataset", "demo", "--models", "nope"]
-    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert run.returncode == 2
-    assert "there is no model 'nope'; choose all, or among popularity, itemknn" in run.stderr
+def test_an_unknown_model_gets_a_sentence(monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run_table2(monkeypatch, "--models", "nope")
+    assert "there is no model 'nope'; choose all, or among popularity, itemknn" in capsys.readouterr().err
 
 
 def test_what_is_recorded_makes_a_table_without_a_fit(spied, tmp_path):
@@ -186,7 +185,7 @@ def test_what_is_recorded_makes_a_table_without_a_fit(spied, tmp_path):
 
 @pytest.mark.slow
 def test_tokenrec_has_five_rows_from_one_training(tmp_path, tiny_recipe, monkeypatch):
-    monkeypatch.setattr(harness, "load_recipe", lambda name, overrides: dict(tiny_recipe))
+    monkeypatch.setattr(harness, "_recipe", lambda model: harness.settings_of(tiny_recipe))
     fits = InProcess(tmp_path / "results", tmp_path / "work")
     rows = study("demo", "tokenrec-cpu", seeds=1, fits=fits)
     titles = ["TokenRec `cpu`", "TokenRec `cpu`, user id only", "TokenRec `cpu`, unseen prompt"]
@@ -206,7 +205,7 @@ def test_tokenrec_has_five_rows_from_one_training(tmp_path, tiny_recipe, monkeyp
     # A repository that has seen a held-out item gets no record.
     write_lines(tmp_path / "results", [])
     leak = SimpleNamespace(passed=False, finding="the test items were seen.")
-    monkeypatch.setattr(fit_one, "audit", lambda folder: [leak])
+    monkeypatch.setattr(Repository, "audit", lambda self: [leak])
     with pytest.raises(RuntimeError, match="the test items were seen"):
         study("demo", "tokenrec-cpu", seeds=1, fits=fits)
     assert lines_of(tmp_path / "results") == []
@@ -293,16 +292,16 @@ def test_a_t5_of_its_own_is_trained_in_bfloat16_where_the_cpu_can(
     def train(splits, recipe, folder, **options):
         asked.append(recipe)
         measured = dict.fromkeys((*harness.VARIANTS, harness.VECTORS), {"hr@20": 0.1})
-        return {"validation": measured, "codes": {}, "epochs": {}, "seconds": {"selection": {"evaluation": 1.0}}}
+        metrics = {"validation": measured, "codes": {}, "epochs": {}, "seconds": {"selection": {"evaluation": 1.0}}}
+        return SimpleNamespace(metrics=metrics, audit=list)
 
     monkeypatch.setattr(fit_one, "train", train)
-    monkeypatch.setattr(fit_one, "audit", lambda folder: [])
     monkeypatch.setattr(fit_one, "product_type", lambda: dtype)
     monkeypatch.setattr(fit_one, "device", lambda: torch.device("cuda" if cuda else "cpu"))
     settings = harness._recipe(model)
     record = fit_one.fit_tokenrec(asdict(Job("demo", model, "validation", 0, settings)), demo_splits, tmp_path)
     assert record["bf16"] is expected
-    training = asked[0]["retrieval"]["training"]
+    training = asked[0].retrieval.training
     assert training == settings["retrieval"]["training"] | ({"bf16": True, "use_cpu": True} if expected else {})
     # The settings by which the record is found are the same on all machines.
     assert settings == harness._recipe(model)

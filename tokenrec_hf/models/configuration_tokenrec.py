@@ -44,7 +44,7 @@ class CollaborativeConfig(PreTrainedConfig):
     temperature: float | int = 0.1
     initializer_range: float | int = 0.1
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         _require(self, at_least={"embedding_dim": 1}, above_zero=("temperature",))
 
@@ -63,7 +63,7 @@ class MatrixFactorizationConfig(CollaborativeConfig):
     loss_type: str = "bpr"
     l2_weight: float | int = 1e-4
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if self.loss_type not in ("bpr", "softmax"):
             raise ValueError(f"loss_type is {self.loss_type!r} but must be 'bpr' or 'softmax'.")
@@ -81,7 +81,7 @@ class LightGCNConfig(MatrixFactorizationConfig):
 
     num_layers: int = 3
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         _require(self, at_least={"num_layers": 0})
 
@@ -109,7 +109,7 @@ class FISMConfig(CollaborativeConfig):
     history_smoothing: float | int = 0.0
     item_smoothing: float | int = 0.0
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         _require(self, above_zero=("half_life", "recent_half_life"))
         for name in ("history_smoothing", "item_smoothing"):
@@ -152,7 +152,7 @@ class MQTokenizerConfig(PreTrainedConfig):
     residual: bool = False
     revive_dead: bool = True
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if self.residual:
             self.codebook_dim = self.embedding_dim
@@ -203,7 +203,7 @@ class T5GenerativeRetrievalConfig(T5Config):
     user_code_tokens: list | tuple | None = None
     space_ids: dict | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         if self.projection_dim is None:
             self.projection_dim = 2 * self.d_model
         super().__post_init__(**kwargs)

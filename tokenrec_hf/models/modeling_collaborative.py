@@ -33,21 +33,12 @@ IDS = "ids.safetensors"
 
 
 class Interactions(Protocol):
-    """The interactions that a fresh model is made for, as rows.
-
-    Args:
-        num_users: number of users.
-        num_items: number of items.
-        users: user row of each interaction, sorted and each user's in time order, int64 `[n]`.
-        items: item row of each interaction, int64 `[n]`.
-    """
+    """The interactions of training, as user and item rows, int64 `[n]`: sorted by user, each user's in time order."""
 
     num_users: int
     num_items: int
     users: np.ndarray
     items: np.ndarray
-
-    def __len__(self) -> int: ...
 
 
 @dataclass
@@ -66,16 +57,14 @@ class CollaborativeOutput(ModelOutput):
 class CollaborativeModel(PreTrainedModel):
     """Base class of the collaborative models.
 
-    A subclass sets `config_class` and defines `tables`, `user_embeddings`, `item_embeddings` and a `forward` that returns
-    [`CollaborativeOutput`]. A model whose users are functions of their histories also defines `history_vectors`. All vectors
-    must be linear in the tables up to their length, because retraining rotates the tables to rotate the vectors.
-
-    Attributes:
-        keeps_interactions: whether the interactions of training are buffers of the model.
-        users_are_histories: whether `history_vectors` computes user vectors, so that users have no rows in the tables.
+    A subclass sets `config_class` and defines `tables`, `representations` and a `forward` that returns
+    [`CollaborativeOutput`]; one whose users are functions of their histories also defines `history_vectors`. Rotating the
+    tables must rotate the representations, because the vectors of a retrained model are brought back to the old space so.
     """
 
+    # Whether the interactions of training are buffers of the model.
     keeps_interactions: ClassVar[bool] = True
+    # Whether users have no rows of their own in the tables, and `history_vectors` computes their vectors.
     users_are_histories: ClassVar[bool] = False
 
     config_class: type[CollaborativeConfig] = CollaborativeConfig
@@ -102,7 +91,7 @@ class CollaborativeModel(PreTrainedModel):
             interactions: stored with the model where `keeps_interactions` is true.
         """
         config.num_users, config.num_items = interactions.num_users, interactions.num_items
-        config.num_interactions = len(interactions) if cls.keeps_interactions else 0
+        config.num_interactions = len(interactions.users) if cls.keeps_interactions else 0
         model = cls(config)
         if cls.keeps_interactions:
             model.edge_users.copy_(torch.from_numpy(interactions.users))
@@ -139,16 +128,22 @@ class CollaborativeModel(PreTrainedModel):
         return self.edge_users.cpu().numpy().astype(np.int64), self.edge_items.cpu().numpy().astype(np.int64)
 
     def tables(self) -> list[tuple[str, nn.Embedding]]:
-        """The learned tables, each with the kind of its rows, `"user"` or `"item"`."""
+        """The learned tables and the kind of their rows, `"user"` or `"item"`."""
         raise NotImplementedError
 
+    def representations(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Final representations p of users `[num_users, d]` and q of items `[num_items, d]`, with gradient."""
+        raise NotImplementedError
+
+    @torch.no_grad()
     def user_embeddings(self) -> torch.Tensor:
-        """Final user representations p, detached, `[num_users, d]`."""
-        raise NotImplementedError
+        """A copy of the user representations p, detached, `[num_users, d]`."""
+        return self.representations()[0].clone()
 
+    @torch.no_grad()
     def item_embeddings(self) -> torch.Tensor:
-        """Final item representations q, detached, `[num_items, d]`."""
-        raise NotImplementedError
+        """A copy of the item representations q, detached, `[num_items, d]`."""
+        return self.representations()[1].clone()
 
     @property
     def ordered_histories(self) -> bool:
@@ -158,17 +153,14 @@ class CollaborativeModel(PreTrainedModel):
     def history_vectors(
         self, rows: torch.Tensor, items: torch.Tensor, ages: torch.Tensor, count: int, dropout_rate: float = 0.0
     ) -> torch.Tensor:
-        """User vectors p of histories; only where `users_are_histories` is true.
+        """User vectors p of histories, of length 1, `[count, d]`, and zero for a history without interactions.
 
         Args:
-            rows: the history that each interaction belongs to, LongTensor `[n]` of values in `[0, count)`.
+            rows: the history of each interaction, LongTensor `[n]` of values in `[0, count)`.
             items: its item row, LongTensor `[n]`.
-            ages: number of items that followed it in the history, LongTensor `[n]`.
+            ages: the number of later items in the history, LongTensor `[n]`.
             count: number of histories.
             dropout_rate: dropout of the item vectors.
-
-        Returns:
-            `[count, d]`, zero for a history without interactions.
         """
         raise NotImplementedError(f"{type(self).__name__} has a vector per user and cannot make one from a history.")
 
@@ -199,18 +191,8 @@ class MatrixFactorizationModel(CollaborativeModel):
         """The layer-0 embeddings of users and of items."""
         return [("user", self.user_table), ("item", self.item_table)]
 
-    def user_embeddings(self) -> torch.Tensor:
-        """Final user representations p, detached, `[num_users, d]`."""
-        with torch.no_grad():
-            return self.representations()[0].clone()
-
-    def item_embeddings(self) -> torch.Tensor:
-        """Final item representations q, detached, `[num_items, d]`."""
-        with torch.no_grad():
-            return self.representations()[1].clone()
-
     def representations(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Final representations of users `[num_users, d]` and items `[num_items, d]`, with gradient."""
+        """The tables themselves."""
         return self.user_table.weight, self.item_table.weight
 
     def forward(
@@ -342,7 +324,7 @@ class LightGCNModel(MatrixFactorizationModel):
         return self._adjacency
 
     def representations(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Final representations of users `[num_users, d]` and items `[num_items, d]`, with gradient."""
+        """The means over the layers, with gradient."""
         layer = torch.cat([self.user_table.weight, self.item_table.weight])  # [num_users + num_items, d]
         total, adjacency = layer, self.adjacency()
         for _ in range(self.config.num_layers):
@@ -390,23 +372,18 @@ class FISMModel(CollaborativeModel):
         tables = [self.history_table, self.item_table, self.recent_table]
         return [("item", table) for table in tables if table is not None]
 
-    def user_embeddings(self) -> torch.Tensor:
-        """User representations p of the whole histories, of length 1, detached, `[num_users, d]`."""
+    def representations(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """User representations p of the whole histories and item representations q, all of length 1."""
         users = self.edge_users.long()
         lengths = torch.bincount(users, minlength=self.config.num_users)
         ages = lengths.cumsum(0)[users] - 1 - torch.arange(len(users), device=users.device)
-        with torch.no_grad():
-            return self.history_vectors(users, self.edge_items.long(), ages, self.config.num_users)
-
-    def item_embeddings(self) -> torch.Tensor:
-        """Item representations q, of length 1, detached, `[num_items, d]`."""
-        with torch.no_grad():
-            return F.normalize(self.item_table.weight, dim=-1)
+        vectors = self.history_vectors(users, self.edge_items.long(), ages, self.config.num_users)
+        return vectors, F.normalize(self.item_table.weight, dim=-1)
 
     def history_vectors(
         self, rows: torch.Tensor, items: torch.Tensor, ages: torch.Tensor, count: int, dropout_rate: float = 0.0
     ) -> torch.Tensor:
-        """User vectors p of histories, of length 1, `[count, d]`; see [`CollaborativeModel.history_vectors`]."""
+        """User vectors p of histories; see [`CollaborativeModel.history_vectors`]."""
         summands = F.dropout(self.history_table(items), dropout_rate)  # [n, d]
         if self.config.half_life is not None:
             summands = summands * torch.exp2(-ages[:, None] / self.config.half_life)

@@ -1,8 +1,8 @@
 """The MQ-Tokenizer: a masked vector-quantised autoencoder (sections II-C2 to II-C5 of TokenRec, arXiv 2406.10450).
 
 It turns a collaborative vector into K codes: mask (Eq. 2-3), K-way encoder (Eq. 4), nearest codeword in each of K codebooks
-(Eq. 5-6), K-to-1 decoder (Eq. 9), and the losses that train it (Eq. 10-14). One model for users, another for items. It knows
-vectors and codes, nothing about ids, text or language models.
+(Eq. 5-6), K-to-1 decoder (Eq. 9), and the losses that train it (Eq. 10-14). Users and items have a model each. It knows vectors
+and codes, but no ids, text or language models.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from .configuration_tokenrec import MQTokenizerConfig
 
 ENCODE_CHUNK = 8192
 USAGE_DECAY = 0.95
-# Of residual codebooks, those fit to further vectors too.
+# Share of the residual codebooks that is also fitted to the further vectors of `prepare`.
 SHARED_BOOKS = 0.75
-# A codeword is dead when its running share of assignments falls below this fraction of an equal share.
+# A codeword is dead if its running share of assignments is below this fraction of an equal share.
 DEAD_BELOW = 0.03
 
 
@@ -59,11 +59,11 @@ class MLP(nn.Sequential):
 class MQTokenizerModel(PreTrainedModel):
     """Masked vector-quantised tokenizer of collaborative vectors.
 
+    Call [`~MQTokenizerModel.prepare`] with all vectors before training: it stores their mean and scale in the model and, with
+    `kmeans_init`, starts the codebooks from them.
+
     Args:
         config: a [`MQTokenizerConfig`].
-
-    Before training call [`~MQTokenizerModel.prepare`] with all vectors: it stores their mean and scale in the model and, with
-    `kmeans_init`, starts the codebooks from them.
     """
 
     config_class = MQTokenizerConfig
@@ -118,10 +118,10 @@ class MQTokenizerModel(PreTrainedModel):
         return self.mean + self.scale * self.decoder(self._combined(self.codewords(codes)))
 
     def summands(self) -> torch.Tensor:
-        """What each codeword adds to a decoded vector, `[K, L, d]`: `decode` gives the sum of those of its codes.
+        """The contribution of each codeword to a decoded vector, `[K, L, d]`: `decode` returns the sum over the codes.
 
         Raises:
-            ValueError: the codebooks are not residual, so that a decoder stands between codewords and vectors.
+            ValueError: the codebooks are not residual, so a decoder lies between codewords and vectors.
         """
         if not self.config.residual:
             raise ValueError("only residual codebooks add up to a vector; train the MQ-Tokenizer with residual=True.")
@@ -129,7 +129,7 @@ class MQTokenizerModel(PreTrainedModel):
 
     @property
     def space_id(self) -> str:
-        """Fingerprint of everything that decides codes: encoders, codebooks and input standardisation (16 hex digits)."""
+        """Fingerprint of all that determines codes: encoders, codebooks and input standardisation (16 hex digits)."""
         digest = hashlib.sha256(f"{self.config.num_codebooks},{self.config.codebook_size}".encode())
         for name, tensor in sorted(self.state_dict().items()):
             if not name.startswith(("decoder", "usage")):
@@ -141,10 +141,10 @@ class MQTokenizerModel(PreTrainedModel):
         """Fits the input standardisation to the vectors and starts the codebooks by k-means of the encoder outputs.
 
         Args:
-            vectors: those that are to have codes, `[n, d]`.
-            seed: of the k-means.
-            others: further vectors of the same space, such as will be given codes later, `[m, d]`. With `residual`, the last
-                quarter of the codebooks is fit to `vectors` alone: what the first ones, fit to all, leave of them.
+            vectors: the vectors to give codes to, `[n, d]`.
+            seed: seed of the k-means.
+            others: further vectors of the same space that may get codes later, `[m, d]`. With `residual`, the last quarter of the
+                codebooks is fitted to the residuals of `vectors` alone.
 
         Raises:
             ValueError: there are no vectors, or they have a wrong shape or a value that is not finite.
@@ -164,19 +164,19 @@ class MQTokenizerModel(PreTrainedModel):
             for k in range(count):
                 if self.config.residual and k >= SHARED_BOOKS * count:
                     x = x[:known]
-                # With `residual`, what the books before k leave depends on their centres.
+                # With `residual`, the input of book k depends on the centres of the books before it.
                 outputs, _ = self.quantise(x)  # [n, K, d_c]
                 self.codebooks[k] = kmeans(outputs[:, k], self.config.codebook_size, seed=seed + k)
 
     @torch.no_grad()
     def statistics(self, vectors: torch.Tensor) -> dict[str, float]:
-        """How well the codes describe `vectors` `[n, d]`.
+        """Measures how well the codes describe `vectors` `[n, d]`.
 
         Returns:
-            `usage`: share of all K * L codewords that are used. `perplexity`: exp of the entropy of the codewords used, mean
-            over codebooks (at most L). `unique`: share of rows whose code tuple no other row has. `collision_rate`: 1 minus
-            the number of distinct tuples over the number of rows. `reconstruction_error`: sum ||x - r||^2 over
-            sum ||x - mean(x)||^2, the share of variance that is lost.
+            `usage`: share of the K * L codewords that are used. `perplexity`: exp of the entropy of the codewords, mean over
+            codebooks (at most L). `unique`: share of rows with a code tuple of their own. `collision_rate`: 1 minus the number of
+            distinct tuples over the number of rows. `reconstruction_error`: sum ||x - r||^2 over sum ||x - mean(x)||^2, the
+            share of variance that is lost.
         """
         vectors = self._checked(vectors)
         codes = self.encode(vectors)
@@ -186,33 +186,29 @@ class MQTokenizerModel(PreTrainedModel):
         share = counts / counts.sum(dim=1, keepdim=True)
         entropy = -(share * share.clamp(min=1e-12).log()).sum(dim=1)
         _, occurrences = codes.unique(dim=0, return_counts=True)
-        error = sum(
-            (x - self.decode(c)).square().sum() for x, c in zip(vectors.split(ENCODE_CHUNK), codes.split(ENCODE_CHUNK))
-        )
         variance = (vectors - vectors.mean(dim=0)).square().sum().clamp(min=1e-12)
         return {
             "usage": float((counts > 0).float().mean()),
             "perplexity": float(entropy.exp().mean()),
             "unique": float((occurrences == 1).sum() / len(codes)),
             "collision_rate": 1.0 - len(occurrences) / len(codes),
-            "reconstruction_error": float(error / variance),
+            "reconstruction_error": float(self._squared_error(vectors) / variance),
         }
 
     @torch.no_grad()
     def reconstruction_error(self, vectors: torch.Tensor) -> float:
-        """sum ||x - r||^2 of any `vectors` `[n, d]`, over what it would be if they were as spread as those of training.
+        """sum ||x - r||^2 of any `vectors` `[n, d]`, over n times the variance of the training vectors.
 
-        For the vectors of training this is the `reconstruction_error` of `statistics`; for others it tells how far they are
-        from what the codes can describe.
+        For the training vectors this is the `reconstruction_error` of `statistics`. A larger value for others shows that the
+        codes describe them worse.
         """
         vectors = self._checked(vectors)
-        error = sum((x - self.decode(self.encode(x))).square().sum() for x in vectors.split(ENCODE_CHUNK))
-        return float(error / (vectors.numel() * self.scale.square()))
+        return float(self._squared_error(vectors) / (vectors.numel() * self.scale.square()))
 
     def forward(self, vectors: torch.Tensor, labels: torch.Tensor | None = None) -> MQTokenizerOutput:
-        """Reconstructs `vectors` `[B, d]`; while training, from a masked copy (Eq. 2-3), against the unmasked input.
+        """Reconstructs `vectors` `[B, d]`; in training from a masked copy (Eq. 2-3), with the unmasked input as target.
 
-        `labels` is ignored: the target is the input itself. It exists for `Trainer`, which evaluates a loss only with labels.
+        `labels` is ignored. It exists because `Trainer` evaluates a loss only with labels.
         """
         x = self._standardise(vectors)
         outputs, codes = self.quantise(self.mask(x) if self.training else x)  # a: [B, K, d_c], w: [B, K]
@@ -239,39 +235,36 @@ class MQTokenizerModel(PreTrainedModel):
         return x * (torch.rand_like(x) >= self.config.mask_ratio)
 
     def quantise(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Standardised `[B, d]` to what each codebook quantises, a `[B, K, d_c]`, and the codes w, LongTensor `[B, K]`.
+        """Encoder outputs a, `[B, K, d_c]`, and codes w, LongTensor `[B, K]`, of standardised vectors `[B, d]`.
 
-        a^k = MLP^k(x) (Eq. 4), or, with `residual`, what the codewords before k have left of x.
+        a^k = MLP^k(x) (Eq. 4), or, with `residual`, x minus the codewords of the books before k; w^k = argmin_l ||a^k - c^k_l||^2
+        (Eq. 5-6).
         """
         if not self.config.residual:
-            outputs = self.encoder_outputs(x)
-            return outputs, self.assign(outputs)
-        rest = x
-        lefts: list[torch.Tensor] = []
+            outputs = torch.stack([encoder(x) for encoder in self.encoders], dim=1)
+            return outputs, _nearest(outputs.detach().transpose(0, 1), self.codebooks.detach()).T
+        residuals: list[torch.Tensor] = []
         codes: list[torch.Tensor] = []
         for codebook in self.codebooks.detach():
-            lefts.append(rest)
-            codes.append(_nearest(rest.detach()[None], codebook[None])[0])
-            rest = rest - codebook[codes[-1]]
-        return torch.stack(lefts, dim=1), torch.stack(codes, dim=1)
-
-    def encoder_outputs(self, x: torch.Tensor) -> torch.Tensor:
-        """a^k = MLP^k(x) (Eq. 4): standardised `[B, d]` to `[B, K, d_c]`."""
-        return torch.stack([encoder(x) for encoder in self.encoders], dim=1)
-
-    def assign(self, outputs: torch.Tensor) -> torch.Tensor:
-        """w^k = argmin_l ||a^k - c^k_l||^2 (Eq. 5-6): `[B, K, d_c]` to LongTensor `[B, K]`."""
-        return _nearest(outputs.detach().transpose(0, 1), self.codebooks.detach()).T
+            residuals.append(x)
+            codes.append(_nearest(x.detach()[None], codebook[None])[0])
+            x = x - codebook[codes[-1]]
+        return torch.stack(residuals, dim=1), torch.stack(codes, dim=1)
 
     def codewords(self, codes: torch.Tensor) -> torch.Tensor:
         """c^k_{w^k}: LongTensor `[B, K]` to `[B, K, d_c]`."""
-        # One table of K * L rows; F.embedding and not indexing, whose gradient depends on the order in which threads add.
+        # One table of K * L rows. F.embedding, because the gradient of indexing depends on the order in which threads add.
         offsets = torch.arange(self.config.num_codebooks, device=codes.device) * self.config.codebook_size
         return nn.functional.embedding(codes + offsets, self.codebooks.flatten(0, 1))
 
     def _combined(self, words: torch.Tensor) -> torch.Tensor:
-        """What the decoder reads of codewords `[B, K, d_c]`: their mean (Eq. 9), with `residual` their sum; `[B, d_c]`."""
+        """The decoder's input, `[B, d_c]`: the mean of the codewords `[B, K, d_c]` (Eq. 9), or with `residual` their sum."""
         return words.sum(dim=1) if self.config.residual else words.mean(dim=1)
+
+    def _squared_error(self, vectors: torch.Tensor) -> torch.Tensor:
+        """sum ||x - r||^2 over `vectors` `[n, d]`, a scalar."""
+        errors = [(x - self.decode(self.encode(x))).square().sum() for x in vectors.split(ENCODE_CHUNK)]
+        return torch.stack(errors).sum()
 
     def _standardise(self, vectors: torch.Tensor) -> torch.Tensor:
         return (vectors - self.mean) / self.scale
@@ -301,19 +294,19 @@ class MQTokenizerModel(PreTrainedModel):
             dist.all_reduce(assigned)
         # The mean share of a codeword is 1, whatever the batch and L.
         self.usage.lerp_((assigned * (size / (len(codes) * processes))).to(self.usage), 1 - USAGE_DECAY)
-        # A word that this batch uses stays, so that `codes` keep naming the nearest codewords.
+        # A codeword that this batch uses stays, so that `codes` still name the nearest codewords.
         book, word = ((self.usage < DEAD_BELOW) & (assigned == 0)).nonzero(as_tuple=True)
         if len(book):
             donor = torch.randint(len(outputs), (len(book),), device=outputs.device)
             donated = outputs[donor, book].to(self.codebooks)
             if processes > 1:
-                # Each process has a batch of its own, and all must keep the same codebooks.
+                # Each process has its own batch, but all must keep the same codebooks.
                 dist.broadcast(donated, src=0)
             self.codebooks[book, word] = donated
             self.usage[book, word] = 1.0
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
             init.kaiming_normal_(module.weight, nonlinearity="relu")
             init.zeros_(module.bias)
@@ -322,24 +315,24 @@ class MQTokenizerModel(PreTrainedModel):
 
 
 def _nearest(points: torch.Tensor, codebooks: torch.Tensor) -> torch.Tensor:
-    """Numbers of the nearest codewords: points `[K, B, d_c]`, codebooks `[K, L, d_c]`, LongTensor `[K, B]`."""
+    """Indices of the nearest codewords: points `[K, B, d_c]`, codebooks `[K, L, d_c]`, LongTensor `[K, B]`."""
     # ||a||^2 does not change the argmin, so the distance is one matrix product.
     squares = codebooks.square().sum(-1)[:, None, :]
     return torch.baddbmm(squares, points, codebooks.transpose(1, 2), alpha=-2).argmin(dim=-1)
 
 
 def kmeans(points: torch.Tensor, num_clusters: int, num_iterations: int = 20, seed: int = 0) -> torch.Tensor:
-    """Lloyd's k-means that survives empty clusters.
+    """Lloyd's k-means that handles empty clusters.
 
     Args:
         points: `[n, d]`.
         num_clusters: number of centres; may exceed n.
         num_iterations: passes over the points.
-        seed: of the initial choice and of the replacements of empty clusters.
+        seed: seed of the initial centres and of the replacements of empty clusters.
 
     Returns:
-        Centres `[num_clusters, d]`. A cluster left empty restarts at a random point; with fewer points than clusters, the
-        surplus centres are points plus a little noise.
+        Centres `[num_clusters, d]`. An empty cluster restarts at a random point; with fewer points than clusters, the
+        surplus centres are points with a little noise.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(points), generator=generator)

@@ -1,14 +1,14 @@
 """T5 for generative retrieval (sections II-D2, II-D3 and II-E1 of TokenRec, arXiv 2406.10450).
 
-A prompt made of words and user and item tokens goes through T5 once (Eq. 17), a three-layer projection turns the result into a
-query vector (Eq. 18), and the items nearest by cosine (Eq. 19) are the recommendation: no beam search. The item vectors belong
-to the embedding store and are bound to the model at run time; they are no part of its checkpoint. Knows nothing about ids.
+A prompt of words, user tokens and item tokens goes through T5 once (Eq. 17), and a three-layer projection turns the result into
+a query vector (Eq. 18). The recommendation is the items nearest by cosine (Eq. 19), without beam search. The item vectors
+belong to the embedding store and are bound to the model for training; they are not in its checkpoint. The model knows no ids.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_tokenrec import T5GenerativeRetrievalConfig
 
-# Prompts of up to so many tokens are encoded together, whatever their lengths.
+# Prompts of up to this number of tokens are encoded together.
 SHORT_PROMPT = 32
 
 
@@ -38,19 +38,19 @@ class GenerativeRetrievalOutput(ModelOutput):
 
 
 class ProjectionLinear(nn.Linear):
-    """A linear layer of the projection: its own class, because `_init_weights` sees leaves only and T5's gives std 1."""
+    """A linear layer of the projection; a class of its own, because T5's `_init_weights` would give `nn.Linear` the std 1."""
 
 
 class T5ForGenerativeRetrieval(T5PreTrainedModel):
     """A T5 backbone, a projection and a ranking loss on item vectors.
+
+    Call [`~T5ForGenerativeRetrieval.bind_items`] before training or computing a loss.
 
     Args:
         config: a [`T5GenerativeRetrievalConfig`].
 
     Raises:
         ValueError: `user_shortcut` without `user_code_tokens`.
-
-    Call [`~T5ForGenerativeRetrieval.bind_items`] before training or computing a loss.
     """
 
     config_class = T5GenerativeRetrievalConfig
@@ -58,9 +58,9 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
     base_model_prefix = "transformer"
     item_embeddings: torch.Tensor
     user_codewords: torch.Tensor
-    # What `from_pretrained` was asked for: tokenizer and store are to come from the same.
+    # The revision given to `from_pretrained`, from which the pipeline loads the store too.
     loaded_revision: str | None = None
-    # Trainer tells `forward` how many positives all the batches of a step have.
+    # Trainer passes `forward` the number of positives in all batches of a step.
     accepts_loss_kwargs = True
     _keys_to_ignore_on_load_unexpected = [
         r"lm_head\.weight",
@@ -95,20 +95,20 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As that of every model; remembers the revision in `loaded_revision`."""
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Loads the model as [`~transformers.PreTrainedModel.from_pretrained`] does and records the revision."""
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.loaded_revision = kwargs.get("revision")
         return loaded
 
     @classmethod
-    def from_backbone(cls, backbone: str, **settings) -> T5ForGenerativeRetrieval:
-        """A model whose T5 is that of any T5 checkpoint, loaded exactly; the projection is fresh.
+    def from_backbone(cls, backbone: str, **settings: Any) -> T5ForGenerativeRetrieval:
+        """A model with the weights of a T5 checkpoint and a fresh projection.
 
         Args:
             backbone: folder or Hub name of a T5, T5 v1.1, flan-T5 or mT5 checkpoint.
-            settings: fields of [`T5GenerativeRetrievalConfig`] in place of the backbone's; its sizes cannot be changed.
+            settings: fields of [`T5GenerativeRetrievalConfig`] that replace the backbone's; its sizes cannot be changed.
 
         Raises:
             OSError: the checkpoint cannot be found.
@@ -123,7 +123,7 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
         return cls.from_pretrained(backbone, config=T5GenerativeRetrievalConfig(**{**base, **kept}))
 
     def bind_items(self, vectors: torch.Tensor) -> None:
-        """Sets the item vectors q `[num_items, d]` that the loss compares queries with; stored normalised, never saved.
+        """Sets the item vectors q `[num_items, d]` that the loss compares queries with; they are normalised and never saved.
 
         Raises:
             ValueError: the vectors do not have `embedding_dim` dimensions, or one is not finite.
@@ -142,17 +142,17 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
     def initialize_code_tokens(
         self, token_ids: torch.Tensor, codebooks: torch.Tensor, num_words: int, seed: int = 0, residual: bool = False
     ) -> None:
-        """Gives code tokens embeddings that resemble each other as their codewords do.
+        """Gives code tokens embeddings with about the angles of their codewords.
 
-        A codeword is centred, projected from `d_c` to `d_model` by a random Gaussian matrix, which keeps angles, and scaled to
-        the standard deviation of the other rows, so that a pretrained backbone meets inputs of the size it knows.
+        Codewords are centred, projected from `d_c` to `d_model` by a random Gaussian matrix, which preserves angles, and scaled to
+        the standard deviation of the word embeddings that a pretrained backbone was trained with.
 
         Args:
             token_ids: vocabulary ids of the code tokens, LongTensor `[K, L]`.
             codebooks: c, `[K, L, d_c]`.
-            num_words: rows of the vocabulary before the first code token, whose standard deviation is taken.
-            seed: of the projection matrices, one per codebook.
-            residual: the codebooks add up to a vector: one matrix and one scale for all, so that the embeddings add up too.
+            num_words: number of rows of the vocabulary before the first code token.
+            seed: seed of the projection matrices, one per codebook.
+            residual: the codebooks add up to a vector, so all share one matrix and one scale and the embeddings add up too.
         """
         table = cast(torch.Tensor, self.get_input_embeddings().weight)
         target = table[:num_words].float().std().cpu()
@@ -163,13 +163,13 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
             projection = torch.randn(words.shape[1], table.shape[1], generator=generator)
             rows = (words - words.mean(dim=0)) @ projection  # [L, d_model]
             spread = rows.std()
-            if not spread > 0:  # one codeword, or all alike: nothing to preserve
+            if not spread > 0:  # one codeword, or equal ones: there are no angles to preserve
                 rows, spread = torch.randn(rows.shape, generator=generator), torch.tensor(1.0)
             table[ids.to(table.device)] = (rows * (target / spread)).to(table)
 
     @torch.no_grad()
     def start_user_shortcut(self, codewords: torch.Tensor) -> None:
-        """Sets what the users' code tokens add to the query, and the projection to zero, so that queries start as the users' vectors.
+        """Sets the vectors that users' code tokens add, and the projection to zero, so that queries start as users' vectors.
 
         Args:
             codewords: `[K, L, d]`, see [`~MQTokenizerModel.summands`].
@@ -179,8 +179,13 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
         init.zeros_(last.weight)
         init.zeros_(last.bias)
 
-    def encode_queries(self, input_ids=None, attention_mask=None, inputs_embeds=None) -> torch.Tensor:
-        """z = Proj(LLM4Rec(prompt)) (Eq. 17-18): token ids `[B, T]` to `[B, d]`; with `user_shortcut`, plus the user's codewords.
+    def encode_queries(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """z = Proj(LLM4Rec(prompt)) (Eq. 17-18), `[B, d]`; with `user_shortcut`, plus the user's codewords.
 
         Args:
             input_ids: `[B, T]`.
@@ -188,10 +193,10 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
             inputs_embeds: `[B, T, d_model]` in place of `input_ids`.
 
         Raises:
-            ValueError: `inputs_embeds` and `user_shortcut`, which reads token ids.
+            ValueError: `inputs_embeds` with `user_shortcut`, which reads token ids.
         """
         if attention_mask is None and input_ids is not None:
-            attention_mask = (input_ids != self.config.pad_token_id).long()
+            attention_mask = input_ids.ne(cast(int, self.config.pad_token_id)).long()
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
         if self.config.pooling == "mean":
             states = self.transformer(**inputs).last_hidden_state  # [B, T, d_model]
@@ -200,8 +205,8 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
             )
             hidden = (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
         else:
-            batch = (input_ids if input_ids is not None else inputs_embeds).shape[0]
-            # A configuration made from scratch need not have it; T5 starts with the padding token.
+            batch = len(cast(torch.Tensor, inputs_embeds if input_ids is None else input_ids))
+            # A configuration made from scratch may lack the field; T5 starts with the padding token.
             first = getattr(self.config, "decoder_start_token_id", self.config.pad_token_id) or 0
             start = torch.full((batch, 1), first, dtype=torch.long, device=self.device)
             hidden = self.transformer(**inputs, decoder_input_ids=start, use_cache=False).last_hidden_state[:, 0]
@@ -211,12 +216,7 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
 
     @torch.inference_mode()
     def encode_by_length(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """z of prompts, `[B, d]`, without gradient or dropout: prompts of similar length together, to save padding.
-
-        Args:
-            input_ids: `[B, T]`, on any device.
-            attention_mask: `[B, T]`, 0 at padding. Default: derived from the padding id.
-        """
+        """`encode_queries` without gradient or dropout, for prompts on any device; those of similar length go together."""
         if attention_mask is None:
             attention_mask = input_ids.ne(cast(int, self.config.pad_token_id)).long()
         lengths = attention_mask.shape[1] - attention_mask.flip(1).argmax(dim=1)  # without the padding at the end, [B]
@@ -258,13 +258,13 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
         Args:
             input_ids, attention_mask, inputs_embeds: see [`~T5ForGenerativeRetrieval.encode_queries`].
             labels: rows of the items to retrieve, `[B]` or `[B, P]`; -100 is padding.
-            negative_ids: rows of un-interacted items: for each positive, `[B, P]` (`[B]`; surplus columns are left out), for
-                `cosine_ranking`; for `softmax`, the sampled competitors `[B, m]`, without which all bound items compete.
-            seen_items: rows of items in each prompt, `[B, S]`, -100 is padding; the full softmax leaves them out of the
-                competition, since they are never recommended.
+            negative_ids: rows of items without an interaction. For `cosine_ranking` one per positive, `[B, P]` or `[B]` (surplus
+                columns are ignored); for `softmax` the sampled competitors, `[B, m]`, without which all bound items compete.
+            seen_items: rows of the items in each prompt, `[B, S]`; -100 is padding. They do not compete in the full softmax,
+                because they are never recommended.
             user_embeds: collaborative vector p of each prompt's user, `[B, d]`, for `alignment_weight`.
-            num_items_in_batch: the number of positives to divide by; by default that of this batch. `Trainer` gives that of all
-                batches of a step, so that gradient accumulation and several processes change nothing.
+            num_items_in_batch: the number of positives to divide by; by default that of this batch. `Trainer` passes that of all
+                batches of a step, so that gradient accumulation and several processes do not change the loss.
 
         Raises:
             ValueError: labels without bound items, or `cosine_ranking` without negatives.
@@ -286,18 +286,20 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
         count = valid.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return GenerativeRetrievalOutput(loss=(terms * valid).sum() / count, query_embeds=queries)
 
-    def _cosine_ranking_terms(self, unit, labels, negative_ids):
-        """Eq. 20 for each positive: 1 - cos(z, q_j) and, for a negative, max(0, cos(z, q_j) - gamma)."""
+    def _cosine_ranking_terms(
+        self, unit: torch.Tensor, labels: torch.Tensor, negative_ids: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Eq. 20 for each positive: 1 - cos(z, q_j) plus max(0, cos(z, q_j') - gamma) of its negative."""
         if negative_ids is None:
             raise ValueError("the cosine_ranking loss needs negative_ids, one per label; the data collator draws them.")
         positive = self._cosines(unit, labels.clamp(min=0))  # [B, P]
-        # Evaluation has one label but as many negatives as a training prompt may have labels.
+        # In evaluation a prompt has one label but the number of negatives of a training prompt.
         negative_ids = negative_ids.view(len(labels), -1)[:, : labels.shape[1]].reshape(labels.shape)
         negative = self._cosines(unit, negative_ids)  # [B, P]
         return 1 - positive + F.relu(negative - self.config.margin)
 
     @staticmethod
-    def _alignment_terms(unit, user_embeds):
+    def _alignment_terms(unit: torch.Tensor, user_embeds: torch.Tensor | None) -> torch.Tensor:
         """1 - cos(z, p_i), `[B, 1]`: the same for all positives of a prompt."""
         if user_embeds is None:
             raise ValueError(
@@ -305,12 +307,18 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
             )
         return 1 - (unit * F.normalize(user_embeds.to(unit), dim=-1)).sum(dim=-1, keepdim=True)
 
-    def _softmax_terms(self, unit, labels, negative_ids, seen_items):
+    def _softmax_terms(
+        self,
+        unit: torch.Tensor,
+        labels: torch.Tensor,
+        negative_ids: torch.Tensor | None,
+        seen_items: torch.Tensor | None,
+    ) -> torch.Tensor:
         """-log softmax of cos(z, q_j) / tau for each positive, `[B, P]`."""
         positive = self._cosines(unit, labels.clamp(min=0)) / self.config.temperature  # [B, P]
         if negative_ids is not None:
             competitors = self._cosines(unit, negative_ids) / self.config.temperature  # [B, m]
-            # Every positive competes with the sampled negatives and itself.
+            # A positive competes with the sampled negatives and itself.
             total = torch.logaddexp(positive, competitors.logsumexp(dim=-1, keepdim=True))
         else:
             scores = unit @ self.item_embeddings.to(unit).T / self.config.temperature  # [B, n]
@@ -319,22 +327,22 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
             total = scores.logsumexp(dim=-1, keepdim=True)
         return total - positive
 
-    def _cosines(self, unit, rows):
+    def _cosines(self, unit: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """cos(z, q_j) (Eq. 19) of unit queries `[B, d]` and item rows `[B, m]`: `[B, m]`."""
-        # Casting the model, to bfloat16 say, casts the bound items too.
+        # Casting the model, for example to bfloat16, casts the bound items too.
         return torch.einsum("bd,bmd->bm", unit, self.item_embeddings[rows].to(unit))
 
     @staticmethod
-    def _without(scores, rows):
-        """`scores` `[B, n]` with minus infinity at `rows` `[B, S]`, -100 being padding."""
-        # Padding is sent to an extra column that is cut off again.
+    def _without(scores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """`scores` `[B, n]` with minus infinity at `rows` `[B, S]`; -100 is padding."""
+        # Padding goes to an extra column, which is cut off.
         width = scores.shape[1]
         banned = torch.zeros(len(scores), width + 1, dtype=torch.bool, device=scores.device)
         banned.scatter_(1, torch.where(rows >= 0, rows, width), True)
         return scores.masked_fill(banned[:, :width], float("-inf"))
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, ProjectionLinear):
             init.kaiming_normal_(module.weight, nonlinearity="relu")
             init.zeros_(module.bias)

@@ -1,7 +1,7 @@
 """The transformers pipeline of the task `generative-retrieval`: users and histories in, items with scores out.
 
-It reads requests and leaves the answers to [`Recommender`]. Apart from the recommender, because `transformers.Pipeline` takes longer
-to import than a recommendation takes.
+It reads requests and leaves the answers to [`Recommender`]. It is apart from the recommender because of `transformers.pipelines`:
+its import takes 0.02 s after that of T5, but also brings torchvision and other libraries where they are installed.
 """
 
 from __future__ import annotations
@@ -74,17 +74,17 @@ class GenerativeRetrievalPipeline(Pipeline):
         """The best items for one request, or for each of several.
 
         Args:
-            inputs: a request, or a list, dataset column or generator of them. A request is a dict with `"user"` (an id),
+            inputs: a request, or a list, dataset column or generator of requests. A request is a dict with `"user"` (an id),
                 `"history"` (item ids, oldest first) or both; or, as a string, a whole prompt such as
-                `"What should user_03 try after item_08 then?"`. A user without history is asked for with what the store
-                knows, and with an empty one by user id only.
-            top_k: how many items; 10 by default. Fewer come back where fewer are left.
-            exclude_seen: leave out the items of the request and those that the store knows the user has seen (the default).
+                `"What should user_03 try after item_08 then?"`. Without a history the store's is used; with an empty history
+                the prompt names the user only.
+            top_k: number of items, 10 by default; fewer are returned where fewer are left.
+            exclude_seen: leave out the items of the request and those that the store records as seen (the default).
             where: only items with this metadata, see [`EmbeddingStore.search`].
-            prompt: wording of one's own for requests that are dicts: with `{user}` and then, if wanted, `{history}`, each
-                between white space; or a finished text. Where requests name no user, `{user}` becomes what the history
-                tells of them, if the repository's collaborative model is FISM; `{history}` may also stand alone.
-            batch_size: how many requests go through the model at once.
+            prompt: the wording for requests that are dicts: a [`PromptTemplate`] text with `{user}`, `{history}` or both, or a
+                finished text. For an anonymous user, `{user}` becomes the user tokens of the history, if the collaborative
+                model makes user vectors of histories.
+            batch_size: number of requests per forward pass.
 
         Returns:
             A list of `{"item": id, "score": cosine}`, best first; for several requests a list of such lists, and for a
@@ -92,7 +92,7 @@ class GenerativeRetrievalPipeline(Pipeline):
 
         Raises:
             KeyError: a user or an item is unknown.
-            ValueError: a request or a prompt is not as said above.
+            ValueError: a request or a prompt is invalid.
         """
         # The base class takes only a list for several requests, but the column of a dataset is a sequence too.
         if isinstance(inputs, Sequence) and not isinstance(inputs, str):
@@ -101,39 +101,36 @@ class GenerativeRetrievalPipeline(Pipeline):
                 return []
         return super().__call__(inputs, **kwargs)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Writes a repository: store, tokenizer, model, and the code that `trust_remote_code=True` runs.
 
         Args:
-            save_directory: made if absent.
+            save_directory: the folder, which is created if absent.
             kwargs: passed to the model's `save_pretrained`.
         """
         os.makedirs(save_directory, exist_ok=True)
         custom_object_save(self, save_directory)
         self.recommender.store.save_pretrained(RepositoryFolder(save_directory).store)
         self.tokenizer.save_pretrained(save_directory)
-        # Last, because config.json is what makes the folder a repository.
+        # The model comes last, because config.json marks the folder as a repository.
         self.model.save_pretrained(save_directory, **kwargs)
 
-    def push_to_hub(self, *args, **kwargs):
-        """Refused, because the store that `save_pretrained` writes holds personal data of users.
-
-        Raises:
-            NotImplementedError: always; the message says what to do.
-        """
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises NotImplementedError, because the store of `save_pretrained` holds personal data of users."""
         raise NotImplementedError(
             "a pipeline is not pushed by itself: write it to a folder with save_pretrained and share that with `tokenrec push`, "
             "which leaves the users' data out."
         )
 
-    def _sanitize_parameters(self, top_k=None, exclude_seen=None, where=None, prompt=None):  # type: ignore[override]
-        forward = {"top_k": top_k, "exclude_seen": exclude_seen, "where": where}
-        return {"prompt": prompt} if prompt else {}, {k: v for k, v in forward.items() if v is not None}, {}
+    def _sanitize_parameters(self, prompt: str | None = None, **kwargs: Any) -> tuple[dict, dict, dict]:
+        if unknown := set(kwargs) - {"top_k", "exclude_seen", "where"}:
+            raise TypeError(f"a pipeline of this task takes no argument {min(unknown)!r}.")
+        return {"prompt": prompt} if prompt else {}, {k: v for k, v in kwargs.items() if v is not None}, {}
 
     def preprocess(  # type: ignore[override]
         self, request: Mapping | str, prompt: str | None = None
     ) -> dict[str, Any]:
-        """The tokens of a request's prompt, `[1, T]`, and the ids of the users and items that it is about."""
+        """The tokens of a request's prompt, `[1, T]`, and the ids of its users and items."""
         users: list[str] = []
         history: list[str] = []
         if isinstance(request, str):
@@ -146,7 +143,7 @@ class GenerativeRetrievalPipeline(Pipeline):
             "input_ids": encoded["input_ids"],
             "attention_mask": encoded["attention_mask"],
             "user_ids": (*encoded["user_ids"][0], *users),
-            # Whole histories: what a prompt leaves out was seen all the same.
+            # Whole histories: items that are cut from the prompt have been seen too.
             "item_ids": (*encoded["item_ids"][0], *history),
         }
 
@@ -174,7 +171,7 @@ class GenerativeRetrievalPipeline(Pipeline):
         if history is not None and (
             isinstance(history, str)
             or not isinstance(history, Iterable)
-            or not all(isinstance(one, str) for one in history)
+            or not all(isinstance(item, str) for item in history)
         ):
             raise ValueError(f"'history' is {_short(history)} but must be a list of item ids, which are strings.")
         if user is None:
@@ -187,7 +184,7 @@ class GenerativeRetrievalPipeline(Pipeline):
         return users, self.recommender.store.seen(users)[0] if history is None else self._known("item", history)
 
     def _known(self, kind: str, ids: Iterable[str]) -> list[str]:
-        """`ids` as a list. Checked here because in a text the beginning of an unknown id could be a known one."""
+        """`ids` as a list. They are checked here because in a text the beginning of an unknown id may be a known id."""
         ids = list(ids)
         self.tokenizer.codes(kind, ids)
         return ids

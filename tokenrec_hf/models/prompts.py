@@ -1,7 +1,7 @@
 """The prompt templates and how a prompt is written out (section II-D1 of TokenRec, arXiv 2406.10450).
 
-Eleven templates of our own wording in the paper's two families, user id only and user id with history: ten are trained on,
-one is held out to test unseen wording. Pure text: knows nothing about tokens, codes or models.
+There are eleven templates in the paper's two families, user id only and user id with history. Ten are for training; one is held
+out to test unseen wording. The module handles text only, no tokens, codes or models.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ _PLACEHOLDER = re.compile(r"\{user\}|\{history\}")
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """The wording of a prompt, with one `{user}` and, after it, at most one `{history}`, or with `{history}` alone.
+    """The wording of a prompt: one `{user}` and, after it, at most one `{history}`, or `{history}` alone.
 
-    A placeholder is a word of its own, with white space around it: punctuation directly after an id costs an extra token,
-    and what stands apart can be tokenised once and for all.
+    A placeholder has white space around it, so that the other parts can be tokenised once and punctuation after an id does not
+    cost an extra token.
 
     Args:
-        text: the wording, e.g. `"Guess what {user} wants to try."`.
+        text: the wording, for example `"Guess what {user} wants to try."`.
 
     Raises:
-        ValueError: the placeholders are not as said above.
+        ValueError: the placeholders are missing or misplaced.
     """
 
     text: str
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         placeholders = [word for word in self.text.split() if "{" in word or "}" in word]
         if placeholders not in (["{user}"], ["{user}", "{history}"], ["{history}"]):
             raise ValueError(
@@ -39,12 +39,12 @@ class PromptTemplate:
 
     @property
     def names_user(self) -> bool:
-        """Whether the prompt says whose history it is."""
+        """Whether the prompt names a user."""
         return "{user}" in self.text
 
     @property
     def uses_history(self) -> bool:
-        """Whether the prompt names the items of the user's history."""
+        """Whether the prompt names the items of a history."""
         return "{history}" in self.text
 
     @property
@@ -74,15 +74,15 @@ UNSEEN_TEMPLATE = PromptTemplate("Since {user} has spent time with {history} lat
 """The template that is never trained on."""
 
 HISTORY_ONLY_TEMPLATE = PromptTemplate("What fits {history} best?")
-"""For those of whom nothing but a history is known. Trained on where a recipe says so (`prompts.history_only`)."""
+"""The template for anonymous users. The recipe's `prompts.history_only` is its share of the training prompts."""
 
 
 def render(template: PromptTemplate, user: str, history: Iterable[str] = ()) -> str:
     """Writes out a prompt, e.g. `"What should user_03 try after item_08 item_24 then?"`.
 
     Args:
-        template: the wording. One without `{history}` leaves `history` out.
+        template: the wording; one without `{history}` ignores `history`.
         user: the user's id.
-        history: item ids, written in the order given.
+        history: item ids, in the order of the prompt.
     """
-    return template.text.format(user=f"user_{user}", history=" ".join(f"item_{one}" for one in history))
+    return template.text.format(user=f"user_{user}", history=" ".join(f"item_{item}" for item in history))

@@ -1,9 +1,9 @@
-"""The tokenizer: text in which users and items are named by their ids, to the token ids that T5 reads.
+"""The tokenizer: text that names users and items by their ids, to the token ids that T5 reads.
 
 `user_03` becomes `user_<u1-128><u2-21><u3-35>` and `item_08` becomes `item_<v1-42><v2-12><v3-98>` (Eq. 7 of TokenRec, arXiv
-2406.10450): one token per sub-codebook, so that 2*K*L new tokens name any number of users and items. The code token of book k
-(from 1) and codeword w (from 0) is `<uk-(w+1)>` or `<vk-(w+1)>`. Which id has which codes is a table of arrays beside the
-vocabulary. Knows nothing about how codes are learned, and needs torch only to make codes for new vectors.
+2406.10450): a token per codebook, so that 2*K*L new tokens name any number of users and items. The code token of book k (from 1)
+and codeword w (from 0) is `<uk-(w+1)>` or `<vk-(w+1)>`. The codes of each id are a table of arrays beside the vocabulary. The
+tokenizer does not learn codes, and needs torch only to make codes for new vectors.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import os
 import re
 import threading
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from itertools import chain
 from operator import add
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
@@ -27,42 +27,46 @@ from transformers import TokenizersBackend
 from .codes import MAX_ID_LENGTH, MQ_FOLDERS, CodeTable, IdIndex, check_ids, load_tables, save_tables
 from .prompts import PromptTemplate
 
-LETTERS = {"user": "u", "item": "v"}
+if TYPE_CHECKING:
+    import torch
+    from transformers import BatchEncoding
 
+    from .embedding_store import Store
+    from .modeling_mq_tokenizer import MQTokenizerModel
+
+LETTERS = {"user": "u", "item": "v"}
 T5_MAX_LENGTH = 512
 
-# "superuser_03" and "multi-item_list" name nobody, and what is already expanded stays as it is. The second group is the
-# run of characters that the id begins; nothing of it is consumed, because more names may follow in it.
+# "superuser_03" and "multi-item_list" name nothing, and expanded names stay. The second group is the run of characters that the
+# id begins; it is not consumed, because more names may follow in it.
 _MENTION = re.compile(rf"(?<!\w)(?<!\w-)(user|item)_(?!<[uv]\d+-\d+>)(?=(\S{{1,{MAX_ID_LENGTH + 1}}}))")
 _CODE_TOKEN = re.compile(r"<[uv]\d+-\d+>")
 _NON_WORD = re.compile(r"\W")
-# After an added token T5's pipeline begins a new word, and so decodes "item_08," as "item_08 ,".
+# T5's pipeline begins a new word after an added token, so it decodes "item_08," as "item_08 ,".
 _SPACE_AFTER_CODE = re.compile(r"(<[uv]\d+-\d+>) (?=[,.;:!?)\]}'’”»…])")
 
 
 class TokenRecTokenizer(TokenizersBackend):
     """A T5 tokenizer that knows users and items by their ids.
 
-    Anything a Hugging Face tokenizer takes may name ids: batches, pairs, words (`is_split_into_words=True`), targets. An id
-    is any string of up to 256 characters without white space, written `user_<id>` or `item_<id>` where a word begins. Of the
-    characters up to the next white space, the longest beginning that is a known id and ends where a word ends is taken:
-    `(user_03)`, `user_03's` and `item_08,item_24` are understood, and so is an id such as `a.b-c(1)`. Ids are compared
-    exactly, before any Unicode normalisation.
+    Ids may appear in all inputs of a Hugging Face tokenizer: batches, pairs, words (`is_split_into_words=True`) and targets. An id
+    is a string of up to 256 characters without white space, written `user_<id>` or `item_<id>` where a word begins. The id is
+    the longest beginning of the characters up to the next white space that is known and ends where a word ends: `(user_03)`,
+    `user_03's` and `item_08,item_24` are understood, and so is an id such as `a.b-c(1)`. Ids are compared exactly, before any
+    Unicode normalisation.
 
-    Called with `return_entities=True`, the tokenizer also gives the ids that each example names, in order, as the lists
-    `user_ids` and `item_ids`, which stay lists with `return_tensors`: this is how a model knows what not to recommend again.
-    Decoding gives ids back where no other id has the same codes, and code tokens otherwise or with `resolve_ids=False`.
-
-    Offsets (`return_offsets_mapping`) refer to the expanded text. Truncation counts tokens and may cut inside an item: cut
-    the history before writing the prompt.
+    With `return_entities=True` the encoding also holds the ids that each example names, in order, in the lists `user_ids` and
+    `item_ids`, which stay lists with `return_tensors`. Decoding restores an id where no other id has the same codes; otherwise, and
+    with `resolve_ids=False`, the code tokens stay. Offsets (`return_offsets_mapping`) refer to the expanded text. Truncation counts
+    tokens and may cut inside an item: cut the history before writing the prompt.
 
     Args:
         codes_file: `codes.safetensors`, the ids and their codes; set by `from_pretrained`.
         tables: the same as objects; set by `from_components`.
-        codebooks: K and L of each kind, e.g. `{"user": [3, 256], "item": [3, 512]}`.
-        space_ids: for each kind the hash of the MQ-Tokenizer that made its codes.
-        on_unknown: what to do with `user_...` or `item_...` that names no known id: `"error"` raises `KeyError` (this is
-            also what an ordinary word such as `user_friendly` meets), `"keep"` leaves it in the text.
+        codebooks: K and L of each kind, for example `{"user": [3, 256], "item": [3, 512]}`.
+        space_ids: for each kind the fingerprint of the MQ-Tokenizer that made its codes.
+        on_unknown: treatment of `user_...` or `item_...` without a known id: `"error"` raises `KeyError` (also for an ordinary
+            word such as `user_friendly`), `"keep"` leaves it in the text.
 
     Example:
         >>> tokenizer = TokenRecTokenizer.from_components(user_mq=user_mq, item_mq=item_mq, store=store)
@@ -71,21 +75,21 @@ class TokenRecTokenizer(TokenizersBackend):
 
     vocab_files_names = {"tokenizer_file": "tokenizer.json", "codes_file": "codes.safetensors"}
     model_input_names = ["input_ids", "attention_mask"]
-    # As `register_for_auto_class` would do: without the `auto_map` that it saves, `AutoTokenizer` of a process that does not
-    # know this class would silently load a tokenizer that leaves ids unexpanded.
+    # The effect of `register_for_auto_class`. Without the `auto_map` that it saves, `AutoTokenizer` of a process that does not
+    # know this class would silently load a tokenizer that does not expand ids.
     _auto_class = "AutoTokenizer"
-    # Padding and truncation are state of the shared Rust object. Of the class, so that tokenizers still pickle.
+    # Padding and truncation are state of the shared Rust object. The lock belongs to the class, so that tokenizers pickle.
     _lock = threading.RLock()
 
     def __init__(
         self,
-        *args,
+        *args: Any,
         codes_file: str | None = None,
         tables: dict[str, CodeTable] | None = None,
         codebooks: Mapping[str, Sequence[int]] | None = None,
         space_ids: dict[str, str] | None = None,
         on_unknown: str = "error",
-        **kwargs,
+        **kwargs: Any,
     ):
         if codebooks is None or (codes_file is None and tables is None):
             raise ValueError(
@@ -94,39 +98,42 @@ class TokenRecTokenizer(TokenizersBackend):
             )
         if on_unknown not in ("error", "keep"):
             raise ValueError(f"on_unknown is {on_unknown!r}; it must be 'error' or 'keep'.")
+        # transformers saves the attributes that are named like arguments of `super().__init__`.
         self.codebooks = {kind: list(codebooks[kind]) for kind in LETTERS}
-        self.space_ids = dict(space_ids or {})
-        self.on_unknown = on_unknown
-        super().__init__(
-            *args, codebooks=self.codebooks, space_ids=self.space_ids, on_unknown=self.on_unknown, **kwargs
-        )
+        self.space_ids, self.on_unknown = dict(space_ids or {}), on_unknown
+        super().__init__(*args, codebooks=self.codebooks, space_ids=self.space_ids, on_unknown=on_unknown, **kwargs)
         self._vocabularies = {
             kind: _CodeVocabulary(kind, self.backend_tokenizer, *self.codebooks[kind]) for kind in LETTERS
         }
         self._tables = tables or load_tables(str(codes_file), self.codebooks)
-        self._mqs: dict[str, Any] = {}
+        self._mqs: dict[str, MQTokenizerModel] = {}
         self._revision: str | None = None
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> TokenRecTokenizer:
-        """As that of every tokenizer; remembers the revision, which is also that of the MQ-Tokenizers."""
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> TokenRecTokenizer:
+        """Loads the tokenizer as every other one and records the revision, which is also that of the MQ-Tokenizers."""
         tokenizer = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         tokenizer._revision = kwargs.get("revision")
         return tokenizer
 
     @classmethod
     def from_components(
-        cls, t5_tokenizer: Any = None, *, user_mq: Any, item_mq: Any, store: Any, **kwargs
+        cls,
+        t5_tokenizer: TokenizersBackend | str | os.PathLike | None = None,
+        *,
+        user_mq: MQTokenizerModel,
+        item_mq: MQTokenizerModel,
+        store: Store,
+        **kwargs: Any,
     ) -> TokenRecTokenizer:
-        """Makes a tokenizer: T5's vocabulary, 2*K*L code tokens, and the codes of everything in the store.
+        """Makes a tokenizer from T5's vocabulary, 2*K*L code tokens, and the codes of all users and items in the store.
 
         Args:
-            t5_tokenizer: a T5 tokenizer; the path of a `spiece.model` or of a folder; a name on the Hub; or `None` for the
-                small English one bundled with the package (for a T5 trained from scratch). It is not changed.
+            t5_tokenizer: source of the vocabulary, see [`load_t5_tokenizer`]; a tokenizer is not changed.
             user_mq: the users' [`MQTokenizerModel`].
             item_mq: the items' [`MQTokenizerModel`].
-            store: the [`EmbeddingStore`] whose ids and vectors are to be encoded.
-            kwargs: `on_unknown`, `model_max_length` (default: the T5 tokenizer's own, or 512) and any other tokenizer setting.
+            store: the store of ids and vectors to encode.
+            kwargs: `on_unknown`, `model_max_length` (default: that of the T5 tokenizer, or 512) and other tokenizer settings.
 
         Raises:
             ValueError: the store holds vectors of another MQ-Tokenizer, of the wrong size or not finite, or the T5 tokenizer
@@ -162,7 +169,7 @@ class TokenRecTokenizer(TokenizersBackend):
         return tokenizer
 
     def ids(self, kind: str) -> list[str]:
-        """All ids of `"user"` or `"item"`, in row order: that of the store, newcomers last."""
+        """All ids of `"user"` or `"item"`, in row order: that of the store, with later additions last."""
         return self._table(kind).index.ids()
 
     def count(self, kind: str) -> int:
@@ -170,24 +177,24 @@ class TokenRecTokenizer(TokenizersBackend):
         return len(self._table(kind))
 
     def codes(self, kind: str, ids: Sequence[str] | None = None) -> np.ndarray:
-        """The codes of `ids` (default: of all, in row order), int64 `[n, K]` of values in `[0, L)`.
+        """The codes of `ids` (default: all, in row order), int64 `[n, K]` of values in `[0, L)`.
 
         Raises:
-            KeyError: an id is not known.
+            KeyError: an id is unknown.
         """
         table = self._table(kind)
         codes = table.codes if ids is None else table.codes[table.rows(ids)]
         return codes.astype(np.int64)
 
     def add_users(self, vectors: Mapping[str, Any]) -> None:
-        """Gives users codes, made by the frozen MQ-Tokenizer (section II-E2); a user already known gets new ones.
+        """Gives users codes made by the frozen MQ-Tokenizer (section II-E2); known users get new codes.
 
         Args:
             vectors: collaborative vector `[d]` of each user by id.
 
         Raises:
-            ValueError: an id or a vector is not valid, or there is no MQ-Tokenizer of this tokenizer's space; then nothing
-                is added.
+            ValueError: an id or a vector is invalid, or there is no MQ-Tokenizer of this tokenizer's space; then nothing is
+                added.
         """
         self._add("user", vectors)
 
@@ -196,7 +203,7 @@ class TokenRecTokenizer(TokenizersBackend):
         self._add("item", vectors)
 
     def remove(self, kind: str, ids: Sequence[str]) -> None:
-        """Forgets users or items and their codes; ids that are not known are ignored."""
+        """Removes users or items and their codes; unknown ids are ignored."""
         table = self._table(kind).without(ids)
         with self._lock:
             self._tables = {**self._tables, kind: table}
@@ -205,11 +212,10 @@ class TokenRecTokenizer(TokenizersBackend):
         """Writes only the ids and their codes, into a folder that has the rest of this tokenizer."""
         save_tables(self._tables, os.path.join(folder, self.vocab_files_names["codes_file"]))
 
-    def attach(self, user_mq: Any = None, item_mq: Any = None) -> None:
-        """Sets the MQ-Tokenizers that `add_users` and `add_items` use.
+    def attach(self, user_mq: MQTokenizerModel | None = None, item_mq: MQTokenizerModel | None = None) -> None:
+        """Sets the MQ-Tokenizers for `add_users` and `add_items`, if they are not in their folders beside the tokenizer.
 
-        Only needed where they are not in the folders `mq_user` and `mq_item` beside the tokenizer. They are neither saved,
-        pickled nor copied with it.
+        They are neither saved, pickled nor copied with it.
 
         Raises:
             ValueError: an MQ-Tokenizer is not the one that made this tokenizer's codes.
@@ -224,11 +230,11 @@ class TokenRecTokenizer(TokenizersBackend):
                 )
             self._mqs[kind] = mq
 
-    def code_text(self, kind: str, vectors: Any) -> list[str]:
-        """The code tokens of vectors `[n, d]`, to be written after `user_` or `item_` in place of an id that there is not.
+    def code_text(self, kind: str, vectors: torch.Tensor) -> list[str]:
+        """The code tokens of vectors `[n, d]`, to be written after `user_` or `item_` in place of an id.
 
         Raises:
-            ValueError: there is no MQ-Tokenizer of this tokenizer's space, or the vectors are not of its size.
+            ValueError: there is no MQ-Tokenizer of this tokenizer's space, or the vectors have another size.
         """
         codes, names = self._mq(kind).encode(vectors).cpu().numpy(), self._vocabularies[kind].names  # [n, K], [K, L]
         return ["".join(tokens) for tokens in names[np.arange(len(names)), codes]]
@@ -239,17 +245,14 @@ class TokenRecTokenizer(TokenizersBackend):
         return self._vocabularies[kind].token_ids.copy()
 
     def entity_token_ids(self, kind: str, ids_or_rows: Sequence[str] | Sequence[int] | np.ndarray) -> np.ndarray:
-        """The tokens of `user_<id>` or `item_<id>` within a text, without any text: int64 `[n, P + K]`.
+        """The tokens of `user_<id>` or `item_<id>` within a text, int64 `[n, P + K]`: P of the word before the id, K codes.
 
         Args:
             kind: `"user"` or `"item"`.
             ids_or_rows: `n` ids, or `n` rows (positions in `ids(kind)`).
 
-        Returns:
-            P tokens of the word `user_` or `item_` and then K code tokens, per entity.
-
         Raises:
-            KeyError: an id is not known.
+            KeyError: an id is unknown.
             IndexError: a row is out of range.
         """
         table, vocabulary = self._table(kind), self._vocabularies[kind]
@@ -264,21 +267,17 @@ class TokenRecTokenizer(TokenizersBackend):
         return np.concatenate([prefix, codes], axis=1)
 
     def split_prompt(self, template: PromptTemplate) -> tuple[np.ndarray, ...]:
-        """The tokens of a template's static parts, so that prompts can be put together from arrays.
+        """The tokens of a template's static parts: before, between and after the placeholders, int64 arrays.
 
-        Joined in turn with the `entity_token_ids` of the user and of the history, they are exactly what this tokenizer makes of
-        the rendered prompt.
-
-        Returns:
-            int64 arrays: before the user, between user and history (only where the template uses history), and after, the
-            last with the end-of-sequence token.
+        Joined in turn with the `entity_token_ids` of user and history, they are the tokens of the rendered prompt, including
+        the end-of-sequence token.
         """
         *before, after = template.static_parts
         parts = [self.encode(part, add_special_tokens=False) for part in before] + [self.encode(after)]
         return tuple(np.array(part, dtype=np.int64) for part in parts)
 
     @classmethod
-    def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs) -> dict[str, Any]:
+    def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
         """Keeps `tokenizer_file`, which the inherited method would rebuild without its normaliser and decoder."""
         return kwargs
 
@@ -287,15 +286,14 @@ class TokenRecTokenizer(TokenizersBackend):
 
     def _encode_plus(  # type: ignore[override]
         self,
-        text,
-        text_pair=None,
+        text: Any,
+        text_pair: Any = None,
         is_split_into_words: bool = False,
-        return_tensors=None,
+        return_tensors: Any = None,
         return_entities: bool = False,
-        **kwargs,
-    ):
-        strings = [*_strings(text), *_strings(text_pair)]
-        expanded, named = self._expand(strings)
+        **kwargs: Any,
+    ) -> BatchEncoding:
+        expanded, named = self._expand([*_strings(text), *_strings(text_pair)])
         remaining = iter(expanded)
         text, text_pair = _replaced(text, remaining), _replaced(text_pair, remaining)
         with self._lock:
@@ -307,11 +305,11 @@ class TokenRecTokenizer(TokenizersBackend):
 
         batched = isinstance(text, (list, tuple)) and not (is_split_into_words and text and isinstance(text[0], str))
         parts = (text, text_pair or ()) if batched else ([text], [text_pair])
-        owners = [row for part in parts for row, one in enumerate(part) for _ in _strings(one)]
+        owners = [row for part in parts for row, example in enumerate(part) for _ in _strings(example)]
         for kind in LETTERS:
             found: list[list[str]] = [[] for _ in parts[0]]
             for row, entities in zip(owners, named):
-                found[row] += [one for one_kind, one in entities if one_kind == kind]
+                found[row] += [name for entity_kind, name in entities if entity_kind == kind]
             if kwargs.get("return_overflowing_tokens"):
                 found = [found[row] for row in encoding["overflow_to_sample_mapping"]]
             flat = not batched and return_tensors is None and not kwargs.get("return_overflowing_tokens")
@@ -324,7 +322,7 @@ class TokenRecTokenizer(TokenizersBackend):
         skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool | None = None,
         resolve_ids: bool = True,
-        **kwargs,
+        **kwargs: Any,
     ) -> str:
         text = super()._decode(token_ids, skip_special_tokens, clean_up_tokenization_spaces, **kwargs)
         text = _SPACE_AFTER_CODE.sub(r"\1", text)
@@ -344,7 +342,7 @@ class TokenRecTokenizer(TokenizersBackend):
         path = os.path.join(save_directory, prefix + self.vocab_files_names["codes_file"])
         save_tables(self._tables, path)
         with self._lock:
-            # What the last call asked for is no part of the tokenizer.
+            # Padding and truncation of the last call are not part of the tokenizer.
             self.backend_tokenizer.no_padding()
             self.backend_tokenizer.no_truncation()
             return (*super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix), path)
@@ -357,21 +355,20 @@ class TokenRecTokenizer(TokenizersBackend):
     def _add(self, kind: str, vectors: Mapping[str, Any]) -> None:
         import torch
 
-        mq = self._mq(kind)
-        ids = check_ids(vectors, kind)
+        mq, ids = self._mq(kind), check_ids(vectors, kind)
         size = mq.config.embedding_dim
         rows = [torch.as_tensor(vector, dtype=torch.float32).detach().cpu() for vector in vectors.values()]
-        wrong = next((i for i, row in enumerate(rows) if row.shape != (size,)), None)
-        if wrong is not None:
-            raise ValueError(
-                f"the vector of {kind} {ids[wrong]!r} has shape {list(rows[wrong].shape)} but the MQ-Tokenizer expects "
-                f"[{size}]; pass vectors of {size} from the space it was trained on."
-            )
+        for name, row in zip(ids, rows):
+            if row.shape != (size,):
+                raise ValueError(
+                    f"the vector of {kind} {name!r} has shape {list(row.shape)} but the MQ-Tokenizer expects [{size}]; pass "
+                    f"vectors of {size} from the space it was trained on."
+                )
         added = _encoded(kind, ids, torch.stack(rows) if rows else torch.empty(0, size), mq)
         with self._lock:
             self._tables = {**self._tables, kind: self._tables[kind].updated(ids, added.codes)}
 
-    def _mq(self, kind: str) -> Any:
+    def _mq(self, kind: str) -> MQTokenizerModel:
         if kind not in self._mqs:
             from .modeling_mq_tokenizer import MQTokenizerModel
 
@@ -391,7 +388,7 @@ class TokenRecTokenizer(TokenizersBackend):
         return self._mqs[kind]
 
     def _expand(self, texts: Sequence[str]) -> tuple[list[str], list[list[tuple[str, str]]]]:
-        """Puts code tokens in the place of ids; returns the texts and, per text, the entities found as (kind, id)."""
+        """Replaces ids by code tokens; returns the texts and, per text, the entities found as (kind, id)."""
         found = self._find({mention for text in texts for mention in _MENTION.findall(text)})
         expanded, named = [], []
         for text in texts:
@@ -399,25 +396,23 @@ class TokenRecTokenizer(TokenizersBackend):
             entities: list[tuple[str, str]] = []
             end = 0
             for match in _MENTION.finditer(text):
-                start = match.start()
-                # A name within the id just taken is part of that id.
-                if start < end:
+                # A name within the last id is part of that id.
+                if match.start() < end:
                     continue
                 kind, run = match.groups()
                 if (kind, run) not in found:
                     self._check_ordinary(kind, run)
                     continue
-                one, tokens = found[kind, run]
-                entities.append((kind, one))
-                pieces += (text[end:start], tokens)
-                end = match.end() + len(one)
-            pieces.append(text[end:])
-            expanded.append("".join(pieces))
+                name, tokens = found[kind, run]
+                entities.append((kind, name))
+                pieces += (text[end : match.start()], tokens)
+                end = match.end() + len(name)
+            expanded.append("".join([*pieces, text[end:]]))
             named.append(entities)
         return expanded, named
 
     def _resolve(self, kind: str, text: str) -> str:
-        """Puts ids in the place of the codes of one kind that belong to one id only."""
+        """Replaces the codes of one kind by ids, where they belong to a single id."""
         pattern, table = self._vocabularies[kind].pattern, self._tables[kind]
         found = pattern.findall(text)
         if not found:
@@ -427,13 +422,13 @@ class TokenRecTokenizer(TokenizersBackend):
         return pattern.sub(lambda match: next(names) or match[0], text)
 
     def _check_ordinary(self, kind: str, run: str) -> None:
-        """Raises KeyError where a run of characters without a known id names one all the same and that is not allowed."""
-        one = run
-        while one and _may_follow(one[-1]):
-            one = one[:-1]
-        if one and self.on_unknown == "error":
+        """Raises KeyError for a run of characters that names an unknown id, unless unknown ids are kept."""
+        name = run
+        while name and _may_follow(name[-1]):
+            name = name[:-1]
+        if name and self.on_unknown == "error":
             raise KeyError(
-                f"the text names {kind} {one!r}, which is unknown to this tokenizer; add it with `tokenrec add`, "
+                f"the text names {kind} {name!r}, which is unknown to this tokenizer; add it with `tokenrec add`, "
                 f"give it codes with add_{kind}s, or set on_unknown='keep' to leave such words as they are."
             )
 
@@ -441,18 +436,17 @@ class TokenRecTokenizer(TokenizersBackend):
         """Finds the known id that begins each run of characters: (kind, run) to (id, its expansion)."""
         found = {}
         for kind, table in self._tables.items():
-            candidates = {run: _beginnings(run, table.longest) for one_kind, run in mentions if one_kind == kind}
+            candidates = {run: _beginnings(run, table.longest) for run_kind, run in mentions if run_kind == kind}
             ids = list(dict.fromkeys(chain.from_iterable(candidates.values())))
             rows = table.index.rows(ids)
             known = np.flatnonzero(rows >= 0)
             names = self._vocabularies[kind].names
             tokens = reduce(add, [names[k][codes] for k, codes in enumerate(table.codes[rows[known]].T)], f"{kind}_")
             expansions = {ids[at]: text for at, text in zip(known.tolist(), tokens)}
-            for run, several in candidates.items():
-                for one in several:
-                    if one in expansions:
-                        found[kind, run] = one, expansions[one]
-                        break
+            for run, beginnings in candidates.items():
+                name = next((name for name in beginnings if name in expansions), None)
+                if name is not None:
+                    found[kind, run] = name, expansions[name]
         return found
 
 
@@ -481,9 +475,9 @@ def _token_names(kind: str, num_codebooks: int, codebook_size: int) -> np.ndarra
     return np.array(names, dtype=object)
 
 
-def _encoded(kind: str, ids: Sequence[str], vectors: Any, mq: Any) -> CodeTable:
-    """The table of new ids, each once, with the codes of their vectors `[n, d]`."""
-    like_code = next((one for one in ids if _CODE_TOKEN.match(one)), None)
+def _encoded(kind: str, ids: Sequence[str], vectors: torch.Tensor, mq: MQTokenizerModel) -> CodeTable:
+    """The table of new, unique ids with the codes of their vectors `[n, d]`."""
+    like_code = next((name for name in ids if _CODE_TOKEN.match(name)), None)
     if like_code is not None:
         raise ValueError(f"{kind} {like_code[:60]!r} begins like a code token, so no text could name it; rename it.")
     expected = mq.config.embedding_dim
@@ -494,14 +488,14 @@ def _encoded(kind: str, ids: Sequence[str], vectors: Any, mq: Any) -> CodeTable:
         )
     finite = vectors.isfinite().all(dim=1)
     if not finite.all():
-        one = ids[int(finite.long().argmin())]
-        raise ValueError(f"the embedding of {kind} {one!r} holds NaN or infinity; give it a vector of finite numbers.")
+        name = ids[int(finite.long().argmin())]
+        raise ValueError(f"the embedding of {kind} {name!r} holds NaN or infinity; give it a vector of finite numbers.")
     codes = mq.encode(vectors).cpu().numpy() if len(ids) else np.empty((0, mq.config.num_codebooks), dtype=np.int64)
     return CodeTable(kind, IdIndex(ids, kind), codes, mq.config.codebook_size)
 
 
 def _beginnings(run: str, longest: int) -> list[str]:
-    """What of `run` may be an id, the longest first: all of it, or up to a punctuation mark or symbol."""
+    """The beginnings of `run` that may be an id, longest first: all of it, or up to a punctuation mark or symbol."""
     whole = [run] if len(run) <= longest else []
     if run.isalnum():
         return whole
@@ -510,34 +504,36 @@ def _beginnings(run: str, longest: int) -> list[str]:
 
 
 def _may_follow(character: str) -> bool:
-    """Whether a word may end before this character: punctuation and symbols, but no accent or vowel sign of its own."""
+    """Whether a word may end before this character: punctuation and symbols, but no combining accent or vowel sign."""
     return unicodedata.category(character)[0] in "PS"
 
 
 def _strings(text: Any) -> Iterator[str]:
+    """The strings in a string or nested lists and tuples of strings."""
     if isinstance(text, str):
         yield text
     elif isinstance(text, (list, tuple)):
-        for one in text:
-            yield from _strings(one)
+        for part in text:
+            yield from _strings(part)
 
 
 def _replaced(text: Any, strings: Iterator[str]) -> Any:
-    """`text`, a string or nested lists and tuples of them, with the next of `strings` in the place of each."""
+    """A copy of `text` with each string replaced by the next of `strings`."""
     if isinstance(text, str):
         return next(strings)
     if isinstance(text, (list, tuple)):
-        replaced: Iterable[Any] = (_replaced(one, strings) for one in text)
-        return list(replaced) if isinstance(text, list) else tuple(replaced)
+        replaced = [_replaced(part, strings) for part in text]
+        return replaced if isinstance(text, list) else tuple(replaced)
     return text
 
 
-def load_t5_tokenizer(source: Any = None) -> Any:
+def load_t5_tokenizer(source: TokenizersBackend | str | os.PathLike | None = None) -> TokenizersBackend:
     """A T5 tokenizer.
 
     Args:
-        source: a tokenizer (returned as it is); the path of a `spiece.model`, or of a folder with one or with a
-            `tokenizer.json`; a name on the Hub; or `None` for the bundled one.
+        source: a tokenizer, which is returned unchanged; the path of a `spiece.model`, or of a folder with a `spiece.model` or a
+            `tokenizer.json`; a name on the Hub; or `None` for the small English one of the package (for a T5 that is trained
+            from scratch).
 
     Raises:
         ValueError: there is no vocabulary at that place.
@@ -554,7 +550,7 @@ def load_t5_tokenizer(source: Any = None) -> Any:
     from transformers import T5Tokenizer
 
     tokenizer = T5Tokenizer.from_pretrained(source)
-    # Where it finds no vocabulary, transformers returns a tokenizer of the special tokens alone, without a word.
+    # Where transformers finds no vocabulary, it silently returns a tokenizer of the special tokens alone.
     if len(tokenizer) <= len(tokenizer.all_special_tokens) + 1:
         raise ValueError(
             f"there is no T5 vocabulary in {str(source)!r}: it is no folder with a spiece.model or tokenizer.json and could not be "
@@ -563,15 +559,15 @@ def load_t5_tokenizer(source: Any = None) -> Any:
     return tokenizer
 
 
-def bundled_t5_tokenizer() -> Any:
-    """The small English T5 tokenizer that comes with the package (800 tokens), for a T5 that is trained from scratch."""
+def bundled_t5_tokenizer() -> TokenizersBackend:
+    """The small English T5 tokenizer of the package (800 tokens)."""
     return read_sentencepiece(Path(__file__).parents[1] / "assets" / "spiece.model")
 
 
-def read_sentencepiece(path: str | os.PathLike) -> Any:
-    """The T5 tokenizer of a `spiece.model` file, the same as `T5Tokenizer.from_pretrained` of its folder.
+def read_sentencepiece(path: str | os.PathLike) -> TokenizersBackend:
+    """The T5 tokenizer of a `spiece.model` file, equal to `T5Tokenizer.from_pretrained` of its folder.
 
-    Needs neither the network nor the `sentencepiece` package, unlike `from_pretrained` of a file.
+    Unlike `from_pretrained` of a file, it needs neither the network nor the `sentencepiece` package.
 
     Raises:
         ValueError: the file is not a SentencePiece model.
@@ -579,7 +575,7 @@ def read_sentencepiece(path: str | os.PathLike) -> Any:
     from transformers import T5Tokenizer
     from transformers.convert_slow_tokenizer import import_protobuf
 
-    # In a `try`, where transformers does not count it among what everybody needs who loads a shared tokenizer.
+    # transformers does not count an import in a `try` among the requirements of a shared tokenizer.
     try:
         from google.protobuf.message import DecodeError
     except ImportError:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tokenrec_hf import load_recipe
+from tokenrec_hf import Recipe
 from tokenrec_hf.training.stages import train_collaborative
 
 from .p5 import P5SID, IdGenerator
@@ -54,8 +54,8 @@ class CoLLM(P5SID):
     def build(self, train):
         """See [`P5.build`]; trains LightGCN first."""
         with TemporaryDirectory() as folder:
-            recipe = load_recipe("cpu")["collaborative"]
-            model = train_collaborative(train, recipe, Path(folder), epochs=LIGHTGCN_EPOCHS, seed=self.seed).model
+            settings = Recipe.load("cpu").collaborative
+            model = train_collaborative(train, settings, Path(folder), epochs=LIGHTGCN_EPOCHS, seed=self.seed).model
         kinds = model.user_embeddings(), model.item_embeddings()
         self.vectors = torch.cat([(rows - rows.mean(dim=0)) / rows.std() for rows in kinds])
         super().build(train)

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
-from tokenrec_hf import load_recipe
+from tokenrec_hf import Recipe
 from tokenrec_hf.data.interaction_matrix import InteractionMatrix
 from tokenrec_hf.data.splits import Holdout
 from tokenrec_hf.data.stateless_random import bounded, stateless_random
@@ -189,14 +189,14 @@ class P5(Baseline):
         self.user_tokens = len(tokenizer) + numbers_as_symbols(np.arange(train.num_users))
         first = len(tokenizer) + BASE
         self.item_tokens = np.where(self.codes >= 0, first + self.codes, self.pad_token_id)
-        recipe = load_recipe("cpu")["retrieval"]["config"]
+        sizes = Recipe.load("cpu").retrieval.config
         config = T5Config(
             vocab_size=first + self.trie.num_symbols,
             pad_token_id=self.pad_token_id,
             eos_token_id=self.eos_token_id,
             decoder_start_token_id=self.pad_token_id,
             dropout_rate=self.settings["dropout"],
-            **{name: recipe[name] for name in T5_SIZES} | self.settings["t5"],
+            **{name: sizes[name] for name in T5_SIZES} | self.settings["t5"],
         )
         self.network = self.make_network(config, self.trie.num_symbols, self.settings["max_history"] + 2)
 
