@@ -181,6 +181,26 @@ def test_two_kinds_of_prompts_exclude_each_other(capsys):
     assert_fails(capsys, "evaluate", "out", "--unseen-prompt", "--user-id-only", says="not allowed", status=2)
 
 
+def test_every_variant_of_an_evaluation_has_a_flag(capsys):
+    _, out, _ = run(capsys, "evaluate", "--help")
+    assert all(variant.flag in out for name, variant in VARIANTS.items() if name != "tokenrec")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "recommend NOWHERE --user=-ABC --history=-A",
+        "recommend NOWHERE --user --4AjktZ",
+        "recommend NOWHERE --user -5",
+        "recommend NOWHERE --history -i1 --i2 --top_k 3",
+        "remove NOWHERE --items -3 i1",
+        "similar NOWHERE --item -3 --i1",
+    ],
+)
+def test_ids_may_begin_with_hyphens(capsys, argv):
+    assert_fails(capsys, *argv.split(), says="there is no folder NOWHERE")
+
+
 # Train ----------------------------------------------------------------------------------------------------------------
 
 

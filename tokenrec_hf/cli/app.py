@@ -216,7 +216,7 @@ def train(
     item_column: Annotated[str | None, Option("--item_column", help="Column of item ids.")] = None,
     rating_column: Annotated[str | None, Option("--rating_column", help="Column of ratings.")] = None,
     timestamp_column: Annotated[str | None, Option("--timestamp_column", help="Column of timestamps.")] = None,
-    settings: Annotated[list[str] | None, Argument(metavar="--SETTING VALUE", help="Of recipe or Trainer.")] = None,
+    settings: Annotated[list[str] | None, Argument(metavar="--SETTING VALUE", help="Any other setting.")] = None,
 ) -> Document:
     """Train a recommender, or resume the same command where it was stopped.
 

@@ -155,7 +155,7 @@ def _facts(document: Document) -> Iterable[tuple[str, str]]:
     if counts := document["counts"]:
         interactions = f", {document['interactions']} interactions" * (document["interactions"] is not None)
         users, items = counts.get("user", "no"), counts["item"]
-        yield "vectors", f"{users} users, {items} items{interactions}, {document['embedding_dim']} dimensions"
+        yield "contents", f"{users} users, {items} items{interactions}, {document['embedding_dim']} dimensions"
     for kind, (number, size) in (document["codebooks"] or {}).items():
         yield f"{kind} tokens", f"K = {number}, L = {size}, MQ-Tokenizer {document['space_ids'][kind]}"
     for kind, added in (document["additions"] or {}).items():
