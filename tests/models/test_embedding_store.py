@@ -636,7 +636,7 @@ def flip_a_bit(path):
 
 @pytest.mark.parametrize(
     ("harm", "why"),
-    [(os.remove, "it is missing"), (cut_off, "bytes instead of"), (flip_a_bit, "not what was saved")],
+    [(os.remove, "it is missing"), (cut_off, "bytes instead of"), (flip_a_bit, "not the saved one")],
 )
 @pytest.mark.parametrize("kind", ["users", "items"])
 def test_a_harmed_data_file_is_named(store, tmp_path, kind, harm, why):

@@ -48,7 +48,7 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 class Store(Protocol):
-    """Interface of all stores: what recommending, evaluation and updates need of one.
+    """Interface of all stores: the methods that recommending, evaluation and updates call.
 
     [`EmbeddingStore`] documents the methods; `tokenrec_hf.store.open_store` opens a store of any engine.
     """
@@ -979,7 +979,7 @@ def _load_arrays(folder: Path, file: str, size: int, sha256: str) -> dict[str, t
     if path.stat().st_size != size:
         raise _damaged(path, f"it has {path.stat().st_size} bytes instead of {size}")
     if _sha256(path) != sha256:
-        raise _damaged(path, "its content is not what was saved")
+        raise _damaged(path, "its content is not the saved one")
     try:
         return load_file(path)
     except SafetensorError as error:
