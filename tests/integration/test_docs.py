@@ -74,4 +74,4 @@ def test_prose_is_wrapped_at_100_columns(page):
     for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
         is_code ^= line.startswith("```")
         if not is_code and not line.startswith(("|", "![", "<")):
-            assert len(line) <= 105, f"line {number} has {len(line)} columns"
+            assert len(line) <= 100, f"line {number} has {len(line)} columns"
