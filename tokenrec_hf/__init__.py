@@ -39,7 +39,7 @@ _NAMES = {
     "evaluation.metrics": ("RankingMetrics", "evaluate_embeddings"),
     "training.recipe": ("Recipe",),
     "training.stages": ("SetEpoch",),
-    "store": ("open_store",),
+    "store.engines": ("open_store",),
     "store.faiss": ("FaissStore",),
     "store.milvus": ("MilvusStore",),
     "repository.update": ("NewVectors", "read_vectors"),

@@ -1,6 +1,6 @@
 """One fit in a process of its own, so that its memory, its time and its crash are its own; `harness.py` starts it.
 
-python examples/paper/fit_one.py --job '{"dataset": "demo", "model": "ease", ...}' --output record.json --work out-paper
+python examples/paper/fit_one.py --job '{"dataset": "demo", "model": "ease", ...}' --results results --work out-paper
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import platform
 import resource
 import sys
@@ -18,42 +17,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from baselines.base import evaluate, product_type
+from baselines.base import device, evaluate, product_type
 from baselines.registry import load_baseline
 from datasets import DatasetDict
 from harness import CHANGES, TOKENREC, VECTORS
+from records import Record, Records
 
-from tokenrec_hf import leave_one_out, load_interactions, train
+from tokenrec_hf import Recipe, leave_one_out, load_interactions, train
 from tokenrec_hf.data.splits import SPLITS, index_splits
-from tokenrec_hf.repository.audit import audit
-from tokenrec_hf.repository.build import VARIANTS
+from tokenrec_hf.evaluation.variants import VARIANTS
 
 # ru_maxrss is in bytes on macOS and in KiB everywhere else.
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
 def main() -> None:
-    """Fits, and writes the record whole or not at all."""
+    """Fits, and adds the record."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--job", required=True, type=json.loads)
-    parser.add_argument("--output", required=True, type=Path)
-    parser.add_argument("--work", required=True, type=Path)
+    parser.add_argument("--job", required=True, type=json.loads, help="fields of a `records.Job`")
+    parser.add_argument("--results", required=True, type=Path, help="folder of the records")
+    parser.add_argument("--work", required=True, type=Path, help="TokenRec's checkpoints and repositories")
     arguments = parser.parse_args()
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # products in TF32
     record = fit_one(arguments.job, arguments.work)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = arguments.output.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, arguments.output)
+    Records(arguments.results).put(arguments.job["dataset"], [record])
 
 
-def fit_one(job: dict[str, Any], work: Path) -> dict[str, Any]:
-    """The record of a job: what was measured, with which data and versions.
+def fit_one(job: dict[str, Any], work: Path) -> Record:
+    """The record of a job: the measurements, a digest of the data, and the versions.
 
     Args:
-        job: the fields of a `harness.Job`.
-        work: where TokenRec's checkpoints and repositories go.
+        job: the fields of a `records.Job`.
+        work: folder of TokenRec's checkpoints and repositories.
     """
     splits = leave_one_out(load_interactions(job["dataset"]))
     result = fit_tokenrec(job, splits, work) if job["model"] in TOKENREC else fit_baseline(job, splits)
@@ -88,22 +84,21 @@ def fit_baseline(job: dict[str, Any], splits: DatasetDict) -> dict[str, Any]:
 
 
 def fit_tokenrec(job: dict[str, Any], splits: DatasetDict, work: Path) -> dict[str, Any]:
-    """TokenRec from all stages, selection and (phase `both`) refit; goes on where it was interrupted.
+    """TokenRec from all stages, selection and (phase `both`) refit; an interrupted training continues.
 
-    The time is what it says of its own stages, so that it is whole after an interruption too; with nothing for the CPU alone.
-    The T5s of `CHANGES`, whose time is in their products, are trained in bfloat16 where a CPU has instructions for it, as the
-    baselines with a T5 are; the record says so.
+    The time is the sum of the recorded stages, so that it is complete after an interruption too; it is wall-clock time.
+    The T5s of `CHANGES` are trained in bfloat16 if the CPU has instructions for it, as the baselines with a T5 are; the record
+    says so.
     """
-    bf16 = job["model"] in CHANGES and not torch.cuda.is_available() and product_type() == torch.bfloat16
-    recipe = {**job["settings"], "seed": job["seed"]}
+    bf16 = job["model"] in CHANGES and device().type == "cpu" and product_type() == torch.bfloat16
+    recipe = Recipe.from_dict({**job["settings"], "seed": job["seed"]})
     if bf16:
-        retrieval = recipe["retrieval"]
-        recipe["retrieval"] = {**retrieval, "training": {**retrieval["training"], "bf16": True, "use_cpu": True}}
-    name = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:8]
+        recipe = recipe.changed(**{"retrieval.training": {**recipe.retrieval.training, "bf16": True, "use_cpu": True}})
+    name = hashlib.sha256(json.dumps(recipe.to_dict(), sort_keys=True).encode()).hexdigest()[:8]
     refit = job["phase"] == "both"
     folder = work / job["dataset"] / f"{job['model']}-{job['phase']}-seed{job['seed']}-{name}"
-    found = train(splits, recipe, folder, dataset_name=job["dataset"], refit=refit, log=print)
-    checks = audit(folder)
+    repository = train(splits, recipe, folder, dataset_name=job["dataset"], refit=refit, log=print)
+    found, checks = repository.metrics, repository.audit()
     if leaks := [check.finding for check in checks if check.passed is False]:
         raise RuntimeError(f"the audit of {folder} found that {leaks[0]}")
     stages = found["seconds"]["refit" if refit else "selection"]
@@ -123,7 +118,7 @@ def fit_tokenrec(job: dict[str, Any], splits: DatasetDict, work: Path) -> dict[s
 
 
 def digest(splits: DatasetDict) -> str:
-    """Tells data sets apart, and splits of the same data."""
+    """A digest that differs between data sets, and between splits of the same data."""
     sha = hashlib.sha256()
     for name in SPLITS:
         for column in ("user_id", "item_id"):
@@ -132,9 +127,9 @@ def digest(splits: DatasetDict) -> str:
 
 
 class _Clock:
-    """Seconds since the last lap: by the clock, and of this process's CPU time, which a busy machine does not stretch."""
+    """Seconds since the last lap: wall clock, and CPU time of this process, which a busy machine does not stretch."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.lap()
 
     def lap(self) -> dict[str, float]:

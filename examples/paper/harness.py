@@ -1,37 +1,37 @@
-"""The protocol that every row of a table goes through, the same for all models.
+"""The protocol behind every row of a table, the same for all models.
 
-Settings are chosen from a model's grid by NDCG@20 on validation, with seed 0. Then for each seed a fit on the training
-interactions gives the length (the best epoch on validation), and a fresh model, fit on training + validation interactions for
-that length, is evaluated on the test items once. TokenRec goes through the same steps in `tokenrec_hf.train`.
+Settings are chosen from a model's grid by NDCG@20 on validation with seed 0. For each seed, a fit on the training
+interactions then gives the length (the best epoch on validation), and a fresh model, fit on training + validation interactions
+for that length, is evaluated once on the test items. TokenRec goes through the same steps in `tokenrec_hf.train`.
 
-Each fit is a process of its own and leaves one JSON file, so a second run repeats nothing and an interrupted one goes on.
-The files do not know the code that made them: delete those of a model whose code has changed.
+Each fit is a process of its own that adds one record, see `records`. A second run repeats nothing, and an interrupted run
+continues.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from baselines.base import SELECT_BY, TRIALS
 from baselines.registry import BASELINES, load_baseline
+from records import Job, Record, Recorded, Records
 
-from tokenrec_hf import load_recipe
-from tokenrec_hf.repository.build import VARIANTS
+from tokenrec_hf import Recipe
+from tokenrec_hf.evaluation.variants import VARIANTS
 
 TOKENREC = {
     **{f"tokenrec-{recipe}": recipe for recipe in ("paper", "best", "cpu")},
     "tokenrec-paper-small": "paper",
     "tokenrec-paper-scratch": "paper",
 }
-# The recipe `paper` where T5-small's weights are not at hand: its vectors, codes and loss, with a T5 from scratch of one layer
-# (small), or of the sizes of T5-small (scratch), which wants a GPU.
+# Recipe `paper` without T5-small's weights: its vectors, codes and loss, with a T5 from scratch of one layer (small) or of the
+# sizes of T5-small (scratch, which needs a GPU).
 CHANGES: dict[str, dict[str, Any]] = {
     "tokenrec-paper-small": {
         "retrieval.backbone": None,
@@ -58,6 +58,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 _CALLED = {"tokenrec-paper-small": ", small T5", "tokenrec-paper-scratch": ", T5-small from scratch"}
 MODELS = (*BASELINES, *TOKENREC)
 VECTORS = "collaborative_cosine"
+# The rows of a TokenRec: an evaluation, and how tables call it.
 _SUFFIXES = dict(
     zip(
         (*VARIANTS, VECTORS),
@@ -66,32 +67,9 @@ _SUFFIXES = dict(
 )
 MOST_SEEDS = 10
 FIT_ONE = Path(__file__).parent / "fit_one.py"
-
-
-@dataclass(frozen=True)
-class Job:
-    """One fit and its evaluation.
-
-    Args:
-        dataset: whatever `tokenrec train --dataset` takes.
-        model: one of `MODELS`.
-        phase: `validation`; `test`, the refit; or `both` for TokenRec, which does one after the other.
-        seed: of everything random.
-        settings: an entry of the model's grid, or TokenRec's recipe.
-        epochs: the length of a refit, where there is one to choose.
-    """
-
-    dataset: str
-    model: str
-    phase: str
-    seed: int
-    settings: dict[str, Any] = field(default_factory=dict)
-    epochs: int | None = None
-
-    def path(self, results: Path) -> Path:
-        """Where the record is kept."""
-        settings = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:8]
-        return results / Path(self.dataset).name / self.model / f"{self.phase}-seed{self.seed}-{settings}.json"
+# Answers a job with its record: `Fits`, or `Recorded`, which never fits.
+Answer = Callable[[Job], Record]
+Row = dict[str, Any]
 
 
 class FitError(RuntimeError):
@@ -99,34 +77,35 @@ class FitError(RuntimeError):
 
 
 class Fits:
-    """Runs jobs whose records are not there yet.
+    """Answers jobs from the records, and runs those that have none.
 
     Args:
-        results: the folder of the records.
-        work: where TokenRec's checkpoints and repositories go.
-        log: is told of each fit that begins.
+        results: folder of the records.
+        work: folder of TokenRec's checkpoints and repositories.
+        log: receives a line for each fit that begins.
     """
 
-    def __init__(self, results: Path, work: Path, log: Callable[[str], None] = lambda line: None):
-        self.results, self.work, self.log = results, work, log
+    def __init__(self, results: Path, work: Path, log: Callable[[str], None] = lambda line: None) -> None:
+        self.records, self.work, self.log = Records(results), work, log
 
-    def __call__(self, job: Job) -> dict[str, Any]:
+    def __call__(self, job: Job) -> Record:
         """The record of a job.
 
         Raises:
-            FitError: the process ended without one.
+            FitError: the process ended without a record.
         """
-        path = job.path(self.results)
-        # The length of a refit is not in the name: where another one was chosen since, the fit is out of date.
-        if path.is_file() and (record := json.loads(path.read_text(encoding="utf-8")))["job"] == asdict(job):
+        if record := self.records.get(job):
             return record
         self.log(f"{job.dataset} {job.model} {job.phase} seed {job.seed}: {describe(job)}")
-        self.run(job, path)
-        return json.loads(path.read_text(encoding="utf-8"))
+        self.run(job)
+        record = self.records.get(job)
+        if record is None:
+            raise FitError(f"{job.model} on {job.dataset} ended without a record in {self.records.path(job.dataset)}.")
+        return record
 
-    def run(self, job: Job, path: Path) -> None:
-        """Fits in a process of its own, which writes the record."""
-        arguments = ["--job", json.dumps(asdict(job)), "--output", str(path), "--work", str(self.work)]
+    def run(self, job: Job) -> None:
+        """Fits in a process of its own, which adds the record."""
+        arguments = ["--job", json.dumps(asdict(job)), "--results", str(self.records.folder), "--work", str(self.work)]
         code = subprocess.run([sys.executable, str(FIT_ONE), *arguments], check=False).returncode
         if code:
             raise FitError(f"{job.model} on {job.dataset} ended with exit code {code}; its own message is above.")
@@ -135,19 +114,19 @@ class Fits:
 def describe(job: Job) -> str:
     """The settings of a job in one line."""
     if job.model in TOKENREC:
-        return f"recipe {_name(job.model)}"
+        return f"recipe {TOKENREC[job.model]}{_CALLED.get(job.model, '')}"
     return ", ".join(f"{name}={value}" for name, value in job.settings.items()) or "nothing to choose"
 
 
-def study(dataset: str, model: str, seeds: int, fits: Callable[[Job], dict], trials: int = TRIALS) -> list[dict]:
+def study(dataset: str, model: str, seeds: int, fits: Answer, trials: int = TRIALS) -> list[Row]:
     """The rows of a model in a table.
 
     Args:
-        dataset: whatever `tokenrec train --dataset` takes.
+        dataset: a data set as in `tokenrec train --dataset`.
         model: one of `MODELS`.
-        seeds: runs whose mean and spread are reported; a model without randomness has one.
-        fits: runs a job, see [`Fits`].
-        trials: settings tried, the first ones of the grid.
+        seeds: runs behind mean and spread; a deterministic model has one.
+        fits: answers a job.
+        trials: number of settings tried, the first ones of the grid.
 
     Returns:
         A dictionary for each row, with lists over seeds: see [`_row`].
@@ -168,12 +147,22 @@ def study(dataset: str, model: str, seeds: int, fits: Callable[[Job], dict], tri
     return [{**row, "settings": describe(Job(dataset, model, "test", 0, best)), "trials": len(grid)}]
 
 
+def recorded_rows(dataset: str, results: Path, models: Sequence[str] = MODELS) -> list[Row]:
+    """The rows of all models that have been measured, with as many seeds and settings as have records. Nothing is fit."""
+    rows = []
+    for model in models:
+        seeds, trials = recorded(dataset, model, results)
+        if seeds:
+            rows += study(dataset, model, seeds, Recorded(results), trials)
+    return rows
+
+
 def recorded(dataset: str, model: str, results: Path) -> tuple[int, int]:
-    """Seeds and settings of a model for which `study` would find all records; no seeds where it is not finished."""
+    """Number of seeds and of settings for which `study` finds all records; no seeds if the model is not finished."""
+    found = Recorded(results)
 
     def count(phase: str, changes: Sequence[Mapping[str, Any]]) -> int:
-        jobs = [Job(dataset, model, phase, **{"seed": 0, **change}) for change in changes]
-        return next((n for n, job in enumerate(jobs) if not job.path(results).is_file()), len(jobs))
+        return found.count([Job(dataset, model, phase, **change) for change in changes])
 
     if model in TOKENREC:
         return count("both", [{"seed": seed, "settings": _recipe(model)} for seed in range(MOST_SEEDS)]), 1
@@ -183,32 +172,31 @@ def recorded(dataset: str, model: str, results: Path) -> tuple[int, int]:
     return max(tested, default=0), trials
 
 
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """The settings of a job with a recipe: all but the seed."""
+    return {name: value for name, value in recipe.to_dict().items() if name != "seed"}
+
+
 def _recipe(model: str) -> dict[str, Any]:
-    recipe = load_recipe(TOKENREC[model], overrides=CHANGES.get(model))
-    del recipe["seed"]
-    return recipe
+    return settings_of(Recipe.load(TOKENREC[model], overrides=CHANGES.get(model)))
 
 
-def _name(model: str) -> str:
-    """How a table calls a recipe, and what is changed in it."""
-    return TOKENREC[model] + _CALLED.get(model, "")
-
-
-def _study_tokenrec(dataset: str, model: str, seeds: int, fits: Callable[[Job], dict]) -> list[dict]:
+def _study_tokenrec(dataset: str, model: str, seeds: int, fits: Answer) -> list[Row]:
     recipe = _recipe(model)
     records = [fits(Job(dataset, model, "both", seed, recipe)) for seed in range(seeds)]
+    title = f"TokenRec `{TOKENREC[model]}`{_CALLED.get(model, '')}"
+    settings = f"recipe `{TOKENREC[model]}`" + ", changed" * (model in CHANGES)
     rows = []
     for variant, suffix in _SUFFIXES.items():
         validation, test = ([one["metrics"][phase][variant] for one in records] for phase in ("validation", "test"))
-        row = _row(model, f"TokenRec ({_name(model)}{suffix})", validation, test, records)
-        rows.append({**row, "settings": f"recipe `{TOKENREC[model]}`" + ", changed" * (model in CHANGES), "trials": 1})
+        rows.append(_row(model, title + suffix, validation, test, records) | {"settings": settings, "trials": 1})
     return rows
 
 
-def _row(model: str, title: str, validation: Sequence, test: Sequence, records: Sequence) -> dict[str, Any]:
-    """A row's measurements: metrics by name, one dictionary a seed, and what the fits of the tested models took.
+def _row(model: str, title: str, validation: Sequence[dict], test: Sequence[dict], records: Sequence[Record]) -> Row:
+    """A row's measurements: metrics by name, one dictionary a seed, and the time and memory of the fits of the tested models.
 
-    Time and memory are those of the fits without a GPU, where there are any: the others cannot be compared with them.
+    Time and memory are those of fits without a GPU, if there are any; fits with a GPU cannot be compared with them.
     """
     timed = [one for one in records if not one["accelerator"]] or records
     return {

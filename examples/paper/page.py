@@ -1,107 +1,159 @@
-"""Puts the rows of `tables/table2-*.json` into docs/results.md and README.md, between `<!-- rows NAME -->` and `<!-- end of rows -->`.
+"""Makes the tables and figures of docs/results.md and the table of README.md from the records.
 
     python examples/paper/page.py
 
-NAME is a data set, for all its rows with their spread; or `summary`, for HR@20 and NDCG@20 of the best known models on all three data sets.
+A table stands between `<!-- rows NAME -->` and `<!-- end of rows -->`; `TABLES` holds the names.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from report import METRICS, fit_cell, table_line
+import ablations
+import protocol_errors
+import quantisers
+import table5
+from harness import MOST_SEEDS, Recorded, recorded_rows
+from report import METRICS, PAIR, check_same_data, fit_cell, short_number, summary, table_lines
 
 HERE = Path(__file__).parent
-PAGES = (HERE.parents[1] / "docs" / "results.md", HERE.parents[1] / "README.md")
-SUMMARY = {"lastfm": "LastFM", "beauty": "Amazon Beauty", "ml-100k": "MovieLens-100K"}
-SUMMARY_MODELS = (
-    "popularity",
-    "itemknn",
-    "ease",
-    "ials",
-    "mf",
-    "lightgcn",
-    "sasrec",
-    "s3rec",
-    "tokenrec-best",
-)
+DOCS = HERE.parents[1] / "docs"
+PAGES = (DOCS / "results.md", HERE.parents[1] / "README.md")
+DATASETS = {"lastfm": "LastFM", "beauty": "Amazon Beauty", "ml-100k": "MovieLens-100K"}
+SUMMARY_MODELS = ("popularity", "itemknn", "ease", "ials", "mf", "lightgcn", "sasrec", "s3rec", "tokenrec-best")
+# HR@20 / NDCG@20 of TokenRec in tables II and III of the paper.
+PAPER = {"lastfm": ".0936 / .0348", "beauty": ".0615 / .0276"}
+PAPER_COLUMNS = {
+    "TokenRec `best`": "here, `best`",
+    "TokenRec `paper`, small T5": "here, `paper`, small T5",
+    "LightGCN": "here, LightGCN",
+    "EASE": "here, EASE",
+}
+FIGURES = ("figure4", "figure5")
 _BLOCK = re.compile(r"(<!-- rows (\S+) -->\n).*?(<!-- end of rows -->)", re.DOTALL)
 
 
-def fill(text: str, tables: Path = HERE / "tables") -> str:
-    """The page with its rows as they are in the tables; everything else stays.
-
-    Raises:
-        FileNotFoundError: a block names a data set without a table.
-    """
-
-    def block(match: re.Match) -> str:
-        lines = summary_rows(tables) if match[2] == "summary" else rows(match[2], tables)
-        return match[1] + "\n".join(["", *lines, ""]) + "\n" + match[3]
-
-    return _BLOCK.sub(block, text)
-
-
-def rows(dataset: str, tables: Path) -> list[str]:
-    """A line of Markdown for each row of a data set, the best mean of each column in bold."""
-    found = _read(dataset, tables)
-    best = {metric: max(row["summary"][metric]["mean"] for row in found) for metric in METRICS}
-    header = ["", *(metric.upper() for metric in METRICS), "seeds", "validation HR@20 / NDCG@20", "settings tried"]
-    lines = [table_line([*header, "fit, s"]), table_line(["---"] * (len(header) + 1))]
-    for row in found:
-        cells = [_metric(row["summary"][metric], best[metric]) for metric in METRICS]
-        others = [len(row["test"]), _pair(row["validation"]), row["trials"], fit_cell(row)]
-        lines.append(table_line([_title(row), *cells, *others]))
-    return lines
-
-
-def summary_rows(tables: Path) -> list[str]:
-    """HR@20 / NDCG@20 of `SUMMARY_MODELS` on the test items of all data sets; a model that one of them lacks has a dash there."""
-    titles: dict[str, str] = {}
-    cells: dict[str, dict[str, str]] = {}
-    for dataset in SUMMARY:
-        for row in _read(dataset, tables):
-            if row["model"] in SUMMARY_MODELS:
-                titles[row["title"]] = _title(row)
-                cells.setdefault(row["title"], {})[dataset] = _pair(row["test"])
-    lines = [table_line(["HR@20 / NDCG@20, test", *SUMMARY.values()]), table_line(["---"] * (1 + len(SUMMARY)))]
-    return lines + [table_line([titles[one], *(cells[one].get(dataset, "-") for dataset in SUMMARY)]) for one in titles]
-
-
-def _read(dataset: str, tables: Path) -> list[dict]:
-    return json.loads((tables / f"table2-{dataset}.json").read_text(encoding="utf-8"))["rows"]
-
-
-def _title(row: dict) -> str:
-    """`TokenRec (best, user id only)` becomes ``TokenRec `best`, user id only``."""
-    return re.sub(r"TokenRec \(([^,)]+)(.*)\)", r"TokenRec `\1`\2", row["title"])
-
-
-def _pair(runs: Sequence[dict]) -> str:
-    return " / ".join(_number(statistics.fmean(run[metric] for run in runs)) for metric in ("hr@20", "ndcg@20"))
-
-
-def _metric(value: dict, best: float) -> str:
-    mean = f"**{_number(value['mean'])}**" if value["mean"] == best else _number(value["mean"])
-    return mean if value["sd"] is None else f"{mean} ± {_number(value['sd'])}"
-
-
-def _number(value: float) -> str:
-    return f"{value:.4f}".removeprefix("0")
-
-
 def main() -> None:
-    """Rewrites the pages whose rows are out of date."""
+    """Rewrites the tables and figures that are out of date."""
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         filled = fill(text)
         if filled != text:
             page.write_text(filled, encoding="utf-8")
             print(f"{page.name}: rows renewed")
+    for name in FIGURES:
+        path = DOCS / "figures" / f"{name}-lastfm.png"
+        path.parent.mkdir(exist_ok=True)
+        rows = ablations.recorded_rows("lastfm", name, HERE / "results")
+        ablations.plot(rows, f"{name}, lastfm, validation", path)
+
+
+def fill(text: str, results: Path = HERE / "results") -> str:
+    """The page with its tables made anew from the records; all other text stays.
+
+    Raises:
+        ValueError: a block has a name that is not in `TABLES`.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        if match[2] not in TABLES:
+            raise ValueError(f"there is no table {match[2]!r}; choose among {', '.join(TABLES)}.")
+        return match[1] + "\n".join(["", *TABLES[match[2]](results), ""]) + "\n" + match[3]
+
+    return _BLOCK.sub(block, text)
+
+
+def performance(dataset: str, results: Path) -> list[str]:
+    """All models on the test items of a data set, the best mean of each column in bold."""
+    found = recorded_rows(dataset, results)
+    check_same_data(found)
+    summaries = [summary(row) for row in found]
+    best = {metric: max(one[metric][0] for one in summaries) for metric in METRICS}
+    body = []
+    for row, measured in zip(found, summaries):
+        cells = [_metric(*measured[metric], best[metric]) for metric in METRICS]
+        body.append([row["title"], *cells, len(row["test"]), _pair(row["validation"]), row["trials"], fit_cell(row)])
+    header = ["", *(metric.upper() for metric in METRICS), "seeds", "validation HR@20 / NDCG@20", "settings tried"]
+    return table_lines([*header, "fit, s"], body)
+
+
+def summarised(results: Path) -> list[str]:
+    """HR@20 / NDCG@20 of `SUMMARY_MODELS` on the test items of all data sets, a dash where a model was not measured."""
+    cells: dict[str, dict[str, str]] = {}
+    for dataset in DATASETS:
+        for row in recorded_rows(dataset, results, SUMMARY_MODELS):
+            cells.setdefault(row["title"], {})[dataset] = _pair(row["test"])
+    body = [[title, *(own.get(dataset, "-") for dataset in DATASETS)] for title, own in cells.items()]
+    return table_lines(["HR@20 / NDCG@20, test", *DATASETS.values()], body)
+
+
+def against_the_paper(results: Path) -> list[str]:
+    """TokenRec's rows of the paper beside rows measured here."""
+    body = []
+    for dataset, reported in PAPER.items():
+        measured = {row["title"]: _pair(row["test"]) for row in recorded_rows(dataset, results)}
+        title = DATASETS[dataset].removeprefix("Amazon ")
+        body.append([f"{title}, TokenRec", reported, *(measured[one] for one in PAPER_COLUMNS)])
+    return table_lines(["HR@20 / NDCG@20", "the paper", *PAPER_COLUMNS.values()], body)
+
+
+def parts_of_best(results: Path) -> list[str]:
+    """The parts of recipe `best`: three columns of the study."""
+    body = []
+    for variant, row in ablations.recorded_rows("ml-100k", "best", results).items():
+        means = {column: statistics.fmean(values) for column, values in row.items()}
+        both = " / ".join(short_number(means[metric]) for metric in PAIR)
+        body.append([variant, both, short_number(means["vectors ndcg@20"]), f"{means['user error']:.3f}"])
+    header = ["", "HR@20 / NDCG@20", "vectors without T5, NDCG@20", "variance of users that codes lose"]
+    return table_lines(header, body)
+
+
+def ablation(study: str, results: Path) -> list[str]:
+    """A study of the paper on LastFM."""
+    return ablations.markdown(ablations.recorded_rows("lastfm", study, results)).splitlines()
+
+
+def protocol(dataset: str, results: Path) -> list[str]:
+    """The errors of the protocol, with as many seeds as have records."""
+    found = Recorded(results)
+    jobs = [protocol_errors.job(dataset, seed) for seed in range(MOST_SEEDS)]
+    return protocol_errors.table([found(job) for job in jobs[: found.count(jobs)]])
+
+
+def quantised(results: Path) -> list[str]:
+    """Metrics of quantised vectors."""
+    return quantisers.table(Recorded(results)(quantisers.job("beauty", 5.0))["rows"])
+
+
+def speed(results: Path) -> list[str]:
+    """Milliseconds a user."""
+    return table5.table(table5.recorded("lastfm", results))
+
+
+TABLES: dict[str, Callable[[Path], list[str]]] = {
+    **{dataset: partial(performance, dataset) for dataset in DATASETS},
+    "summary": summarised,
+    "paper": against_the_paper,
+    "quantisers": quantised,
+    "best": parts_of_best,
+    **{study: partial(ablation, study) for study in ("table6", "figure4", "figure5")},
+    "speed": speed,
+    **{f"protocol-errors-{dataset}": partial(protocol, dataset) for dataset in ("lastfm", "beauty")},
+}
+
+
+def _pair(runs: Sequence[Mapping[str, Any]]) -> str:
+    return " / ".join(short_number(statistics.fmean(run[metric] for run in runs)) for metric in PAIR)
+
+
+def _metric(mean: float, spread: float | None, best: float) -> str:
+    number = f"**{short_number(mean)}**" if mean == best else short_number(mean)
+    return number if spread is None else f"{number} ± {short_number(spread)}"
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
     python examples/paper/table5.py --dataset beauty --backbones cpu
 
 End to end from user ids and histories (the latest 100 items) to the ids of 20 unseen items, on the same T5 sizes, in one
-process with one thread. CPU time is measured, which on one thread is the time by the clock where nothing else runs. The methods
-take turns, so that a slow spell meets all of them; the median of the turns counts. All weights are random: what they are changes nothing about the time. Twenty minutes for `lastfm`.
+process with one thread. The measure is CPU time, which on one thread of an idle machine is wall-clock time. The methods take
+turns, so that a slow spell affects all of them; the median of the turns counts. All weights are random, which does not change
+the time. Twenty minutes for `lastfm`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,24 +26,27 @@ import torch
 from baselines.beam_search import IdTrie
 from baselines.item_ids import BASE, sequential_ids
 from baselines.p5 import P5SID
+from records import Job, Record, Recorded, Records
+from report import table_lines
 from transformers.modeling_outputs import BaseModelOutput
 
 from tokenrec_hf import (
     EmbeddingStore,
-    MQTokenizerConfig,
     MQTokenizerModel,
+    Recipe,
     Recommender,
     TokenRecTokenizer,
     leave_one_out,
     load_interactions,
-    load_recipe,
 )
+from tokenrec_hf.data.interaction_matrix import InteractionMatrix
 from tokenrec_hf.data.splits import IndexedSplits, index_splits
 from tokenrec_hf.repository.build import build_retrieval_model
 
 TOP_K = BEAMS = 20
 HISTORY = 100
-# Sizes of T5, and the recipe whose vectors, tokens and pooling TokenRec takes with them.
+BATCH_SIZES = (1, 16)
+# Sizes of T5, and the recipe that gives TokenRec's vectors, tokens and pooling.
 BACKBONES = {
     "cpu": {},
     "t5-small": {
@@ -60,61 +65,69 @@ Recommend = Callable[[Sequence[int]], list[list[str]]]
 
 
 class WrittenOutP5(P5SID):
-    """P5 whose ids are written out, `item_1234`, as five tokens: `item`, `_`, two of digits and the end of the sequence."""
+    """P5 with written-out ids, `item_1234`, of five tokens: `item`, `_`, two of digits and the end of the sequence."""
 
-    def item_ids(self, train):
+    def item_ids(self, train: InteractionMatrix) -> np.ndarray:
         """The digits in pairs as in P5-SID, with constant symbols around them."""
         numbers = sequential_ids(train, self.seed)
         item, underscore, end = (np.full((len(numbers), 1), BASE + i) for i in range(3))
         return np.concatenate([item, underscore, numbers, end], axis=1)
 
-    def build(self, train):
-        """As in P5; in a prompt, an id has no end."""
+    def build(self, train: InteractionMatrix) -> None:
+        """As in P5; an id in a prompt has no end token."""
         super().build(train)
         self.item_tokens = self.item_tokens[:, :-1]
 
 
 def main() -> None:
-    """Measures, prints, and writes the table."""
+    """Measures, adds a record for each size and batch size, and prints the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s --dataset NAME [...]"
     )
-    parser.add_argument("--dataset", required=True, help="whatever `tokenrec train` takes")
+    parser.add_argument("--dataset", required=True, help="a data set as in `tokenrec train`")
     parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=list(BACKBONES))
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 64])
-    parser.add_argument("--users", type=int, default=64, help="random users asked about in each turn")
-    parser.add_argument("--turns", type=int, default=5, help="of each method")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "tables")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=list(BATCH_SIZES))
+    parser.add_argument("--users", type=int, default=16, help="random users of each turn")
+    parser.add_argument("--turns", type=int, default=3, help="turns of each method")
+    results = Path(__file__).parent / "results"
+    parser.add_argument("--results", type=Path, default=results, help="folder of the records")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     data = index_splits(leave_one_out(load_interactions(arguments.dataset)), "test")
     lengths = data.interactions.lengths
     users = np.random.default_rng(0).permutation(data.holdout.users)[: arguments.users].tolist()
-    users.sort(key=lambda user: lengths[user])  # like histories together: little padding, for all methods
-    rows = []
+    users.sort(key=lambda user: lengths[user])  # histories of like length together: little padding, for all methods
+    records = []
     for backbone in arguments.backbones:
         methods = all_methods(data, backbone)
         for batch_size in arguments.batch_sizes:
-            rows.append({"backbone": backbone, "batch_size": batch_size})
-            rows[-1]["milliseconds"] = measure(methods, users, batch_size, arguments.turns)
-            print(json.dumps(rows[-1]), flush=True)
-    report = {
-        "dataset": arguments.dataset,
-        "users": len(users),
-        "mean_history": float(np.minimum(lengths[users], HISTORY).mean()),
-        "turns": arguments.turns,
-        "machine": f"{platform.machine()}, one thread, torch {torch.__version__}",
-        "rows": rows,
-    }
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    path = arguments.output / f"table5-{Path(arguments.dataset).name}"
-    path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown(report))
-    print(markdown(report))
+            measured = job(arguments.dataset, backbone, batch_size, len(users), arguments.turns)
+            record = {
+                "job": asdict(measured),
+                "milliseconds": measure(methods, users, batch_size, arguments.turns),
+                "mean_history": float(np.minimum(lengths[users], HISTORY).mean()),
+                "machine": f"{platform.machine()}, one thread, torch {torch.__version__}",
+            }
+            print(json.dumps(record), flush=True)
+            records.append(record)
+    Records(arguments.results).put(arguments.dataset, records)
+    print("\n".join(table(records)))
+
+
+def job(dataset: str, backbone: str, batch_size: int, users: int = 16, turns: int = 3) -> Job:
+    """The job by which a measurement is found."""
+    settings = {"backbone": backbone, "batch_size": batch_size, "users": users, "turns": turns}
+    return Job(dataset, "speed", "test", settings=settings)
+
+
+def recorded(dataset: str, results: Path) -> list[Record]:
+    """The records of a run with the default arguments."""
+    found = Recorded(results)
+    return [found(job(dataset, backbone, size)) for backbone in BACKBONES for size in BATCH_SIZES]
 
 
 def all_methods(data: IndexedSplits, backbone: str) -> dict[str, Recommend]:
-    """Those of TokenRec and of P5: each takes user rows and gives 20 unseen items of each."""
+    """The methods of TokenRec and P5: each takes user rows and returns 20 unseen items for each."""
     best = tokenrec_methods(data, backbone, "best")
     return {
         **tokenrec_methods(data, backbone, RECIPES[backbone]),
@@ -124,39 +137,35 @@ def all_methods(data: IndexedSplits, backbone: str) -> dict[str, Recommend]:
 
 
 def tokenrec_methods(data: IndexedSplits, backbone: str, name: str) -> dict[str, Recommend]:
-    """TokenRec on random vectors: the words that `Recommender` writes, tokenizer, T5, projection, and the store's exact search.
+    """TokenRec on random vectors: `Recommender`'s prompts, tokenizer, T5, projection, and the store's exact search.
 
     Args:
-        data: its users, items and histories.
+        data: users, items and histories.
         backbone: sizes of T5, of `BACKBONES`.
-        name: the recipe whose vectors, tokens and pooling are taken.
+        name: recipe of the vectors, tokens and pooling.
     """
-    recipe = load_recipe(name)
+    recipe = Recipe.load(name)
+    recipe = recipe.changed(
+        **{"retrieval.backbone": None, "retrieval.config": {**recipe.retrieval.config, **BACKBONES[backbone]}}
+    )
     torch.manual_seed(0)
-    width = recipe["collaborative"]["config"]["embedding_dim"] + recipe["collaborative"]["augment_norm"]
-    mq_settings = recipe["mq_tokenizer"]
+    width = recipe.collaborative.config["embedding_dim"] + recipe.collaborative.augment_norm
     store = EmbeddingStore(width)
     mqs = {}
     for kind, ids in (("user", data.user_ids), ("item", data.item_ids)):
         vectors = torch.randn(len(ids), width)
         store.upsert(kind, ids, vectors)
-        config = {**mq_settings["config"], "embedding_dim": width}
-        if kind == "user" and mq_settings["user_codebooks"] is not None:
-            config["num_codebooks"] = mq_settings["user_codebooks"]
-        config["codebook_size"] = min(256 if len(ids) <= 10_000 else 512, len(ids))
-        mqs[kind] = MQTokenizerModel(MQTokenizerConfig(**config))
+        mqs[kind] = MQTokenizerModel(recipe.mq_tokenizer.model_configuration(kind, width, len(ids)))
         mqs[kind].prepare(vectors)
     store.space_ids = {kind: mq.space_id for kind, mq in mqs.items()}
     tokenizer = TokenRecTokenizer.from_components(None, user_mq=mqs["user"], item_mq=mqs["item"], store=store)
-    section = {**recipe["retrieval"], "backbone": None}
-    section["config"] = {**section["config"], **BACKBONES[backbone]}
-    model = build_retrieval_model(section, tokenizer, mqs["user"], mqs["item"])
+    model = build_retrieval_model(recipe.retrieval, tokenizer, mqs["user"], mqs["item"])
     names = np.array(data.item_ids, dtype=object)
     seen = [names[data.interactions.of(user)].tolist() for user in range(len(data.user_ids))]
     store.set_seen(data.user_ids, seen)
     recommender = Recommender(model, tokenizer, store)
 
-    def recommend(users, histories):
+    def recommend(users: Sequence[int], histories: list[list[str]]) -> list[list[str]]:
         found = recommender.recommend([data.user_ids[user] for user in users], histories, top_k=TOP_K)
         return [[row["item"] for row in own] for own in found]
 
@@ -168,11 +177,11 @@ def tokenrec_methods(data: IndexedSplits, backbone: str, name: str) -> dict[str,
 
 def p5_methods(data: IndexedSplits, backbone: str) -> dict[str, Recommend]:
     """P5 with `generate` of transformers and with this repository's beam search."""
-    names = np.array([*data.item_ids, ""], dtype=object)  # -1 is no item
+    names = np.array([*data.item_ids, ""], dtype=object)  # -1 stands for no item
     written, short = (random_p5(kind, data, backbone) for kind in (WrittenOutP5, P5SID))
     user_only = random_p5(WrittenOutP5, data, backbone, max_history=0)
 
-    def by_generate(p5):
+    def by_generate(p5: P5SID) -> Recommend:
         return lambda users: names[generate(p5, np.array(users))].tolist()
 
     return {
@@ -184,7 +193,7 @@ def p5_methods(data: IndexedSplits, backbone: str) -> dict[str, Recommend]:
 
 
 def random_p5(kind: type[P5SID], data: IndexedSplits, backbone: str, max_history: int = HISTORY) -> P5SID:
-    """A P5 that was not trained."""
+    """An untrained P5."""
     torch.manual_seed(0)
     p5 = kind(max_history=max_history, beams=BEAMS, t5=BACKBONES[backbone])
     p5.train = data.interactions
@@ -195,12 +204,12 @@ def random_p5(kind: type[P5SID], data: IndexedSplits, backbone: str, max_history
 
 @torch.inference_mode()
 def generate(p5: P5SID, users: np.ndarray, memory: float = 3e8) -> np.ndarray:
-    """Unseen items by beam search of transformers, restricted to valid ids, `[B, BEAMS]`; -1 where none is left.
+    """Unseen items by the beam search of transformers, restricted to valid ids, `[B, BEAMS]`; -1 if no item is left.
 
     Args:
-        p5: with ids of one length.
-        users: rows.
-        memory: bytes that the keys and values of all beams may take, which limits how many users are asked about at once.
+        p5: a model with ids of equal length.
+        users: user rows.
+        memory: bytes for the keys and values of all beams, which limits the batch.
     """
     config, trie, first = p5.network.t5.config, p5.trie, p5.network.first_symbol
     tokens, words, open_nodes = p5.inputs(users)
@@ -212,7 +221,7 @@ def generate(p5: P5SID, users: np.ndarray, memory: float = 3e8) -> np.ndarray:
     children = children_of(trie)
     closed = [set(np.flatnonzero(~row)) for row in open_nodes.numpy()]
 
-    def allowed(row, written):
+    def allowed(row: int, written: torch.Tensor) -> list[int]:
         node = 0
         for token in written[1:].tolist():
             node = children[node][token - first]
@@ -236,7 +245,7 @@ def generate(p5: P5SID, users: np.ndarray, memory: float = 3e8) -> np.ndarray:
 
 @lru_cache
 def children_of(trie: IdTrie) -> list[dict[int, int]]:
-    """For each node, the nodes after it by symbol, as `prefix_allowed_tokens_fn` wants them."""
+    """For each node, its children by symbol, for `prefix_allowed_tokens_fn`."""
     children: list[dict[int, int]] = [{} for _ in trie.children]
     for node, symbol in (trie.children >= 0).nonzero().tolist():
         children[node][symbol] = int(trie.children[node, symbol])
@@ -244,7 +253,7 @@ def children_of(trie: IdTrie) -> list[dict[int, int]]:
 
 
 def measure(methods: dict[str, Recommend], users: list[int], batch_size: int, turns: int) -> dict[str, float]:
-    """Milliseconds of CPU time per user of each method, the median of its turns, after one batch that does not count."""
+    """Milliseconds of CPU time per user of each method, the median of its turns after one warm-up batch."""
     times: dict[str, list[float]] = {name: [] for name in methods}
     batches = [users[start : start + batch_size] for start in range(0, len(users), batch_size)]
     for recommend in methods.values():
@@ -258,27 +267,21 @@ def measure(methods: dict[str, Recommend], users: list[int], batch_size: int, tu
     return {name: statistics.median(own) for name, own in times.items()}
 
 
-def markdown(report: dict) -> str:
-    """The table; in brackets, how many times as long as TokenRec with the same kind of prompt."""
-    rows = report["rows"]
-    heads = [f"{row['backbone']}, {row['batch_size']} at once" for row in rows]
-    lines = [f"## Table V: milliseconds per user, {report['dataset']}", "", f"| | {' | '.join(heads)} |"]
-    lines.append(f"|---|{'---:|' * len(rows)}")
-    for name in rows[0]["milliseconds"]:
+def table(records: Sequence[Record]) -> list[str]:
+    """The lines of the table and the note below; in brackets, the time relative to TokenRec with the same kind of prompt."""
+    settings = [record["job"]["settings"] for record in records]
+    body = []
+    for name in records[0]["milliseconds"]:
         own = "TokenRec" + USER_ONLY * name.endswith(USER_ONLY)
-        times = [(row["milliseconds"][name], row["milliseconds"][own]) for row in rows]
-        cells = [f"{time:.2f}" + f" ({time / base:.1f}x)" * (name != own) for time, base in times]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += [
+        times = [(record["milliseconds"][name], record["milliseconds"][own]) for record in records]
+        body.append([name, *(f"{time:.2f}" + f" ({time / base:.1f}x)" * (name != own) for time, base in times)])
+    heads = [f"{one['backbone']}, {one['batch_size']} at once" for one in settings]
+    return [
+        *table_lines(["", *heads], body, numbers=True),
         "",
-        f"{report['users']} random users, {report['mean_history']:.1f} items of history on average (at most {HISTORY}); "
-        f"{TOP_K} unseen items each, {BEAMS} beams. CPU time, median of {report['turns']} turns. {report['machine']}. Random weights, "
-        "on both sizes: `cpu` is the T5 of that recipe, `t5-small` has the sizes of T5-small. TokenRec pools as its recipe "
-        "does (`cpu`: the encoder's mean; `paper`, with T5-small: one step of the decoder; `best`: the encoder's mean, with 16 codes a "
-        "user, and in the column `cpu` its own T5 of one layer). An item is five tokens in its prompts, "
-        "`item`, `_` and three codes; with P5, written out, `item`, `_` and two digits a token, and with P5-SID the digits alone.",
+        f"{settings[0]['users']} random users, {records[0]['mean_history']:.1f} items of history on average (at most {HISTORY});",
+        f"{TOP_K} unseen items each, {BEAMS} beams. CPU time, median of {settings[0]['turns']} turns. {records[0]['machine']}.",
     ]
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -4,10 +4,10 @@
     python examples/paper/unseen_users.py --dataset lastfm --output_dir lastfm-unseen-users --reference lastfm
     python examples/paper/unseen_users.py --dataset lastfm --kind items --output_dir lastfm-unseen-items --reference lastfm
 
-The 5 % of users with the least history (or a random 5 % of items) are kept out of everything: the collaborative model, the
-MQ-Tokenizers and T5. Then their interactions, without the test items, are added by fold-in, as `tokenrec add` does it, and
-the test items are ranked. This is stricter than the paper, whose collaborative model has seen the users. The reference is a
-repository that was trained on everything, asked about the same users. The first run takes as long as `tokenrec train`.
+The 5 % of users with the shortest histories (or a random 5 % of items) are held out from all training: the collaborative model,
+the MQ-Tokenizers and T5. Their interactions, without the test items, are then added by fold-in, as `tokenrec add` does, and the
+test items are ranked. This is stricter than the paper, whose collaborative model has seen the users. The reference is a
+repository trained on all users and evaluated on the same ones. The first run takes as long as `tokenrec train`.
 """
 
 from __future__ import annotations
@@ -23,29 +23,27 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset, DatasetDict
 
-from tokenrec_hf import Recommender, add_to_repository, leave_one_out, load_interactions, load_recipe, train
+from tokenrec_hf import Recipe, Recommender, Repository, leave_one_out, load_interactions, train
 
 TOP_K, BATCH = 20, 128
 
 
 def main() -> None:
-    """Trains without some users or items, adds them, and prints how well they are served."""
+    """Trains without some users or items, adds them, and prints their metrics."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--dataset", required=True, help="whatever `tokenrec train` takes")
+    parser.add_argument("--dataset", required=True, help="a data set as in `tokenrec train`")
     parser.add_argument("--kind", choices=("users", "items"), default="users")
-    parser.add_argument(
-        "--share", type=float, default=0.05, help="of the users or items that are kept out (default: 0.05)"
-    )
+    parser.add_argument("--share", type=float, default=0.05, help="share of held-out users or items (default: 0.05)")
     parser.add_argument("--output_dir", required=True, type=Path)
     parser.add_argument("--reference", help="a repository trained on all of the same data")
     parser.add_argument("--recipe", default="cpu")
     parser.add_argument(
-        "--no-refit", action="store_true", help="half the time: the model of the selection run is taken"
+        "--no-refit", action="store_true", help="evaluate the model of the selection run, in half the time"
     )
     parser.add_argument(
-        "--retrain", action="store_true", help="go on training the collaborative model with the newcomers"
+        "--retrain", action="store_true", help="continue training the collaborative model with the new users or items"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of items")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of items")
     arguments = parser.parse_args()
 
     splits = leave_one_out(load_interactions(arguments.dataset))
@@ -53,7 +51,7 @@ def main() -> None:
     column = "user_id" if arguments.kind == "users" else "item_id"
     known = DatasetDict({name: split.filter(lambda row: row[column] not in held_out) for name, split in splits.items()})
     trained = arguments.output_dir / "trained"
-    train(known, load_recipe(arguments.recipe), trained, refit=not arguments.no_refit, log=print)
+    train(known, Recipe.load(arguments.recipe), trained, refit=not arguments.no_refit, log=print)
 
     seen = ("train",) if arguments.no_refit else ("train", "validation")
     rows = [pair for name in seen for pair in pairs(splits[name])]
@@ -63,7 +61,7 @@ def main() -> None:
     shutil.copytree(trained, added, ignore=shutil.ignore_patterns("selection"))
     weights = digest(added)
     started = time.perf_counter()
-    report = add_to_repository(added, interactions=as_dataset(new_rows), retrain=arguments.retrain)
+    report = Repository(added).add(interactions=as_dataset(new_rows), retrain=arguments.retrain)
     seconds = time.perf_counter() - started
     assert digest(added) == weights, "T5 has changed"
 
@@ -86,7 +84,7 @@ def main() -> None:
 
 
 def choose(splits: DatasetDict, kind: str, share: float, seed: int) -> set[str]:
-    """A share of the users: those with the fewest interactions (the first ones of equally few), or of the items, at random."""
+    """A share of the users, those with the fewest interactions (the first ones among equals), or of the items, at random."""
     column = "user_id" if kind == "users" else "item_id"
     ids = np.concatenate([split[column][:] for split in splits.values()])
     names, first, counts = np.unique(ids, return_index=True, return_counts=True)
@@ -102,7 +100,7 @@ def pairs(split: Dataset) -> list[tuple[str, str]]:
 
 
 def as_dataset(rows: Sequence[tuple[str, str]]) -> Dataset:
-    """What `pairs` came from."""
+    """Interactions as a data set, the inverse of `pairs`."""
     return Dataset.from_dict({"user_id": [user for user, _ in rows], "item_id": [item for _, item in rows]})
 
 
@@ -111,8 +109,10 @@ def digest(folder: Path) -> str:
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
-def evaluate(recommender: Recommender, users: list[str], histories, targets) -> dict[str, float]:
-    """HR@20 and NDCG@20 of users who are asked about with their whole history, among all items they have not seen."""
+def evaluate(
+    recommender: Recommender, users: list[str], histories: dict[str, list[str]], targets: dict[str, str]
+) -> dict[str, float]:
+    """HR@20 and NDCG@20 of users, asked with their whole history, among all items that they have not seen."""
     ranks = []
     for start in range(0, len(users), BATCH):
         batch = users[start : start + BATCH]

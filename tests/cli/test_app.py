@@ -6,19 +6,13 @@ import sys
 
 import pytest
 
-from tokenrec_hf import EmbeddingStore, Recommender
-from tokenrec_hf.cli import app as cli
+import tokenrec_hf
+from tokenrec_hf import EmbeddingStore, Recipe, Recommender, Repository
 from tokenrec_hf.cli.app import main
-from tokenrec_hf.cli.output import LABELS
+from tokenrec_hf.evaluation.variants import LABELS, VARIANTS
 from tokenrec_hf.repository.repository import STAGES
 
-COMMANDS = ("quickstart", "train", "evaluate", "recommend", "add", "remove", "push", "info")
-VARIANTS = {
-    "tokenrec": [],
-    "tokenrec_user_id_only": ["--user-id-only"],
-    "tokenrec_unseen_prompt": ["--unseen-prompt"],
-    "tokenrec_history_only": ["--history-only"],
-}
+COMMANDS = ("quickstart", "train", "evaluate", "recommend", "similar", "add", "remove", "push", "info")
 
 
 def run(capsys, *argv):
@@ -66,13 +60,15 @@ def csv(tmp_path):
 
 @pytest.fixture
 def trained_with(monkeypatch, trained_repository):
-    """What `train` was called with; it trains nothing."""
+    """The arguments of `train`, which writes the metrics of another repository and trains nothing."""
     calls = {}
 
     def train(splits, recipe, output_dir, **settings):
-        calls.update(settings, splits=splits, recipe=recipe, output_dir=output_dir)
-        print("a library that talks")
-        return json.loads((trained_repository / "metrics.json").read_text())
+        calls.update(settings, splits=splits, recipe=recipe.to_dict(), output_dir=output_dir)
+        print("a line of a library")
+        os.makedirs(output_dir)
+        shutil.copy(trained_repository / "metrics.json", output_dir)
+        return Repository(output_dir)
 
     monkeypatch.setattr("tokenrec_hf.repository.build.train", train)
     return calls
@@ -85,17 +81,74 @@ def trained_with(monkeypatch, trained_repository):
 def test_help_of_each_command_shows_an_example(capsys, command):
     status, out, _ = run(capsys, command, "--help")
     assert status == 0
+    assert "--json" in out
     assert "example" in out and f"tokenrec {command}" in out.split("example")[1]
 
 
-def test_help_imports_neither_torch_nor_transformers():
+def test_help_lists_every_command(capsys):
+    status, out, _ = run(capsys, "--help")
+    assert status == 0 and all(command in out for command in COMMANDS)
+    assert run(capsys, "--version")[:2] == (0, f"tokenrec {tokenrec_hf.__version__}\n")
+
+
+def fresh(*commands):
+    """Exit statuses of commands in one new process, the heavy modules that it imported, and its CPU seconds."""
     script = (
-        "import sys, tokenrec_hf.cli.app as cli\n"
-        "try: cli.main(['train', '--help'])\n"
-        "except SystemExit: pass\n"
-        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'datasets', 'numpy')))"
+        "import json, sys, time\n"
+        "from tokenrec_hf.cli.app import main\n"
+        "statuses = [main(argv) for argv in json.loads(sys.argv[1])]\n"
+        "imported = [name for name in ('torch', 'transformers', 'datasets', 'numpy') if name in sys.modules]\n"
+        "print(json.dumps([statuses, imported, time.process_time()]), file=sys.stderr)"
     )
-    assert subprocess.run([sys.executable, "-c", script], stdout=subprocess.DEVNULL).returncode == 0
+    argv = json.dumps([[str(argument) for argument in command] for command in commands])
+    finished = subprocess.run([sys.executable, "-c", script, argv], capture_output=True, text=True)
+    return json.loads(finished.stderr.splitlines()[-1])
+
+
+def test_help_is_immediate():
+    runs = [fresh(["--help"]) for _ in range(3)]
+    assert all(run[:2] == [[0], []] for run in runs)
+    assert min(seconds for _, _, seconds in runs) < 0.5
+
+
+def test_help_and_usage_errors_import_nothing_heavy():
+    helps = [[command, "--help"] for command in COMMANDS]
+    wrong = [
+        [],
+        ["fly"],
+        ["info"],
+        ["train", "--dataset", "demo"],
+        ["recommend", "out"],
+        ["recommend", "out", "--user", "03", "--where", "genre"],
+        ["similar", "out"],
+        ["evaluate", "out", "--audit", "--store", "x"],
+        ["evaluate", "out", "--split", "all"],
+        ["add", "out"],
+        ["remove", "out"],
+        ["info", "out", "--learning_rate", "1"],
+    ]
+    statuses, imported, _ = fresh(*helps, *wrong)
+    assert statuses == [0] * len(helps) + [2] * len(wrong)
+    assert imported == []
+
+
+def test_info_and_missing_files_import_no_torch(trained_repository, tmp_path):
+    missing = tmp_path / "missing"
+    statuses, imported, _ = fresh(
+        ["info", trained_repository],
+        ["info", trained_repository, "--json"],
+        ["info", missing],
+        ["recommend", missing, "--user", "03"],
+        ["similar", missing, "--item", "08"],
+        ["evaluate", missing],
+        ["add", missing, "--retrain"],
+        ["remove", missing, "--items", "08"],
+        ["push", missing, "org/name"],
+        ["train", "--dataset", "demo", "--output_dir", missing, "--config", missing],
+        ["train", "--dataset", missing, "--output_dir", missing],
+    )
+    assert statuses == [0, 0] + [1] * 9
+    assert "torch" not in imported
 
 
 @pytest.mark.parametrize(
@@ -104,18 +157,19 @@ def test_help_imports_neither_torch_nor_transformers():
 def test_wrong_usage_exits_with_2(capsys, argv):
     status, out, err = run(capsys, *argv)
     assert (status, out) == (2, "")
-    assert "usage: tokenrec" in err
+    command = "tokenrec" if argv in ([], ["fly"]) else f"tokenrec {argv[0]}"
+    assert err.startswith(f"{command}: error: ") and f"see `{command} --help`" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("flag", ["--lerning_rate", "--retrieval.config.los_type", "--retrieval.epochs", "--top-k"])
 def test_an_unknown_argument_is_named_and_nothing_is_written(capsys, tmp_path, flag):
     argv = ("train", "--dataset", "demo", "--output_dir", tmp_path / "out", flag, "1")
-    assert_fails(capsys, *argv, says=flag.lstrip("-"), status=2)
+    assert_fails(capsys, *argv, says=flag.lstrip("-").replace("-", "_"), status=2)
     assert not (tmp_path / "out").exists()
 
 
 def test_only_train_takes_settings(capsys):
-    assert_fails(capsys, "info", "out", "--learning_rate", "1", says="--learning_rate", status=2)
+    assert_fails(capsys, "info", "out", "--learning_rate", "1", says="--learning-rate", status=2)
 
 
 def test_a_value_without_a_name_is_refused(capsys, tmp_path):
@@ -125,6 +179,26 @@ def test_a_value_without_a_name_is_refused(capsys, tmp_path):
 
 def test_two_kinds_of_prompts_exclude_each_other(capsys):
     assert_fails(capsys, "evaluate", "out", "--unseen-prompt", "--user-id-only", says="not allowed", status=2)
+
+
+def test_every_variant_of_an_evaluation_has_a_flag(capsys):
+    _, out, _ = run(capsys, "evaluate", "--help")
+    assert all(variant.flag in out for name, variant in VARIANTS.items() if name != "tokenrec")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "recommend NOWHERE --user=-ABC --history=-A",
+        "recommend NOWHERE --user --4AjktZ",
+        "recommend NOWHERE --user -5",
+        "recommend NOWHERE --history -i1 --i2 --top_k 3",
+        "remove NOWHERE --items -3 i1",
+        "similar NOWHERE --item -3 --i1",
+    ],
+)
+def test_ids_may_begin_with_hyphens(capsys, argv):
+    assert_fails(capsys, *argv.split(), says="there is no folder NOWHERE")
 
 
 # Train ----------------------------------------------------------------------------------------------------------------
@@ -181,20 +255,22 @@ def test_json_is_one_document_whatever_libraries_print(capsys, trained_with, tmp
 
 
 @pytest.mark.parametrize(
-    ("setting", "says"),
+    ("setting", "says", "status"),
     [
-        ("--mq_tokenizer.config.num_codebooks=0", "num_codebooks is 0"),
-        ("--mq_tokenizer.config.codebook_size=0", "codebook_size is 0"),
-        ("--retrieval.config.d_model=wide", "d_model is 'wide' but must be a number"),
-        ("--learning_rate=fast", "learning_rate is 'fast' but must be a number"),
-        ("--retrieval.config.pooling=max", "pooling is 'max'"),
-        ("--dataset=nothing", "'nothing' is neither a file, a folder nor a known data set"),
-        ("--config=nothing.yaml", "nothing.yaml"),
+        ("--mq_tokenizer.config.num_codebooks=0", "num_codebooks is 0", 2),
+        ("--mq_tokenizer.config.codebook_size=0", "codebook_size is 0", 2),
+        ("--retrieval.config.d_model=wide", "d_model is 'wide' but must be a number", 2),
+        ("--learning_rate=fast", "learning_rate is 'fast' but must be a number", 2),
+        ("--retrieval.config.pooling=max", "pooling is 'max'", 2),
+        ("--seed=many", "--seed", 2),
+        ("--recipe=none", "'none'", 2),
+        ("--dataset=nothing", "'nothing' is neither a file, a folder nor a known data set", 1),
+        ("--config=nothing.yaml", "nothing.yaml", 1),
     ],
 )
-def test_impossible_settings_are_found_before_anything_is_written(capsys, tmp_path, setting, says):
+def test_impossible_settings_are_found_before_anything_is_written(capsys, tmp_path, setting, says, status):
     out = tmp_path / "out"
-    assert_fails(capsys, "train", "--dataset", "demo", "--output_dir", out, setting, says=says)
+    assert_fails(capsys, "train", "--dataset", "demo", "--output_dir", out, setting, says=says, status=status)
     assert not out.exists()
 
 
@@ -232,7 +308,7 @@ def test_interruption_tells_how_to_go_on(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("tokenrec_hf.repository.build.train", train)
     status, out, err = run(capsys, "train", "--dataset", "demo", "--output_dir", tmp_path / "out")
     assert (status, out) == (130, "")
-    assert err == "tokenrec: interrupted; the same command goes on where this one stopped.\n"
+    assert err == "tokenrec: interrupted; the same command resumes the training.\n"
 
 
 def test_programming_errors_are_not_hidden(monkeypatch, tmp_path):
@@ -254,12 +330,15 @@ def test_debugging_keeps_the_traceback_of_every_error(monkeypatch, tmp_path):
 
 
 def test_a_finished_quickstart_is_shown_again(capsys, monkeypatch, repository, tiny_recipe):
-    monkeypatch.setattr(cli, "load_recipe", lambda name: {"quickstart": tiny_recipe}[name])
+    load = Recipe.load
+    monkeypatch.setattr(
+        Recipe, "load", lambda *args, **named: tiny_recipe if args == ("quickstart",) else load(**named)
+    )
     before = (repository / "model.safetensors").stat().st_mtime_ns
     status, out, err = run(capsys, "quickstart", "--output_dir", repository)
     assert (status, err) == (0, "")
     metrics = json.loads((repository / "metrics.json").read_text())
-    for method in ("popularity", "collaborative", "tokenrec"):
+    for method in ("popularity", "collaborative_dot", "tokenrec"):
         row = next(line for line in out.splitlines() if line.startswith(LABELS[method]))
         for split in ("validation", "test"):
             for key in ("hr@10", "hr@20", "ndcg@20"):
@@ -276,8 +355,10 @@ def test_a_finished_quickstart_is_shown_again(capsys, monkeypatch, repository, t
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_evaluation_gives_the_numbers_that_training_recorded(capsys, trained_repository, split, variant):
     recorded = json.loads((trained_repository / "metrics.json").read_text())[split]
-    found = document(capsys, "evaluate", trained_repository, "--split", split, *VARIANTS[variant])
-    names = ("popularity", "collaborative", "collaborative_cosine", variant)
+    found = document(
+        capsys, "evaluate", trained_repository, "--split", split, *[VARIANTS[variant].flag] * (variant != "tokenrec")
+    )
+    names = ("popularity", "collaborative_dot", "collaborative_cosine", variant)
     assert found["metrics"] == {name: pytest.approx(recorded[name], abs=1e-6) for name in names}
     assert (found["split"], found["variant"], found["users"]) == (split, variant, 400)
 
@@ -344,7 +425,7 @@ def test_a_history_alone_is_recommended_to(capsys, fism_repository):
     expected = recommender.recommend([None], [["f001", "f002"]], top_k=3)[0]
     assert [{"item": row["item"], "score": row["score"]} for row in found["recommendations"]] == expected
     assert run(capsys, *argv)[1].startswith("a history of 2 items\n")
-    assert_fails(capsys, "recommend", fism_repository, says="nobody to recommend to: give --user, --history", status=2)
+    assert_fails(capsys, "recommend", fism_repository, says="no user to recommend to; give --user, --history", status=2)
 
 
 def test_seen_items_come_back_when_asked_for(capsys, trained_repository):
@@ -408,6 +489,43 @@ def test_a_store_of_other_mq_tokenizers_is_refused(capsys, repository, command):
     assert_fails(capsys, command, repository, *argv, says="0123456789abcdef")
 
 
+# Similar items --------------------------------------------------------------------------------------------------------
+
+
+def test_similar_items_are_those_of_the_recommender(capsys, trained_repository):
+    recommender = Recommender.from_pretrained(trained_repository)
+    found = document(capsys, "similar", trained_repository, "--item", "f001", "f002", "--top-k", "4")["items"]
+    assert [row["item"] for row in found] == ["f001", "f002"]
+    expected = recommender.similar_items(["f001", "f002"], top_k=4)
+    for row, similar in zip(found, expected):
+        assert [{"item": one["item"], "score": one["score"]} for one in row["similar"]] == similar
+        assert [one["rank"] for one in row["similar"]] == [1, 2, 3, 4]
+    assert found[0]["title"].startswith("The ") and found[0]["similar"][0]["title"].startswith("The ")
+
+
+def test_similar_items_are_shown_with_tokens_and_titles(capsys, trained_repository):
+    found = document(capsys, "similar", trained_repository, "--item", "f001", "--top-k", "1")["items"][0]
+    _, out, _ = run(capsys, "similar", trained_repository, "--item", "f001", "--top-k", "1")
+    first, _, row = out.splitlines()
+    best = found["similar"][0]
+    assert first == f"item_f001 = {found['tokens']} ({found['title']})"
+    assert row.split(maxsplit=4) == ["1", best["item"], f"{best['score']:.4f}", best["tokens"], best["title"]]
+
+
+def test_similar_items_can_be_filtered_by_metadata(capsys, repository):
+    store = EmbeddingStore.open(repository)
+    items = store.ids("item")[:5]
+    store.set_metadata(items, [{"genre": "jazz"}] * 3 + [{"genre": "folk"}] * 2)
+    store.save_pretrained(repository / "store")
+    found = document(capsys, "similar", repository, "--item", items[0], "--where", "genre=jazz")["items"][0]
+    assert sorted(row["item"] for row in found["similar"]) == sorted(items[1:3])
+
+
+def test_similar_items_of_unknown_items_are_refused(capsys, trained_repository):
+    assert_fails(capsys, "similar", trained_repository, "--item", "f001", "zz", says="'zz'")
+    assert_fails(capsys, "similar", trained_repository, "--item", "f001", "--top-k", "0", says="top_k is 0")
+
+
 # Info -----------------------------------------------------------------------------------------------------------------
 
 
@@ -443,7 +561,7 @@ def test_info_of_an_unfinished_run_lists_the_stages_done(capsys, repository):
     found = document(capsys, "info", repository)
     assert found["finished"] is False
     assert found["stages"] == {"selection": list(STAGES), "refit": ["collaborative"]}
-    assert "goes on" in run(capsys, "info", repository)[1]
+    assert "resumes it" in run(capsys, "info", repository)[1]
     assert_fails(capsys, "recommend", repository, "--user", "u007", says="training has not finished")
 
 
@@ -551,9 +669,7 @@ def test_another_store_takes_the_place_of_the_repositorys(capsys, repository, tm
     assert [row["item"] for row in found] == [row["item"] for row in expected]
     own = document(capsys, "evaluate", repository)["metrics"]
     other = document(capsys, "evaluate", repository, "--store", tmp_path / "moved.db")["metrics"]
-    assert own["tokenrec"] == pytest.approx(other["tokenrec"]) and own["collaborative"] == pytest.approx(
-        other["collaborative"]
-    )
+    assert own == {name: pytest.approx(values) for name, values in other.items()}
     moved.withdraw([expected[0]["item"]])
     found = document(capsys, "recommend", repository, "--user", user, "--store", tmp_path / "moved.db")[
         "recommendations"

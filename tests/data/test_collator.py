@@ -35,7 +35,7 @@ EVERY_TEMPLATE = (*SEEN_TEMPLATES, UNSEEN_TEMPLATE)
 
 
 class FakeMQ:
-    """An MQ-Tokenizer whose codes are the vectors themselves."""
+    """An MQ-Tokenizer that takes the vectors as codes."""
 
     def __init__(self, num_codebooks, codebook_size, space_id):
         self.config = SimpleNamespace(num_codebooks=num_codebooks, codebook_size=codebook_size, embedding_dim=3)
@@ -78,7 +78,7 @@ def matrix_of(histories):
 
 
 def random_histories(seed=0):
-    """Of every length: nobody's, one interaction, a few, many."""
+    """Histories of every length: empty, one interaction, a few, many."""
     random = np.random.default_rng(seed)
     lengths = [0, 1, 1, 2, 2, 3, 40, NUM_ITEMS - 1, *random.integers(1, 30, NUM_USERS - 8)]
     return [random.permutation(NUM_ITEMS)[:length].tolist() for length in lengths]
@@ -125,7 +125,7 @@ def test_an_evaluation_prompt_is_the_tokenized_text_of_the_template(make_tokeniz
     batch = evaluation_batch(collator, range(NUM_USERS), targets=range(NUM_USERS))
     expected = [tokens_of(tokenizer, template, user, HISTORIES[user]) for user in range(NUM_USERS)]
     assert [prompt_tokens(batch, user) for user in range(NUM_USERS)] == expected
-    # Exactly what the tokenizer itself makes of the texts, padding included.
+    # Equal to the tokenized texts, padding included.
     texts = [render(template, USER_IDS[u], [ITEM_IDS[item] for item in HISTORIES[u]]) for u in range(NUM_USERS)]
     tokenized = tokenizer(texts, padding=True, return_tensors="pt")
     for name in ("input_ids", "attention_mask"):
@@ -179,7 +179,7 @@ histories_of_all = st.lists(
     train_history=st.none() | st.integers(1, 8),
     shuffle=st.booleans(),
 )
-def test_history_and_targets_are_disjoint_parts_of_what_the_user_did(
+def test_history_and_targets_are_disjoint_parts_of_the_interactions(
     tokenizer, histories, epoch, targets, max_history, train_history, shuffle
 ):
     collator = make_collator(
@@ -341,7 +341,7 @@ def row_of(batch, row):
 
 @settings(max_examples=30, deadline=None)
 @given(users=st.permutations(ACTIVE), size=st.integers(1, len(ACTIVE)), epoch=st.integers(0, 9), shuffle=st.booleans())
-def test_what_a_user_gets_does_not_depend_on_the_batch(tokenizer, users, size, epoch, shuffle):
+def test_the_prompt_of_a_user_does_not_depend_on_the_batch(tokenizer, users, size, epoch, shuffle):
     collator = make_collator(tokenizer, targets_per_prompt=3, num_negatives=4, shuffle_history=shuffle)
     together = training_batch(collator, ACTIVE, epoch)
     some = users[:size]
@@ -376,7 +376,7 @@ def test_workers_make_the_same_batches(tokenizer):
     assert rows(2) == rows(0)
 
 
-def test_a_template_of_ones_own_is_used(tokenizer):
+def test_a_custom_template_is_used(tokenizer):
     own = PromptTemplate("For {user} with {history} please.")
     collator = make_collator(tokenizer, templates=(own,), shuffle_history=False)
     batch = training_batch(collator, [6])
@@ -428,14 +428,14 @@ def test_in_time_order_the_latest_items_before_a_moment_are_shown_and_the_next_o
             moments.add((user, moment))
             shown = histories[user][max(moment - 4, 0) : moment]
             assert prompt_tokens(batch, user) == tokens_of(tokenizer, template, user, shown)
-            # Also what is too old to be shown does not compete.
+            # Items that are too old to be shown are excluded too.
             assert known == histories[user][:moment]
             assert wanted == histories[user][moment : moment + 3]
     assert {moment for user, moment in moments if user == 0} == set(range(1, 10))
 
 
 class OneCode:
-    """An MQ-Tokenizer whose codes are the vector's one number."""
+    """An MQ-Tokenizer that takes the single number of a vector as every code."""
 
     def encode(self, vectors):
         return vectors.long().expand(-1, 3)
@@ -443,7 +443,7 @@ class OneCode:
 
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("template", [USER_ONLY_TEMPLATES[0], HISTORY_TEMPLATES[0]])
-def test_while_training_a_user_is_what_is_known_before_the_items_to_retrieve(tokenizer, template, shuffle):
+def test_in_training_user_tokens_come_from_the_past_of_the_targets(tokenizer, template, shuffle):
     def pool(rows, items, ages, count):
         assert (ages >= 0).all()
         return torch.zeros(count, 1).index_add(0, rows, (items + ages)[:, None].float())
@@ -462,7 +462,7 @@ def test_while_training_a_user_is_what_is_known_before_the_items_to_retrieve(tok
             assert batch["user_embeds"][user].item() == expected
             mine = [token for token in prompt_tokens(batch, user) if token in words]
             assert mine == words[:, expected].tolist()
-    # Whoever has one interaction only has no past, and evaluation shows the users as they are.
+    # A user with a single interaction has no past, and evaluation keeps the tokens of the users.
     single = make_collator(tokenizer, [[4]] * NUM_USERS, templates=[template], user_vectors=whole, **options)
     for batch in (training_batch(single, range(NUM_USERS)), evaluation_batch(collator, range(NUM_USERS))):
         assert torch.equal(batch["user_embeds"], whole)

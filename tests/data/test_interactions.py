@@ -100,7 +100,7 @@ def test_columns_can_be_named(write):
     path = write("a.csv", delimited(",", ["who", "what", "liked", "when"]))
     named = {"user_column": "who", "item_column": "what", "rating_column": "liked", "timestamp_column": "when"}
     assert tuples(load_interactions(path, **named)) == CLEAN
-    # What is named goes before what is found.
+    # A named column goes before a column with a common name.
     path = write("b.csv", "user_id,item_id,session\n1,2,x\n")
     assert tuples(load_interactions(path, user_column="session")) == [("x", "2")]
 
@@ -155,6 +155,59 @@ def test_dictionary_encoded_ids_are_read():
     ]
 
 
+def test_ids_that_other_programs_take_for_missing_values_are_ids(write):
+    found = [("NA", "null"), ("nan", "None")]
+    assert tuples(load_interactions(write("a.csv", "user_id,item_id\nNA,null\nnan,None\n"))) == found
+    lines = '{"user_id": "NA", "item_id": "null"}\n{"user_id": "nan", "item_id": "None"}\n'
+    assert tuples(load_interactions(write("a.jsonl", lines))) == found
+
+
+def test_numbers_and_text_may_be_mixed_in_the_ids_of_json_lines(write):
+    rows = [{"user_id": user, "item_id": item} for user, item in [(7, 10**20), ("A7", 1.0), (2**63 + 1, "01")]]
+    path = write("a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    assert tuples(load_interactions(path)) == [("7", str(10**20)), ("A7", "1"), (str(2**63 + 1), "01")]
+
+
+def test_json_lines_are_typed_over_all_rows(write, monkeypatch):
+    late, early = (
+        {"user_id": "a", "item_id": "late", "timestamp": 30},
+        {"user_id": "a", "item_id": "early", "timestamp": 10.5},
+    )
+    text = "".join(json.dumps(row) + "\n" for row in [{"rating": 1, **late}, {"rating": 2.5, "x": [], **early}])
+    # A field that the first line lacks is a field all the same, and its missing value is named.
+    for first in ({}, {"timestamp": None}):
+        path = write("b.jsonl", json.dumps({"user_id": "b", "item_id": "x", "rating": 1, **first}) + "\n" + text)
+        for rows in (1, 2, 10):
+            monkeypatch.setattr("tokenrec_hf.data.reading._BATCH_ROWS", rows)
+            with pytest.raises(ValueError, match="1 of 3 rows have no finite timestamp, the first of them row 1"):
+                load_interactions(path)
+    for rows in (1, 2):
+        monkeypatch.setattr("tokenrec_hf.data.reading._BATCH_ROWS", rows)
+        path = write("a.jsonl", text)
+        assert tuples(load_interactions(path)) == [("a", "early", 10.5), ("a", "late", 30.0)]
+        assert tuples(load_interactions(path, min_rating=2)) == [("a", "early", 10.5)]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_a_file_is_read_alike_in_batches_of_any_size(write, monkeypatch, name):
+    text = (
+        delimited(",", PLAIN) if name == "a.csv" else "".join(json.dumps(dict(zip(PLAIN, row))) + "\n" for row in ROWS)
+    )
+    for rows in (1, 2, 5):
+        monkeypatch.setattr("tokenrec_hf.data.reading._BATCH_ROWS", rows)
+        assert tuples(load_interactions(write(name, text))) == CLEAN
+
+
+def test_only_the_needed_columns_have_to_be_utf8(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes("user_id,item_id,title\nu,i,Café\n".encode("latin-1"))
+    assert tuples(load_interactions(path)) == [("u", "i")]
+    for encoding, user in (("latin-1", "Zoë"), ("utf-16", "u")):
+        path.write_bytes(f"user_id,item_id\n{user},i\n".encode(encoding))
+        with pytest.raises(ValueError, match=r"a\.csv is not UTF-8 text .*; save it as UTF-8"):
+            load_interactions(path)
+
+
 @pytest.mark.parametrize("dates", [["2024-05-17", "2024-05-16"], ["2024-05-17T00:00:00Z", "2024-05-16 00:00:00Z"]])
 def test_iso_dates_become_seconds(write, dates):
     path = write("a.csv", f"user_id,item_id,datetime\n1,a,{dates[0]}\n1,b,{dates[1]}\n")
@@ -178,8 +231,24 @@ def test_fractions_of_seconds_decide_the_order(write):
     assert tuples(load_interactions(path)) == [("1", "b", 1.0), ("1", "a", 2.5)]
 
 
+def test_nanosecond_timestamps_are_read(write, tmp_path):
+    times = [1600000002123456789, 1600000000123456789, 1600000001000000000]
+    table = pa.table({"user_id": ["a"] * 3, "item_id": list("xyz"), "timestamp": pa.array(times, pa.timestamp("ns"))})
+    pa.parquet.write_table(table, tmp_path / "a.parquet")
+    expected = [("a", "y", 1600000000.123456), ("a", "z", 1600000001.0), ("a", "x", 1600000002.123456)]
+    assert tuples(load_interactions(tmp_path / "a.parquet")) == expected
+    for zone in ("", "Z"):
+        rows = "".join(
+            f"a,{item},{time}{zone}\n" for item, time in zip("xyz", table["timestamp"].cast(pa.string()).to_pylist())
+        )
+        assert tuples(load_interactions(write("a.csv", "user_id,item_id,timestamp\n" + rows))) == expected
+
+
 def test_large_integer_timestamps_stay_exact(write):
     path = write("a.csv", f"user_id,item_id,time\n1,a,{2**60 + 1}\n1,b,{2**60}\n")
+    assert tuples(load_interactions(path)) == [("1", "b", 2**60), ("1", "a", 2**60 + 1)]
+    rows = [{"user_id": 1, "item_id": item, "time": time} for item, time in [("a", 2**60 + 1), ("b", 2**60)]]
+    path = write("a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     assert tuples(load_interactions(path)) == [("1", "b", 2**60), ("1", "a", 2**60 + 1)]
 
 
@@ -289,7 +358,7 @@ def test_train_txt_alone_is_enough(write):
         (None, "1 2\n", r"has no train\.txt"),
     ],
 )
-def test_what_is_wrong_in_a_folder_is_named(write, tmp_path, train, test, sentence):
+def test_an_error_in_a_folder_is_named(write, tmp_path, train, test, sentence):
     for name, content in [("train.txt", train), ("test.txt", test)]:
         if content is not None:
             write(name, content)
@@ -341,7 +410,11 @@ def test_what_is_wrong_in_a_folder_is_named(write, tmp_path, train, test, senten
             r"the timestamp 'soon' of row 2 is not a number or an ISO 8601",
         ),
         ("user_id,item_id,time\n1,2,2024-01-01\n1,3,17\n", {}, r"timestamps are written in more than one way"),
-        ("user_id,item_id\n1,2\n1,2,3\n", {}, r"a\.csv cannot be read"),
+        ("user_id,item_id\n1,2\n1,2,3\n", {}, r"a\.csv cannot be read: .*Expected 2 fields in line 3, saw 3"),
+        ("user_id,item_id\n1,2,3\n1,2,3\n", {}, r"a\.csv cannot be read: row 1 has more fields than the 2 columns"),
+        ("user_id,item_id,time\n1,2,3\n1\n", {}, r"a\.csv: 1 of 2 rows have no item id, the first of them row 2"),
+        ("user_id;item_id\n1;2\n", {}, r"a\.csv has a single column, 'user_id;item_id'; separate its columns by ','"),
+        ('user_id,item_id\n1,"2\n', {}, r"a\.csv cannot be read"),
         ("user_id,item_id\n1,2\n", {"min_rating": 4}, r"min_rating=4 needs ratings, but .*a\.csv has no rating column"),
         (
             "user_id,item_id,rating\n1,2,3\n",
@@ -352,7 +425,7 @@ def test_what_is_wrong_in_a_folder_is_named(write, tmp_path, train, test, senten
         ("user_id,item_id\n1,2\n", {"k_core": 0}, r"k_core is 0"),
     ],
 )
-def test_what_is_wrong_in_a_table_is_named(write, content, options, sentence):
+def test_an_error_in_a_table_is_named(write, content, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         load_interactions(write("a.csv", content), **options)
 
@@ -374,7 +447,7 @@ def test_what_is_wrong_in_a_table_is_named(write, content, options, sentence):
         ({"user_id": [1], "item_id": [1], "rating": [[3]]}, "the ratings are of type list.*, not numbers"),
     ],
 )
-def test_what_is_wrong_in_a_dataset_is_named(columns, sentence):
+def test_an_error_in_a_dataset_is_named(columns, sentence):
     with pytest.raises(ValueError, match=sentence):
         load_interactions(Dataset.from_dict(columns))
 
@@ -382,16 +455,22 @@ def test_what_is_wrong_in_a_dataset_is_named(columns, sentence):
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("a.jsonl", "[1, 2]\n", "must hold one JSON object on each line, but its first line is a list"),
-        ("a.jsonl", "user_id,item_id\n", "must hold one JSON object on each line, but its first line is not one"),
-        ("a.jsonl", '{"user_id": 1, "item_id": 2}\n{"user_id": "x", "item_id": 2}\n', r"a\.jsonl cannot be read"),
+        ("a.jsonl", "[1, 2]\n", "must hold one JSON object on each line, but line 1 is a list"),
+        ("a.jsonl", "user_id,item_id\n", "must hold one JSON object on each line, but line 1 is not valid JSON"),
+        (
+            "a.jsonl",
+            '{"user_id": 1, "item_id": 2}\n\n{"user_id": 1\n',
+            r"a\.jsonl must hold .*, but line 3 is not valid JSON",
+        ),
+        ("a.jsonl", '{"user_id": 1, "item_id": 2}\n\n7\n', r"a\.jsonl must hold .*, but line 3 is a int"),
+        ("a.jsonl", '{"user_id": true, "item_id": 2}\n{"user_id": "x", "item_id": 2}\n', r"a\.jsonl cannot be read"),
         ("a.jsonl", "\n", r"a\.jsonl is empty"),
         ("a.parquet", "user_id", r"a\.parquet cannot be read"),
-        ("a.xlsx", "user_id", r"a\.xlsx is of no known kind; give a \.csv"),
+        ("a.xlsx", "user_id", r"a\.xlsx has an unknown file extension; give a \.csv"),
         ("a.csv.gz", "user_id,item_id\n", r"a\.csv\.gz cannot be unpacked"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_named(write, name, content, sentence):
+def test_an_unreadable_file_is_named(write, name, content, sentence):
     with pytest.raises(ValueError, match=sentence):
         load_interactions(write(name, content))
 

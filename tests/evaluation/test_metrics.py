@@ -15,7 +15,7 @@ DATA = Path(os.environ.get("TOKENREC_DATA_DIR") or Path(__file__).parents[3] / "
 
 
 def naive_masked(scores, target, seen):
-    """One user's scores with what was seen at -inf, the target excepted."""
+    """The scores of one user, with -inf for seen items other than the target."""
     masked = [float(score) for score in scores]
     for item in seen:
         if item != target:
@@ -162,7 +162,7 @@ def test_vectors_are_ranked_like_a_loop_over_users_ranks_them(cosine):
     assert found == pytest.approx(naive_metrics(scores, targets, seen, (1, 5, 20), popularity.tolist()))
 
 
-def test_popularity_is_one_where_everybody_gets_the_most_popular_item():
+def test_popularity_is_one_if_all_users_get_the_most_popular_item():
     metrics = RankingMetrics(3, [1], popularity=[2, 8, 4])
     metrics.update(torch.tensor([[0.0, 1.0, 0.0]] * 2), [0, 2])
     assert metrics.compute()["popularity@1"] == 1
@@ -221,7 +221,7 @@ def test_other_refusals_say_why():
 
 
 @pytest.mark.data
-def test_popularity_ranking_of_lastfm_scores_what_was_measured_independently():
+def test_popularity_ranking_of_lastfm_has_the_metrics_measured_independently():
     if not (DATA / "lastfm" / "train.txt").is_file():
         pytest.skip("needs the LastFM split: set TOKENREC_DATA_DIR to the folder that holds lastfm/")
     lines = {name: (DATA / "lastfm" / f"{name}.txt").read_text().splitlines() for name in ("train", "test")}

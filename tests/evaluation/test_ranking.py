@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tokenrec_hf.data.collator import DataCollatorForGenerativeRetrieval
-from tokenrec_hf.data.data_sources import demo_interactions
+from tokenrec_hf.data.demo import demo_interactions
 from tokenrec_hf.data.interaction_matrix import InteractionMatrix
 from tokenrec_hf.data.splits import index_splits, leave_one_out
 from tokenrec_hf.evaluation import ranking as evaluation

@@ -63,7 +63,7 @@ def train(out, *argv):
 
 
 def assert_one_line(out, err, says):
-    """What failed is told in the last line, after the notes of what was done before."""
+    """The last line says what failed, after the notes on earlier steps."""
     assert out == "" and "Traceback" not in err
     assert err.splitlines()[-1].startswith("tokenrec: error: ") and says in err.splitlines()[-1]
 
@@ -131,13 +131,13 @@ def test_a_changed_setting_in_the_same_folder_is_refused(work, trained, monkeypa
     assert_one_line(*capsys.readouterr(), says="retrieval.training.learning_rate")
 
 
-def test_a_half_written_folder_says_how_to_go_on(work, trained, monkeypatch, capsys):
+def test_a_half_written_folder_says_how_to_continue(work, trained, monkeypatch, capsys):
     half = shutil.copytree(trained, work / "half")
     for name in ("metrics.json", "config.json"):
         (half / name).unlink()
     monkeypatch.chdir(work)
     assert main(["recommend", "half", "--user", "03"]) == 1
-    assert_one_line(*capsys.readouterr(), says="run the same `tokenrec train` again and it goes on")
+    assert_one_line(*capsys.readouterr(), says="run the same `tokenrec train` again to continue")
 
 
 def test_a_backbone_that_cannot_be_fetched_is_named(work, monkeypatch, capsys):

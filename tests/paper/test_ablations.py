@@ -2,10 +2,9 @@
 
 import ablations
 import pytest
-from harness import Job
+from records import Job
 
-from tokenrec_hf import load_recipe
-from tokenrec_hf.repository.build import check_settings
+from tokenrec_hf import Recipe
 
 
 def recorded(job):
@@ -21,7 +20,7 @@ def recorded(job):
 def test_every_variant_is_a_recipe_that_can_be_trained(name):
     recipe, short = ablations.base_of(name)
     for changes in ablations.STUDIES[name].values():
-        check_settings(load_recipe(recipe, overrides={**short, **changes}))
+        Recipe.load(recipe, overrides={**short, **changes})
 
 
 def flat(settings, place=""):
@@ -37,7 +36,7 @@ def test_variants_differ_in_what_they_say_only_and_never_see_the_test_items(name
     assert {job.phase for job in jobs} == {"validation"}
     assert [job.seed for job in jobs] == [0, 1] * len(ablations.STUDIES[name])
     recipe, short = ablations.base_of(name)
-    whole = dict(flat(load_recipe(recipe, overrides=short)))
+    whole = dict(flat(Recipe.load(recipe, overrides=short).to_dict()))
     for job, changes in zip(jobs[::2], ablations.STUDIES[name].values()):
         found = dict(flat(job.settings))
         assert {place for place in found if found[place] != whole[place]} <= changes.keys()
@@ -45,14 +44,14 @@ def test_variants_differ_in_what_they_say_only_and_never_see_the_test_items(name
 
 
 def test_one_codebook_has_as_many_codewords_as_all_together():
-    usual = load_recipe("cpu")["mq_tokenizer"]["config"]["num_codebooks"] * 256
+    usual = Recipe.load("cpu").mq_tokenizer.config["num_codebooks"] * 256
     changes = ablations.STUDIES["table6"]["without K ways"]
     assert changes["mq_tokenizer.config.num_codebooks"] * changes["mq_tokenizer.config.codebook_size"] == usual
 
 
 def test_the_table_has_means_and_deviations_and_the_plot_a_panel_for_each_parameter(tmp_path):
     rows = ablations.study("demo", "figure4", 2, recorded)
-    table = ablations.markdown(rows, "title")
+    table = ablations.markdown(rows)
     # rho = 0.5: 0.5 and 0.6.
     assert "| rho = 0.5 | 0.5500 ± 0.0707 | 0.2750 ± 0.0354 |" in table
     ablations.plot(rows, "title", tmp_path / "plot.png")

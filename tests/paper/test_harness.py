@@ -1,24 +1,24 @@
 """The protocol: chosen on validation, refit, tested once, and never the same fit twice."""
 
 import json
-import subprocess
+import re
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from types import SimpleNamespace
 
 import fit_one
 import harness
 import pytest
+import table2
 import torch
 from baselines import registry
 from baselines.base import Baseline
-from harness import FitError, Fits, Job, study
-from report import fit_cell, markdown, summary, write_report
+from harness import FitError, Fits, study
+from records import Job, Records
+from report import fit_cell, markdown, summary
 
+from tokenrec_hf import Repository
 from tokenrec_hf.data.splits import index_splits
-
-TABLE = Path(harness.__file__).with_name("table2.py")
 
 
 class Spy(Baseline):
@@ -42,10 +42,25 @@ class InProcess(Fits):
 
     count = 0
 
-    def run(self, job, path):
+    def run(self, job):
         self.count += 1
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(fit_one.fit_one(asdict(job), self.work)))
+        self.records.put(job.dataset, [fit_one.fit_one(asdict(job), self.work)])
+
+
+def lines_of(results):
+    """The records of the demo data."""
+    return [json.loads(line) for line in (results / "demo.jsonl").read_text().splitlines()]
+
+
+def write_lines(results, records):
+    (results / "demo.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def forget(results, phase, seed):
+    """Deletes one record."""
+    kept = [one for one in lines_of(results) if (one["job"]["phase"], one["job"]["seed"]) != (phase, seed)]
+    assert len(kept) == len(lines_of(results)) - 1
+    write_lines(results, kept)
 
 
 @pytest.fixture
@@ -60,7 +75,9 @@ def spied(monkeypatch):
 def test_settings_are_chosen_on_validation_and_the_refit_never_sees_the_test_items(spied, tmp_path, demo_splits):
     fits = InProcess(tmp_path / "results", tmp_path)
     (row,) = study("demo", "spy", seeds=2, fits=fits)
-    trials = [json.loads(path.read_text()) for path in (tmp_path / "results/demo/spy").glob("validation-seed0-*")]
+    jobs = [(one["job"]["phase"], one["job"]["seed"]) for one in lines_of(tmp_path / "results")]
+    assert jobs == [("test", 0), ("test", 1), ("validation", 0), ("validation", 0), ("validation", 1)]
+    trials = lines_of(tmp_path / "results")[2:4]
     best = max(trials, key=lambda record: record["metrics"]["ndcg@20"])["job"]["settings"]["sign"]
     assert row["settings"] == f"sign={best}"
     assert row["trials"] == 2
@@ -87,7 +104,7 @@ def test_a_second_run_repeats_nothing_and_an_interrupted_one_goes_on(spied, tmp_
     assert fits.count == 5
     assert study("demo", "spy", seeds=2, fits=fits) == first
     assert fits.count == 5
-    next((tmp_path / "results/demo/spy").glob("test-seed1-*")).unlink()
+    forget(tmp_path / "results", "test", 1)
     again = study("demo", "spy", seeds=2, fits=fits)
     assert fits.count == 6
     assert [one["test"] for one in again] == [one["test"] for one in first]
@@ -119,38 +136,38 @@ def test_a_fit_that_crashes_is_named_and_leaves_no_record(tmp_path):
     job = Job("demo", "ease", "validation", 0, {"no such setting": 1})
     with pytest.raises(FitError, match="ease on demo ended with exit code"):
         Fits(tmp_path, tmp_path)(job)
-    assert not job.path(tmp_path).exists()
+    assert Records(tmp_path).find(job) is None
+
+
+def run_table2(monkeypatch, *arguments):
+    """The exit code of table2.py with these arguments."""
+    monkeypatch.setattr(sys, "argv", ["table2.py", "--dataset", "demo", *map(str, arguments)])
+    return table2.main()
 
 
 @pytest.mark.slow
-def test_the_command_writes_the_table_and_a_second_time_trains_nothing(tmp_path):
-    command = [sys.executable, str(TABLE), "--dataset", "demo", "--models", "popularity", "ease", "--trials", "1"]
-    command += ["--results", str(tmp_path / "results"), "--output", str(tmp_path / "tables")]
-    first = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert first.returncode == 0, first.stderr
-    assert "demo ease test seed 0: l2=" in first.stdout
-    table = (tmp_path / "tables" / "table2-demo.md").read_text()
-    assert "| EASE | 0." in table
-    rows = json.loads((tmp_path / "tables" / "table2-demo.json").read_text())["rows"]
-    assert rows[1]["summary"]["hr@20"]["mean"] > rows[0]["summary"]["hr@20"]["mean"]
-    assert (tmp_path / "tables" / "table2-demo.png").read_bytes().startswith(b"\x89PNG")
-    second = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert second.returncode == 0, second.stderr
-    assert "demo ease" not in second.stdout
-    assert (tmp_path / "tables" / "table2-demo.md").read_text() == table
-    third = [*command[:4], "--recorded", "--results", str(tmp_path / "results"), "--output", str(tmp_path / "again")]
-    found = subprocess.run(third, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
-    assert (tmp_path / "again" / "table2-demo.md").read_text() == table
-    nothing = subprocess.run([*third[:5], "--results", str(tmp_path)], capture_output=True, text=True, check=False)
-    assert nothing.returncode == 1 and "has no finished model on demo" in nothing.stderr
+def test_the_command_prints_the_table_and_a_second_time_trains_nothing(tmp_path, monkeypatch, capsys):
+    models, results = ("--models", "popularity", "ease"), ("--results", tmp_path / "results")
+    assert run_table2(monkeypatch, *models, "--trials", 1, *results) == 0
+    first = capsys.readouterr().out
+    assert "demo ease test seed 0: l2=" in first
+    table = first[first.index("## demo") :]
+    popularity, ease = (
+        float(re.search(rf"\| {name} \|(?: 0\.\d+ \|) (0\.\d+) ", table)[1]) for name in ("Popularity", "EASE")
+    )
+    assert ease > popularity
+    assert run_table2(monkeypatch, *models, "--trials", 1, *results) == 0
+    assert capsys.readouterr().out == table
+    assert run_table2(monkeypatch, "--recorded", *results) == 0
+    assert capsys.readouterr().out == table
+    assert run_table2(monkeypatch, "--recorded", "--results", tmp_path) == 1
+    assert "has no finished model on demo" in capsys.readouterr().err
 
 
-def test_an_unknown_model_gets_a_sentence(tmp_path):
-    command = [sys.executable, str(TABLE), "--dataset", "demo", "--models", "nope"]
-    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert run.returncode == 2
-    assert "there is no model 'nope'; choose all, or among popularity, itemknn" in run.stderr
+def test_an_unknown_model_gets_a_sentence(monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run_table2(monkeypatch, "--models", "nope")
+    assert "there is no model 'nope'; choose all, or among popularity, itemknn" in capsys.readouterr().err
 
 
 def test_what_is_recorded_makes_a_table_without_a_fit(spied, tmp_path):
@@ -161,18 +178,18 @@ def test_what_is_recorded_makes_a_table_without_a_fit(spied, tmp_path):
     assert harness.recorded("demo", "spy", results) == (2, 2)
     count = fits.count
     assert study("demo", "spy", 2, fits, 2) == rows and fits.count == count
-    next((results / "demo" / "spy").glob("test-seed1-*")).unlink()
+    forget(results, "test", 1)
     assert harness.recorded("demo", "spy", results) == (1, 2)
     assert harness.recorded("demo", "tokenrec-best", results) == (0, 1)
 
 
 @pytest.mark.slow
 def test_tokenrec_has_five_rows_from_one_training(tmp_path, tiny_recipe, monkeypatch):
-    monkeypatch.setattr(harness, "load_recipe", lambda name, overrides: dict(tiny_recipe))
+    monkeypatch.setattr(harness, "_recipe", lambda model: harness.settings_of(tiny_recipe))
     fits = InProcess(tmp_path / "results", tmp_path / "work")
     rows = study("demo", "tokenrec-cpu", seeds=1, fits=fits)
-    titles = ["TokenRec (cpu)", "TokenRec (cpu, user id only)", "TokenRec (cpu, unseen prompt)"]
-    titles += ["TokenRec (cpu, history only)", "TokenRec (cpu, its vectors without T5)"]
+    titles = ["TokenRec `cpu`", "TokenRec `cpu`, user id only", "TokenRec `cpu`, unseen prompt"]
+    titles += ["TokenRec `cpu`, history only", "TokenRec `cpu`, its vectors without T5"]
     assert [row["title"] for row in rows] == titles
     assert fits.count == 1
     repository = next((tmp_path / "work" / "demo").iterdir())
@@ -182,16 +199,16 @@ def test_tokenrec_has_five_rows_from_one_training(tmp_path, tiny_recipe, monkeyp
     assert rows[4]["test"] == [metrics["test"]["collaborative_cosine"]]
     assert rows[0]["fit_seconds"][0] > 0
     assert "recipe `cpu`" in markdown(rows, "demo")
-    (record,) = (tmp_path / "results" / "demo" / "tokenrec-cpu").iterdir()
-    assert json.loads(record.read_text())["audit"]["passed"] >= 10
+    (record,) = lines_of(tmp_path / "results")
+    assert record["audit"]["passed"] >= 10
 
     # A repository that has seen a held-out item gets no record.
-    record.unlink()
+    write_lines(tmp_path / "results", [])
     leak = SimpleNamespace(passed=False, finding="the test items were seen.")
-    monkeypatch.setattr(fit_one, "audit", lambda folder: [leak])
+    monkeypatch.setattr(Repository, "audit", lambda self: [leak])
     with pytest.raises(RuntimeError, match="the test items were seen"):
         study("demo", "tokenrec-cpu", seeds=1, fits=fits)
-    assert not record.exists()
+    assert lines_of(tmp_path / "results") == []
 
 
 def test_a_recipe_that_is_changed_says_so(tmp_path):
@@ -211,7 +228,7 @@ def test_a_recipe_that_is_changed_says_so(tmp_path):
     }
     asked = []
     rows = study("demo", "tokenrec-paper-small", 1, lambda job: asked.append(job) or record)
-    assert rows[0]["title"] == "TokenRec (paper, small T5)" and rows[0]["settings"] == "recipe `paper`, changed"
+    assert rows[0]["title"] == "TokenRec `paper`, small T5" and rows[0]["settings"] == "recipe `paper`, changed"
     assert [job.settings for job in asked] == [small]
     assert harness.describe(asked[0]) == "recipe paper, small T5"
 
@@ -227,35 +244,35 @@ def row(*hit_rates, **changes):
 def test_times_are_those_without_a_gpu_where_there_are_any(spied, tmp_path):
     fits = InProcess(tmp_path / "results", tmp_path)
 
-    def with_gpu(phase, seeds):
-        for path in (tmp_path / "results/demo/spy").glob(f"{phase}-*"):
-            record = json.loads(path.read_text())
-            if record["job"]["seed"] in seeds:
-                record = {**record, "accelerator": "A GPU", "fit": {"seconds": 1.0, "cpu_seconds": 1000.0}}
-            path.write_text(json.dumps(record))
+    def with_gpu(seeds):
+        records = lines_of(tmp_path / "results")
+        for record in records:
+            if record["job"]["phase"] == "test" and record["job"]["seed"] in seeds:
+                record |= {"accelerator": "A GPU", "fit": {"seconds": 1.0, "cpu_seconds": 1000.0}}
+        write_lines(tmp_path / "results", records)
 
     study("demo", "spy", 2, fits)
-    with_gpu("test", [1])
+    with_gpu([1])
     (mixed,) = study("demo", "spy", 2, fits)
     assert len(mixed["test"]) == 2 and len(mixed["fit_seconds"]) == len(mixed["peak_bytes"]) == 1
     assert mixed["fit_seconds"][0] < 1000
     assert fit_cell(mixed).isdigit()
-    with_gpu("test", [0, 1])
+    with_gpu([0, 1])
     (on_gpu,) = study("demo", "spy", 2, fits)
     assert fit_cell(on_gpu, 1) == "1000.0 (GPU)"
 
 
 def test_the_spread_is_the_sample_standard_deviation_and_one_run_has_none():
-    assert summary(row(0.1, 0.2, 0.3))["hr@20"] == {"mean": pytest.approx(0.2), "sd": pytest.approx(0.1)}
-    assert summary(row(0.1))["ndcg@10"] == {"mean": pytest.approx(0.1), "sd": None}
+    assert summary(row(0.1, 0.2, 0.3))["hr@20"] == (pytest.approx(0.2), pytest.approx(0.1))
+    assert summary(row(0.1))["ndcg@10"] == (pytest.approx(0.1), None)
     table = markdown([row(0.1, 0.2, 0.3), row(0.1)], "t")
     assert "| M | 0.2000 ± 0.1000 |" in table
     assert "| M | 0.1000 | 0.1000 |" in table
 
 
-def test_rows_of_different_data_make_no_table(tmp_path):
+def test_rows_of_different_data_make_no_table():
     with pytest.raises(ValueError, match=r"not all measured on the same data \(m: d; m: e\)"):
-        write_report([row(0.1), row(0.1, data=["e"])], "t", [], tmp_path, "t")
+        markdown([row(0.1), row(0.1, data=["e"])], "t")
 
 
 @pytest.mark.parametrize(
@@ -275,16 +292,16 @@ def test_a_t5_of_its_own_is_trained_in_bfloat16_where_the_cpu_can(
     def train(splits, recipe, folder, **options):
         asked.append(recipe)
         measured = dict.fromkeys((*harness.VARIANTS, harness.VECTORS), {"hr@20": 0.1})
-        return {"validation": measured, "codes": {}, "epochs": {}, "seconds": {"selection": {"evaluation": 1.0}}}
+        metrics = {"validation": measured, "codes": {}, "epochs": {}, "seconds": {"selection": {"evaluation": 1.0}}}
+        return SimpleNamespace(metrics=metrics, audit=list)
 
     monkeypatch.setattr(fit_one, "train", train)
-    monkeypatch.setattr(fit_one, "audit", lambda folder: [])
     monkeypatch.setattr(fit_one, "product_type", lambda: dtype)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(fit_one, "device", lambda: torch.device("cuda" if cuda else "cpu"))
     settings = harness._recipe(model)
     record = fit_one.fit_tokenrec(asdict(Job("demo", model, "validation", 0, settings)), demo_splits, tmp_path)
     assert record["bf16"] is expected
-    training = asked[0]["retrieval"]["training"]
+    training = asked[0].retrieval.training
     assert training == settings["retrieval"]["training"] | ({"bf16": True, "use_cpu": True} if expected else {})
     # The settings by which the record is found are the same on all machines.
     assert settings == harness._recipe(model)

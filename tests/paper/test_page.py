@@ -1,11 +1,7 @@
-"""The numbers of docs/results.md and README.md are those of the tables, and the tables' those of the records."""
-
-import json
+"""The tables of docs/results.md and README.md are those of the records."""
 
 import page
 import pytest
-from harness import MODELS, Fits, recorded, study
-from report import summary, write_report
 
 
 def made_up(model: str, title: str, *hit_rates: float) -> dict:
@@ -26,27 +22,25 @@ def made_up(model: str, title: str, *hit_rates: float) -> dict:
 
 
 @pytest.fixture
-def tables(tmp_path):
-    rows = [made_up("ease", "EASE", 0.1), made_up("tokenrec-best", "TokenRec (best, user id only)", 0.2, 0.4)]
-    for dataset in ("lastfm", "beauty"):
-        write_report(rows, dataset, [], tmp_path, f"table2-{dataset}")
-    write_report(rows[:1], "ml-100k", [], tmp_path, "table2-ml-100k")
-    return tmp_path
+def measured(monkeypatch):
+    rows = [made_up("ease", "EASE", 0.1), made_up("tokenrec-best", "TokenRec `best`, user id only", 0.2, 0.4)]
+    found = {"lastfm": rows, "beauty": rows, "ml-100k": rows[:1]}
+    monkeypatch.setattr(page, "recorded_rows", lambda dataset, *rest: found[dataset])
 
 
-def test_rows_stand_between_their_marks_and_nothing_else_changes(tables):
+def test_rows_stand_between_their_marks_and_nothing_else_changes(measured):
     before, after = "Text.\n\n<!-- rows lastfm -->\n", "<!-- end of rows -->\n\nMore."
-    filled = page.fill(f"{before}old\n{after}", tables)
+    filled = page.fill(f"{before}old\n{after}")
     assert filled.startswith(before) and filled.endswith(after) and "old" not in filled
     assert "| EASE | .0500 | .1000 | .1500 | .0500 | .1000 | .1500 | 1 | .1000 / .1000 | 4 | 2 |" in filled
     assert "| TokenRec `best`, user id only | **.1500** ± .0707 | **.3000** ± .1414 |" in filled
-    assert page.fill(filled, tables) == filled
-    with pytest.raises(FileNotFoundError):
-        page.fill("<!-- rows nothing -->\n<!-- end of rows -->", tables)
+    assert page.fill(filled) == filled
+    with pytest.raises(ValueError, match="there is no table 'nothing'; choose among lastfm"):
+        page.fill("<!-- rows nothing -->\n<!-- end of rows -->")
 
 
-def test_summary_has_a_column_for_each_data_set(tables):
-    lines = page.summary_rows(tables)
+def test_summary_has_a_column_for_each_data_set(measured, tmp_path):
+    lines = page.summarised(tmp_path)
     assert lines[2:] == [
         "| EASE | .1000 / .1000 | .1000 / .1000 | .1000 / .1000 |",
         "| TokenRec `best`, user id only | .3000 / .3000 | .3000 / .3000 | - |",
@@ -60,14 +54,9 @@ def test_pages_are_up_to_date(path):
     assert page.fill(text) == text, "run python examples/paper/page.py"
 
 
-@pytest.mark.parametrize("dataset", page.SUMMARY)
-def test_tables_are_those_of_all_records(dataset, tmp_path):
-    table = json.loads((page.HERE / "tables" / f"table2-{dataset}.json").read_text(encoding="utf-8"))
-    results = page.HERE / "results"
-    fits = Fits(results, tmp_path, log=pytest.fail)
-    rows = []
-    for model in MODELS:
-        seeds, trials = recorded(dataset, model, results)
-        if seeds:
-            rows += study(dataset, model, seeds, fits, trials)
-    assert table["rows"] == [{**row, "summary": summary(row)} for row in rows], "run table2.py --recorded"
+def test_every_table_stands_on_a_page_and_every_figure_is_shown():
+    text = "".join(path.read_text(encoding="utf-8") for path in page.PAGES)
+    assert {name for name in page.TABLES if f"<!-- rows {name} -->" not in text} == set()
+    figures = page.DOCS / "figures"
+    assert {path.name for path in figures.glob("*-lastfm.png")} == {f"{name}-lastfm.png" for name in page.FIGURES}
+    assert all(f"(figures/{name}-lastfm.png)" in text for name in page.FIGURES)

@@ -4,7 +4,6 @@ import numpy as np
 import quantisers
 import torch
 
-from tokenrec_hf import load_recipe
 from tokenrec_hf.data.splits import index_splits
 
 
@@ -20,16 +19,20 @@ def test_codewords_that_add_up_are_found_where_there_are_any():
 
 
 def test_rows_of_the_demo_set(demo_splits, monkeypatch):
-    short = load_recipe("best")
-    short["collaborative"]["training"]["num_train_epochs"] = 10
-    short["collaborative"]["config"] |= {"embedding_dim": 16, "half_life": None}
-    monkeypatch.setattr(quantisers, "load_recipe", lambda *args, **kwargs: short)
-    monkeypatch.setitem(quantisers.SIDE_BY_SIDE, "config", {"codebook_size": 32, "hidden_dim": 16})
-    monkeypatch.setitem(quantisers.SIDE_BY_SIDE["training"], "max_steps", 20)
+    short = {
+        "collaborative.training.num_train_epochs": 10,
+        "collaborative.config.embedding_dim": 16,
+        "mq_tokenizer.config.codebook_size": 32,
+        "mq_tokenizer.config.hidden_dim": 16,
+        "mq_tokenizer.training.max_steps": 20,
+        "mq_tokenizer.evaluate_every": 20,
+    }
+    for name, value in short.items():
+        monkeypatch.setitem(quantisers.CHANGES, name, value)
     rows = quantisers.compare(index_splits(demo_splits, "validation"), None)
     assert [row["error"] > 0 for row in rows] == [False] + [True] * 5
     exact, _, four, eight, _, of_a = rows
     assert eight["error"] < four["error"] < 1 and of_a["error"] < 1
     # Eight books of 32 for 400 users lose little.
     assert abs(eight["ndcg@20"] - exact["ndcg@20"]) < 0.2 * exact["ndcg@20"]
-    assert quantisers.markdown(rows).count("\n") == len(rows) + 2
+    assert len(quantisers.table(rows)) == len(rows) + 2

@@ -48,7 +48,7 @@ def test_a_written_out_id_is_two_tokens_and_an_end_longer(tiny, demo):
     assert (written.codes[:, 2:-1] == short.codes).all()
 
 
-def test_the_table_is_written(tiny, tmp_path, monkeypatch, capsys):
+def test_the_records_are_written_and_the_table_is_printed(tiny, tmp_path, monkeypatch, capsys):
     arguments = [
         "--dataset",
         "demo",
@@ -61,14 +61,15 @@ def test_the_table_is_written(tiny, tmp_path, monkeypatch, capsys):
         "2",
         "--turns",
         "1",
-        "--output",
+        "--results",
     ]
     monkeypatch.setattr(sys, "argv", ["table5.py", *arguments, str(tmp_path)])
     threads = torch.get_num_threads()
     table5.main()
     torch.set_num_threads(threads)
-    report = json.loads((tmp_path / "table5-demo.json").read_text())
-    assert [row["batch_size"] for row in report["rows"]] == [1, 2]
-    assert all(value > 0 for row in report["rows"] for value in row["milliseconds"].values())
-    text = (tmp_path / "table5-demo.md").read_text()
-    assert "cpu, 2 at once" in text and "vectorised" in text and text in capsys.readouterr().out
+    records = [json.loads(line) for line in (tmp_path / "demo.jsonl").read_text().splitlines()]
+    assert [record["job"]["settings"]["batch_size"] for record in records] == [1, 2]
+    assert all(value > 0 for record in records for value in record["milliseconds"].values())
+    printed = capsys.readouterr().out
+    text = "\n".join(table5.table(records))
+    assert "cpu, 2 at once" in text and "vectorised" in text and text in printed

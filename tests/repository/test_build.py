@@ -8,7 +8,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import T5Config, T5ForConditionalGeneration
 
 from tokenrec_hf.cli.app import main
-from tokenrec_hf.data.data_sources import demo_interactions
+from tokenrec_hf.data.demo import demo_interactions
 from tokenrec_hf.data.splits import index_splits, leave_one_out
 from tokenrec_hf.models.codes import load_indexes
 from tokenrec_hf.models.configuration_tokenrec import MQTokenizerConfig
@@ -130,18 +130,6 @@ def test_rows_are_the_same_for_selection_and_refit_and_in_time_order(splits):
         )
     last = [refit.interactions.of(user)[-1] for user in selection.holdout.users]
     assert last == selection.holdout.targets.tolist()
-
-
-def test_an_item_that_is_only_held_out_has_a_row():
-    splits = {
-        "train": {"user_id": ["a", "b"], "item_id": ["x", "y"]},
-        "validation": {"user_id": ["a"], "item_id": ["z"]},
-        "test": {"user_id": ["a"], "item_id": ["new"]},
-    }
-    data = index_splits(splits, "validation")
-    assert data.item_ids == ["x", "y", "z", "new"]
-    assert (data.interactions.num_users, data.interactions.num_items) == (2, 4)
-    assert data.interactions.popularity().tolist() == [1, 1, 0, 0]
 
 
 # A whole run -----------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ pytest.importorskip("pymilvus", reason="needs the extra milvus")
 
 from tokenrec_hf.models.embedding_store import EmbeddingStore
 from tokenrec_hf.store import milvus as module
-from tokenrec_hf.store import open_store
+from tokenrec_hf.store.engines import open_store
 from tokenrec_hf.store.milvus import MilvusStore
 
 DIM = 3
@@ -548,7 +548,7 @@ for batch in range(10_000):
 """
 READ = """
 import sys, json
-from tokenrec_hf.store import open_store
+from tokenrec_hf.store.engines import open_store
 store = open_store(sys.argv[1])
 ids = store.ids("item")
 print(json.dumps([ids, store.get("item", ids).tolist()]))

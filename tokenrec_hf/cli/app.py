@@ -1,438 +1,526 @@
-"""The `tokenrec` command: quickstart, train, evaluate, recommend, add, remove, push and info.
+"""The `tokenrec` command: its commands, their options, and the exit status.
 
-A thin shell: each command reads its arguments, calls the package and returns one document, which is shown as text or, with
-`--json`, as it is. Results go to stdout, progress and notes to stderr. Everything heavy is imported inside the commands, so
-that help costs nothing.
+Each command is a function from its options to one JSON document, made with [`Repository`], [`Recommender`] and [`Recipe`].
+[`_command`] shows the document as text or, with `--json`, as it is. Results go to stdout; progress, notes and errors go to
+stderr. Heavy modules are imported inside the functions, so help and usage errors are immediate.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import inspect
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from typer import Argument, Option
 
 from .. import __version__
-from ..models.codes import fetch_repository, read_json
-from ..repository.repository import Repository
-from ..training.recipe import RECIPES, Recipe
-from .output import (
-    show_addition,
-    show_evaluation,
-    show_info,
-    show_push,
-    show_quickstart,
-    show_recommendations,
-    show_removal,
-    show_train,
-)
-from .settings import UsageError, read_recipe, read_where
+from ..evaluation.variants import VARIANTS
+from . import output
+from .output import Blocks, Document, note, working
 
 if TYPE_CHECKING:
-    from ..models.recommender import Recommender
+    from typer.core import TyperCommand
 
-# Titles are known for these data sets.
+    from ..models.embedding_store import Store
+    from ..models.recommender import Recommendation, Recommender
+    from ..repository.repository import Repository
+
+# Data sets with item titles.
 TITLED = ("demo", "ml-100k")
+# The value of a setting or a metadata filter.
+Scalar = Any
+
+AsJson = Annotated[bool, Option("--json", help="Print one JSON document on stdout.")]
+Name = Annotated[str, Argument(metavar="REPOSITORY", help="Folder that `tokenrec train` wrote, or Hub repository.")]
+Folder = Annotated[str, Argument(metavar="FOLDER", help="Folder that `tokenrec train` wrote.")]
+Revision = Annotated[str | None, Option(show_default="main", help="Branch, tag or commit of the Hub repository.")]
+URI = Annotated[
+    str | None,
+    Option(
+        metavar="URI",
+        show_default="the repository's own",
+        help="Embedding store: a folder, a Milvus Lite .db, or http(s)://host:19530 with its token in MILVUS_TOKEN.",
+    ),
+]
+TopK = Annotated[int, Option(metavar="K", help="Number of items.")]
+Where = Annotated[
+    list[str] | None,
+    Option(metavar="NAME=VALUE ...", help="Only items with this metadata; values of the same name are alternatives."),
+]
+
+app = typer.Typer(
+    rich_markup_mode="rich",
+    add_completion=False,
+    # `--top-k` and `--top_k` are the same option.
+    context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},
+)
+
+
+class UsageError(typer.TyperException):
+    """A wrong argument."""
+
+    exit_code = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-        argv: the arguments after `tokenrec`; by default those of the process.
+        argv: arguments after `tokenrec`; by default those of the process.
 
     Returns:
-        The exit status: 0, 1 where the command failed or an audit did not pass, 130 where it was interrupted. A wrong usage ends
-        in argparse's `SystemExit(2)`. With the environment variable `TOKENREC_DEBUG`, errors keep their traceback.
+        Exit status: 0, 1 for a failure or an audit that did not pass, 2 for a usage error, 130 after an interruption. With the
+        environment variable `TOKENREC_DEBUG`, errors keep their traceback.
     """
-    parser, commands = _parsers()
-    arguments, settings = parser.parse_known_args(_respelled(sys.argv[1:] if argv is None else argv, commands))
-    command = commands[arguments.command]
-    trains = arguments.command in ("quickstart", "train")
-    if settings and arguments.command != "train":
-        command.error(f"unrecognized arguments: {' '.join(settings)}")
-    arguments.settings = settings
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    commands: Any = typer.main.get_command(app)
+    command = commands.commands.get(arguments[0]) if arguments else None
+    name = "tokenrec" if command is None else f"tokenrec {command.name}"
+    if command is not None:
+        arguments = _repeat_options(arguments, command)
     try:
-        # What a library prints must not get into the one JSON document.
-        with contextlib.redirect_stdout(sys.stderr):
-            document = arguments.run(arguments)
-        if arguments.json:
-            _write(json.dumps(document, indent=2, ensure_ascii=False))
-        else:
-            _write(arguments.show(document))
-        sys.stdout.flush()
-        if document.get("passed") is False:
-            return 1
-    except KeyboardInterrupt:
-        _note("tokenrec: interrupted" + ("; the same command goes on where this one stopped." if trains else "."))
-        return 130
-    except BrokenPipeError:
-        # The reader, say `head`, has enough. Python would complain when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (UsageError, ValueError, KeyError, OSError, ImportError) as error:
+        status = commands.main(arguments, prog_name="tokenrec", standalone_mode=False)
+    except typer.TyperException as error:
+        note(f"{name}: error: {error.format_message().rstrip('.')} (see `{name} --help`).", style="red")
+        return error.exit_code
+    except (ValueError, KeyError, OSError, ImportError) as error:
         if os.environ.get("TOKENREC_DEBUG"):
             raise
-        message = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
-        if isinstance(error, UsageError):
-            command.error(message)
-        _note(f"tokenrec: error: {message}")
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        note(f"tokenrec: error: {message}", style="red")
         return 1
-    return 0
+    if status == 130:
+        resumes = command is not None and command.name in ("quickstart", "train")
+        note("tokenrec: interrupted" + ("; the same command resumes the training." if resumes else "."))
+    return status
+
+
+def _command(*examples: str, show: Callable[[Document], Blocks], **settings: Any) -> Callable:
+    """Registers a command with the name, the docstring and the options of a function, and with `--json`.
+
+    Args:
+        examples: command lines at the end of the help.
+        show: makes text of the document that the function returns.
+        settings: further arguments of `typer.Typer.command`.
+    """
+
+    def register(function: Callable[..., Document]) -> Callable[..., Document]:
+        def run(as_json: bool, **arguments: Any) -> int:
+            # Only the document may be written to stdout, also where a library prints.
+            with contextlib.redirect_stdout(sys.stderr):
+                document = function(**arguments)
+            text = json.dumps(document, indent=2, ensure_ascii=False) if as_json else output.text(show(document))
+            sys.stdout.write(text + "\n")
+            sys.stdout.flush()
+            return 1 if document.get("passed") is False else 0
+
+        signature = inspect.signature(function, eval_str=True)
+        as_json = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=AsJson)
+        parameters = [*signature.parameters.values(), as_json]
+        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        # The lines of a paragraph are joined, because they are wrapped again to the width of the terminal.
+        paragraphs = [part.replace("\n", " ") for part in (inspect.getdoc(function) or "").split("\n\n")]
+        epilog = "\n".join(["examples:" if len(examples) > 1 else "example:", *examples])
+        app.command(function.__name__, help="\n\n".join(paragraphs), epilog=epilog, **settings)(run)
+        return function
+
+    return register
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"tokenrec {__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog="example:\ntokenrec quickstart")
+def _tokenrec(
+    version: Annotated[
+        bool, Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
+    ] = False,
+) -> None:
+    """Recommendation with users and items as tokens of T5 (TokenRec)."""
+
+
+def _variant(name: str) -> Any:
+    """The flag of `tokenrec evaluate` for a variant of the prompts."""
+    return Option(VARIANTS[name].flag, help=f"Evaluate with {VARIANTS[name].help}.")
 
 
 # The commands ---------------------------------------------------------------------------------------------------------
 
 
-def _quickstart(arguments: argparse.Namespace) -> dict[str, Any]:
+@_command("tokenrec quickstart", show=output.show_quickstart)
+def quickstart(
+    output_dir: Annotated[str, Option("--output_dir", help="Folder to write.")] = "tokenrec-quickstart",
+) -> Document:
+    """Train, evaluate and recommend on a small data set, offline, in a few minutes on two cores."""
     from ..data.interactions import load_interactions
     from ..data.splits import leave_one_out
-    from ..models.recommender import Recommender
-    from ..repository.build import train
+    from ..repository import build
+    from ..training.recipe import Recipe
 
     _quiet()
-    folder = Path(arguments.output_dir)
     splits = leave_one_out(load_interactions("demo"))
-    finished = (folder / "metrics.json").is_file()
+    finished = _is_finished(output_dir)
     if not finished:
-        _note(
-            "training on the demo data set: a collaborative model (LightGCN), two MQ-Tokenizers and a T5, first to choose the "
-            "number of epochs, then once more with the validation items; this takes a few minutes."
+        note(
+            "training on the demo data set: a collaborative model (LightGCN), two MQ-Tokenizers and a T5, first to select the "
+            "number of epochs, then again with the validation items; this takes a few minutes."
         )
-    log = (lambda line: None) if finished else _note
-    metrics = train(splits, Recipe.load("quickstart"), folder, dataset_name="demo", log=log).metrics
-    recommender, titles = Recommender.from_pretrained(folder), _titles("demo")
+    log = (lambda line: None) if finished else note
+    repository = build.train(splits, Recipe.load("quickstart"), output_dir, dataset_name="demo", log=log)
+    recommender, titles = repository.recommender(), _titles("demo")
     users = splits["test"]["user_id"][:3]
+    found = recommender.recommend(users, top_k=5)
     return {
-        "repository": str(folder),
-        "metrics": metrics,
+        "repository": output_dir,
+        "metrics": repository.metrics,
         "held_out": dict(zip(users, splits["test"]["item_id"][:3])),
-        "users": [_recommendations(recommender, user, titles, top_k=5) for user in users],
+        "users": [_recommendations(recommender, titles, user, None, rows) for user, rows in zip(users, found)],
     }
 
 
-def _train(arguments: argparse.Namespace) -> dict[str, Any]:
-    recipe = read_recipe(arguments)
-    from ..data.data_sources import DATA_SOURCES
-    from ..data.interactions import HUB, load_interactions
+@_command(
+    "tokenrec train --dataset ml-100k --output_dir out",
+    "tokenrec train --dataset ratings.csv --min_rating 4 --k_core 5 --output_dir out --learning_rate 1e-3",
+    "tokenrec train --dataset ratings.csv --output_dir out --mq_tokenizer.config.codebook_size 512",
+    show=output.show_train,
+    context_settings={"ignore_unknown_options": True},
+)
+def train(
+    dataset: Annotated[
+        str,
+        Option(
+            help="demo, ml-100k, ml-1m, lastfm, beauty, clothing, a folder with train.txt, a CSV, TSV, JSON-lines, .inter or "
+            "Parquet file, or hf://datasets/organisation/name."
+        ),
+    ],
+    output_dir: Annotated[str, Option("--output_dir", help="Folder of the trained repository.")],
+    recipe: Annotated[str, Option(help="Recipe: paper, best, cpu or quickstart.")] = "cpu",
+    config: Annotated[str | None, Option(help="YAML file with the settings that differ from the recipe's.")] = None,
+    seed: Annotated[int | None, Option(help="Seed of the recipe.")] = None,
+    loss_type: Annotated[str | None, Option("--loss_type", help="Short for --retrieval.config.loss_type.")] = None,
+    no_refit: Annotated[bool, Option("--no-refit", help="Do not train again with the validation items.")] = False,
+    min_rating: Annotated[float | None, Option("--min_rating", help="Drop interactions rated lower.")] = None,
+    k_core: Annotated[int | None, Option("--k_core", help="Drop users and items with fewer interactions.")] = None,
+    user_column: Annotated[str | None, Option("--user_column", help="Column of user ids.")] = None,
+    item_column: Annotated[str | None, Option("--item_column", help="Column of item ids.")] = None,
+    rating_column: Annotated[str | None, Option("--rating_column", help="Column of ratings.")] = None,
+    timestamp_column: Annotated[str | None, Option("--timestamp_column", help="Column of timestamps.")] = None,
+    settings: Annotated[list[str] | None, Argument(metavar="--SETTING VALUE", help="Any other setting.")] = None,
+) -> Document:
+    """Train a recommender, or resume the same command where it was stopped.
+
+    Any field of transformers' TrainingArguments sets the T5 stage, as --num_train_epochs 3. Any setting of the recipe is named
+    with dots, as --retrieval.config.loss_type cosine_ranking. Columns are found by their usual names.
+    """
+    from ..training.recipe import Recipe, SettingError
+
+    name = _dataset_name(dataset)
+    shortcuts = {"seed": seed, "retrieval.config.loss_type": loss_type}
+    given = {setting: value for setting, value in shortcuts.items() if value is not None}
+    given |= read_settings(settings or ())
+    try:
+        loaded = Recipe.load(recipe, config, given)
+    except SettingError as error:
+        # Other settings are in the file of --config.
+        if any(one.startswith(error.setting) or error.setting.startswith(one) for one in ("recipe", *given)):
+            raise UsageError(str(error)) from None
+        raise
+    # Imports torch; missing files have been reported by now.
+    from ..data.interactions import load_interactions
     from ..data.splits import leave_one_out
-    from ..repository.build import train
+    from ..repository import build
 
     _quiet()
-    columns = ("user_column", "item_column", "rating_column", "timestamp_column", "min_rating", "k_core")
-    interactions = load_interactions(arguments.dataset, **{name: getattr(arguments, name) for name in columns})
-    name = arguments.dataset
-    if name.startswith(HUB):
-        name = name.removeprefix(HUB)
-    elif name not in ("demo", *DATA_SOURCES):
-        # Where it lies is nobody's business, and a folder `demo/` is not the data set `demo`.
-        path = Path(name).expanduser().resolve()
-        name = path.name + "/" * path.is_dir()
-    splits = leave_one_out(interactions)
-    trained = train(splits, recipe, arguments.output_dir, dataset_name=name, refit=not arguments.no_refit, log=_note)
-    return {"repository": arguments.output_dir, **trained.metrics}
+    interactions = load_interactions(
+        dataset,
+        user_column=user_column,
+        item_column=item_column,
+        rating_column=rating_column,
+        timestamp_column=timestamp_column,
+        min_rating=min_rating,
+        k_core=k_core,
+    )
+    trained = build.train(
+        leave_one_out(interactions), loaded, output_dir, dataset_name=name, refit=not no_refit, log=note
+    )
+    return {"repository": output_dir, **trained.metrics}
 
 
-def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
-    if arguments.audit:
-        return _audit(arguments)
+@_command("tokenrec evaluate out --split test --unseen-prompt", show=output.show_evaluation)
+def evaluate(
+    repository: Name,
+    revision: Revision = None,
+    store: URI = None,
+    split: Annotated[Literal["test", "validation"], Option(help="Held-out items to rank.")] = "test",
+    unseen_prompt: Annotated[bool, _variant("tokenrec_unseen_prompt")] = False,
+    history_only: Annotated[bool, _variant("tokenrec_history_only")] = False,
+    user_id_only: Annotated[bool, _variant("tokenrec_user_id_only")] = False,
+    audit: Annotated[bool, Option("--audit", help="Only check that no part has seen the held-out items.")] = False,
+) -> Document:
+    """Rank all items for every user and measure the rank of the held-out item."""
+    variants = {"unseen_prompt": unseen_prompt, "history_only": history_only, "user_id_only": user_id_only}
+    given = [f"tokenrec_{name}" for name, is_given in variants.items() if is_given]
+    flags = [*(str(VARIANTS[name].flag) for name in given), *["--audit"] * audit]
+    if len(flags) > 1:
+        raise UsageError(f"{flags[0]} is not allowed with {flags[1]}.")
+    if audit and store:
+        raise UsageError("--audit checks the repository's own store; leave out --store.")
+    opened = _open(repository, revision)
     _quiet()
-    repository = Repository.from_pretrained(arguments.repository, revision=arguments.revision)
-    found = repository.evaluate(arguments.split, arguments.variant, _store(arguments.store))
-    return {"repository": arguments.repository, **found}
+    if audit:
+        with working("auditing"):
+            checks = opened.audit()
+        passed = all(check.passed is not False for check in checks)
+        return {"repository": repository, "passed": passed, "checks": [asdict(check) for check in checks]}
+    if store and split == "validation" and opened.info()["refit"]:
+        raise UsageError("--store holds the vectors of the refit; evaluate it on --split test.")
+    return {"repository": repository, **opened.evaluate(split, given[0] if given else "tokenrec", _store(store))}
 
 
-def _audit(arguments: argparse.Namespace) -> dict[str, Any]:
-    from dataclasses import asdict
+@_command(
+    "tokenrec recommend out --user 03 --history 08 24 --top-k 10",
+    "tokenrec recommend org/name --history 08 24 --where genre=jazz genre=folk",
+    show=output.show_recommendations,
+)
+def recommend(
+    repository: Name,
+    user: Annotated[str | None, Option(metavar="ID", help="User id; without it, the history alone.")] = None,
+    history: Annotated[
+        list[str] | None,
+        Option(metavar="ID ...", help="Items to show the model, oldest first; by default those in the store."),
+    ] = None,
+    top_k: TopK = 10,
+    include_seen: Annotated[bool, Option("--include-seen", help="Also items that the user has seen.")] = False,
+    where: Where = None,
+    store: URI = None,
+    revision: Revision = None,
+) -> Document:
+    """Recommend items to a user, or to an unknown user by a history.
 
-    if arguments.store:
-        raise UsageError("--audit looks at the repository's own store; leave --store out.")
-    _quiet()
-    checks = Repository.from_pretrained(arguments.repository, revision=arguments.revision).audit()
+    With --user and an empty --history, the model is asked with the user id alone.
+    """
+    # `--history` without items is one empty value.
+    shown = None if history is None else [item for item in history if item]
+    if user is None and not shown:
+        raise UsageError("there is no user to recommend to; give --user, --history or both.")
+    filters = read_where(where or ())
+    recommender, titles = _recommender(repository, revision, store)
+    found = recommender.recommend([user], [shown], top_k=top_k, exclude_seen=not include_seen, where=filters)[0]
+    return _recommendations(recommender, titles, user, shown, found)
+
+
+@_command("tokenrec similar out --item 08 --top-k 10", show=output.show_similar)
+def similar(
+    repository: Name,
+    item: Annotated[list[str], Option(metavar="ID ...", help="Item ids.")],
+    top_k: TopK = 10,
+    where: Where = None,
+    store: URI = None,
+    revision: Revision = None,
+) -> Document:
+    """List the items whose vectors are most similar to the vectors of given items."""
+    filters = read_where(where or ())
+    recommender, titles = _recommender(repository, revision, store)
+    found = recommender.similar_items(item, top_k=top_k, where=filters)
     return {
-        "repository": arguments.repository,
-        "passed": all(check.passed is not False for check in checks),
-        "checks": [asdict(check) for check in checks],
+        "repository": repository,
+        "items": [
+            {"item": one, "tokens": tokens, "title": titles.get(one), "similar": _ranked(recommender, titles, rows)}
+            for one, tokens, rows in zip(item, _tokens(recommender, "item", item), found)
+        ],
     }
 
 
-def _recommend(arguments: argparse.Namespace) -> dict[str, Any]:
-    from ..models.recommender import Recommender
+@_command(
+    "tokenrec add out --interactions today.csv --retrain",
+    "tokenrec add out --items vectors.parquet",
+    show=output.show_addition,
+)
+def add(
+    repository: Folder,
+    users: Annotated[str | None, Option(metavar="FILE", help="Parquet file with vectors of users.")] = None,
+    items: Annotated[str | None, Option(metavar="FILE", help="Parquet file with vectors of items.")] = None,
+    interactions: Annotated[str | None, Option(help="New interactions, as `train --dataset` reads them.")] = None,
+    retrain: Annotated[bool, Option("--retrain", help="Train the collaborative model further.")] = False,
+) -> Document:
+    """Add users and items to a trained repository without training T5 again.
 
-    if arguments.user is None and not arguments.history:
-        raise UsageError("there is nobody to recommend to: give --user, --history or both.")
-    _quiet()
-    folder = fetch_repository(arguments.repository, revision=arguments.revision)
-    recommender = Recommender.from_pretrained(folder, store=_store(arguments.store))
-    known = folder / "metrics.json"
-    return _recommendations(
-        recommender,
-        arguments.user,
-        _titles(read_json(known)["dataset"] if known.is_file() else ""),
-        history=arguments.history,
-        top_k=arguments.top_k,
-        exclude_seen=not arguments.include_seen,
-        where=read_where(arguments.where),
-    )
-
-
-def _add(arguments: argparse.Namespace) -> dict[str, Any]:
+    Parquet files have a column of ids (id) and a column of vectors (vector); further columns of items are the metadata that
+    `recommend --where` filters by. Users and items that only --interactions names are folded in. With --retrain, the
+    vectors of the further trained collaborative model are aligned with the old space. If the command fails, the repository is
+    unchanged.
+    """
+    if not (users or items or interactions or retrain):
+        raise UsageError("there is nothing to add; give --users, --items, --interactions or --retrain.")
+    opened = _open_local(repository)
     from ..data.interactions import load_interactions
     from ..repository.update import read_vectors
 
-    if not (arguments.users or arguments.items or arguments.interactions or arguments.retrain):
-        raise UsageError("there is nothing to add: give --users, --items, --interactions or --retrain.")
     _quiet()
     started = time.monotonic()
-    report = Repository(_local(arguments.repository)).add(
-        users=read_vectors(arguments.users, "user") if arguments.users else None,
-        items=read_vectors(arguments.items, "item") if arguments.items else None,
-        interactions=load_interactions(arguments.interactions) if arguments.interactions else None,
-        retrain=arguments.retrain,
-    )
-    return {"repository": arguments.repository, **report, "seconds": round(time.monotonic() - started, 2)}
+    with working("adding"):
+        report = opened.add(
+            users=read_vectors(users, "user") if users else None,
+            items=read_vectors(items, "item") if items else None,
+            interactions=load_interactions(interactions) if interactions else None,
+            retrain=retrain,
+        )
+    return {"repository": repository, **report, "seconds": round(time.monotonic() - started, 2)}
 
 
-def _remove(arguments: argparse.Namespace) -> dict[str, Any]:
-    if not (arguments.users or arguments.items):
-        raise UsageError("there is nothing to remove: give --users or --items.")
+@_command("tokenrec remove out --items 08 24", show=output.show_removal)
+def remove(
+    repository: Folder,
+    users: Annotated[list[str] | None, Option(metavar="ID ...", help="Users to delete.")] = None,
+    items: Annotated[list[str] | None, Option(metavar="ID ...", help="Items to withdraw.")] = None,
+) -> Document:
+    """Delete users with all their data, or withdraw items.
+
+    Deleted users leave no trace in the files, those of the training included. Withdrawn items are never recommended again;
+    histories may still name them.
+    """
+    if not (users or items):
+        raise UsageError("there is nothing to remove; give --users or --items.")
+    opened = _open_local(repository)
     _quiet()
-    repository = Repository(_local(arguments.repository))
-    removed = repository.remove(users=arguments.users or (), items=arguments.items or ())
-    return {"repository": arguments.repository, **removed}
+    with working("removing"):
+        return {"repository": repository, **opened.remove(users=users or (), items=items or ())}
 
 
-def _push(arguments: argparse.Namespace) -> dict[str, Any]:
-    commit = Repository(arguments.repository).push_to_hub(
-        arguments.repo_id,
-        private=arguments.private or None,
-        revision=arguments.revision,
-        include_users=arguments.include_users,
+@_command("tokenrec push out my-name/my-recommender --private", show=output.show_push)
+def push(
+    repository: Folder,
+    repo_id: Annotated[str, Argument(metavar="NAME", help="Hub repository, as organisation/name; created if absent.")],
+    private: Annotated[bool, Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, Option(show_default="main", help="Branch; created if absent.")] = None,
+    include_users: Annotated[bool, Option("--include-users", help="Also push the data of users.")] = False,
+) -> Document:
+    """Share a trained repository on the Hugging Face Hub, in one commit.
+
+    Data of users (ids, vectors, seen items, codes, the collaborative model) are personal. They stay on this machine unless
+    --include-users is given.
+    """
+    from ..repository.repository import Repository
+
+    commit = Repository(repository).push_to_hub(
+        repo_id, private=private or None, revision=revision, include_users=include_users
     )
-    return {"repository": arguments.repo_id, "commit": commit, "users": arguments.include_users}
+    return {"repository": repo_id, "commit": commit, "users": include_users}
 
 
-def _info(arguments: argparse.Namespace) -> dict[str, Any]:
-    repository = Repository.from_pretrained(arguments.repository, revision=arguments.revision)
-    return {"repository": arguments.repository, **repository.info()}
+@_command("tokenrec info out", show=output.show_info)
+def info(repository: Name, revision: Revision = None) -> Document:
+    """Show the contents, settings and results of a trained repository."""
+    return {"repository": repository, **_open(repository, revision).info()}
 
 
 # Arguments ------------------------------------------------------------------------------------------------------------
 
 
-def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    parser = argparse.ArgumentParser(
-        prog="tokenrec",
-        description="Recommendation with users and items as tokens of T5 (TokenRec).",
-        epilog="example: tokenrec quickstart",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=f"tokenrec {__version__}")
-    group = parser.add_subparsers(dest="command", required=True, metavar="command")
-    commands = {}
+def _repeat_options(arguments: Sequence[str], command: TyperCommand) -> list[str]:
+    """`--history 08 24` as `--history=08 --history=24`: typer takes one value for each occurrence of an option.
 
-    def command(name: str, run: Callable, show: Callable, text: str, example: str) -> argparse.ArgumentParser:
-        added = group.add_parser(
-            name,
-            help=text,
-            description=text[0].upper() + text[1:] + ".",
-            epilog=example,
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        added.add_argument("--json", action="store_true", help="print one JSON document on stdout")
-        added.set_defaults(run=run, show=show)
-        commands[name] = added
-        return added
-
-    quickstart = command(
-        "quickstart",
-        _quickstart,
-        show_quickstart,
-        "train, evaluate and recommend on a small data set, offline, in a few minutes on two cores",
-        "example: tokenrec quickstart --output_dir tokenrec-quickstart",
-    )
-    quickstart.add_argument("--output_dir", default="tokenrec-quickstart", help="default: %(default)s")
-
-    train = command(
-        "train",
-        _train,
-        show_train,
-        "train a recommender, or go on where the same command was stopped",
-        "Any argument of transformers' TrainingArguments goes to the T5 stage (--num_train_epochs 3), any setting of the\n"
-        "recipe is named with dots (--mq_tokenizer.config.codebook_size 512), --loss_type and --seed are shortcuts.\n\n"
-        "examples:\n"
-        "  tokenrec train --dataset ml-100k --output_dir out\n"
-        "  tokenrec train --dataset ratings.csv --min_rating 4 --k_core 5 --output_dir out --learning_rate 1e-3\n"
-        "  tokenrec train --dataset ratings.csv --output_dir out --retrieval.config.loss_type cosine_ranking",
-    )
-    train.add_argument(
-        "--dataset",
-        required=True,
-        help="demo, ml-100k, ml-1m, lastfm, beauty, clothing, a folder with train.txt, a CSV, TSV, JSON-lines, .inter or "
-        "Parquet file, or hf://datasets/organisation/name",
-    )
-    train.add_argument("--output_dir", required=True, help="the folder that becomes a trained repository")
-    train.add_argument("--recipe", choices=RECIPES, default="cpu", help="default: %(default)s")
-    train.add_argument("--config", metavar="FILE", help="a YAML file with the settings that differ from the recipe's")
-    train.add_argument("--no-refit", action="store_true", help="do not train again with the validation items")
-    train.add_argument("--min_rating", type=float, metavar="X", help="drop interactions rated lower")
-    train.add_argument("--k_core", type=int, metavar="N", help="drop users and items with fewer interactions")
-    for name in ("user", "item", "rating", "timestamp"):
-        train.add_argument(f"--{name}_column", metavar="NAME", help="by default found by its name")
-
-    evaluate = command(
-        "evaluate",
-        _evaluate,
-        show_evaluation,
-        "rank all items for every user and measure where the held-out one comes",
-        "example: tokenrec evaluate out --split test --unseen-prompt",
-    )
-    _repository(evaluate)
-    _elsewhere(evaluate)
-    evaluate.add_argument("--split", choices=("test", "validation"), default="test", help="default: %(default)s")
-    prompt = evaluate.add_mutually_exclusive_group()
-    prompt.set_defaults(variant="tokenrec")
-    for flag, variant, text in (
-        ("--unseen-prompt", "tokenrec_unseen_prompt", "ask in words that training never used"),
-        ("--history-only", "tokenrec_history_only", "ask with the history, without saying whose it is"),
-        ("--user-id-only", "tokenrec_user_id_only", "ask without the history"),
-    ):
-        prompt.add_argument(flag, dest="variant", action="store_const", const=variant, default="tokenrec", help=text)
-    prompt.add_argument(
-        "--audit",
-        action="store_true",
-        help="instead of measuring, check that nothing in the repository has seen the validation and test items",
-    )
-
-    recommend = command(
-        "recommend",
-        _recommend,
-        show_recommendations,
-        "recommend items to a user, or to anybody with a history",
-        "examples:\n"
-        "  tokenrec recommend out --user 03 --history 08 24 --top-k 10\n"
-        "  tokenrec recommend org/name --history 08 24",
-    )
-    _repository(recommend)
-    _elsewhere(recommend)
-    recommend.add_argument("--user", metavar="ID", help="the user's id; without one, the history says it all")
-    recommend.add_argument(
-        "--history",
-        nargs="*",
-        metavar="ITEM",
-        help="what to show the model, oldest first; by default what the store knows of the user; nothing: the user id alone",
-    )
-    recommend.add_argument("--top-k", type=int, default=10, metavar="K", help="default: %(default)s")
-    recommend.add_argument("--include-seen", action="store_true", help="also items that the user has interacted with")
-    recommend.add_argument(
-        "--where",
-        nargs="+",
-        metavar="NAME=VALUE",
-        help="only items with this metadata; of a name that is given twice either value will do",
-    )
-
-    add = command(
-        "add",
-        _add,
-        show_addition,
-        "add users and items to a trained repository without training T5 again",
-        "Vectors come as Parquet with a column of ids (id) and one of vectors (vector); further columns of items are metadata\n"
-        "that `recommend --where` filters by. Users and items that only --interactions names are folded in. Whatever goes\n"
-        "wrong, the repository stays as it was.\n\n"
-        "examples:\n"
-        "  tokenrec add out --interactions today.csv\n"
-        "  tokenrec add out --items vectors.parquet\n"
-        "  tokenrec add out --interactions today.csv --retrain",
-    )
-    add.add_argument("repository", help="the folder that `tokenrec train` wrote")
-    add.add_argument("--users", metavar="FILE", help="vectors of users")
-    add.add_argument("--items", metavar="FILE", help="vectors of items")
-    add.add_argument(
-        "--interactions", metavar="FILE", help="interactions since the training: whatever `train --dataset` takes"
-    )
-    add.add_argument(
-        "--retrain",
-        action="store_true",
-        help="go on training the collaborative model with everything, and turn its vectors into the old space",
-    )
-
-    remove = command(
-        "remove",
-        _remove,
-        show_removal,
-        "delete users with all that is known of them, or withdraw items from sale",
-        "Of a user nothing is left in the files, those of the training included. A withdrawn item is never recommended\n"
-        "again; histories may go on to name it.\n\n"
-        "example: tokenrec remove out --items 08 24",
-    )
-    remove.add_argument("repository", help="the folder that `tokenrec train` wrote")
-    remove.add_argument("--users", nargs="+", metavar="ID")
-    remove.add_argument("--items", nargs="+", metavar="ID")
-
-    push = command(
-        "push",
-        _push,
-        show_push,
-        "share a trained repository on the Hugging Face Hub, in one commit",
-        "What is known of users (ids, vectors, seen items, codes, the collaborative model) is personal data and stays here\n"
-        "unless --include-users is given.\n\n"
-        "example: tokenrec push out my-name/my-recommender --private",
-    )
-    push.add_argument("repository", help="the folder that `tokenrec train` wrote")
-    push.add_argument("repo_id", metavar="name", help="of the Hub repository, as organisation/name; made if absent")
-    push.add_argument("--private", action="store_true", help="make a private repository")
-    push.add_argument("--revision", metavar="BRANCH", help="made if absent; default: main")
-    push.add_argument("--include-users", action="store_true", help="also push what is known of users")
-
-    info = command(
-        "info",
-        _info,
-        show_info,
-        "tell what a trained repository holds, how it was made and how good it is",
-        "example: tokenrec info out",
-    )
-    _repository(info)
-    return parser, commands
-
-
-def _repository(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("repository", help="the folder that `tokenrec train` wrote, or the name of a Hub repository")
-    parser.add_argument("--revision", metavar="R", help="branch, tag or commit of the Hub repository; default: main")
-
-
-def _elsewhere(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--store",
-        metavar="URI",
-        help="an embedding store in the place of the repository's own: a folder, a Milvus Lite .db, or http(s)://host:19530 "
-        "(its token in the environment variable MILVUS_TOKEN)",
-    )
-
-
-def _respelled(argv: Sequence[str], commands: Mapping[str, argparse.ArgumentParser]) -> list[str]:
-    """The arguments with `-` and `_` within option names as the options were declared."""
-    declared = {name.replace("-", "_"): name for parser in commands.values() for name in parser._option_string_actions}
-    result = []
-    for argument in argv:
-        name, equals, value = argument.partition("=")
-        if argument.startswith("--") and len(name) > 2:
-            underscored = "__" + name[2:].replace("-", "_")
-            name = declared.get(underscored, "--" + underscored[2:])
-        result.append(name + equals + value)
+    The values end at the next option of the command, so ids may begin with hyphens. No value at all becomes an empty one.
+    """
+    several = {name.replace("_", "-"): getattr(one, "multiple", False) for one in command.params for name in one.opts}
+    result: list[str] = []
+    current = ""
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        name = name.replace("_", "-")
+        if name in several or argument in ("--", "--help"):
+            current = f"{name}=" if several.get(name) and not equals else ""
+            result.append(current or argument)
+        elif current:
+            if result[-1] == current:
+                result.pop()
+            result.append(current + argument)
+        else:
+            result.append(argument)
     return result
 
 
-# What the commands share ----------------------------------------------------------------------------------------------
+def read_settings(arguments: Sequence[str]) -> dict[str, Scalar]:
+    """`--a.b 1 --c=x --flag` as settings by dotted name; names without dots are fields of T5's `TrainingArguments`.
+
+    Raises:
+        UsageError: a value without a name.
+    """
+    settings: dict[str, Scalar] = {}
+    pending = ""
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name.startswith("--"):
+            name = name[2:].replace("-", "_")
+            pending = name if "." in name else f"retrieval.training.{name}"
+            settings[pending] = read_scalar(value) if equals else True
+            pending *= not equals
+        elif pending:
+            settings[pending] = read_scalar(argument)
+            pending = ""
+        else:
+            raise UsageError(f"there is no setting before the value {argument!r}.")
+    return settings
+
+
+def read_scalar(text: str) -> Scalar:
+    """The JSON value of a text, or the text itself where it is none."""
+    for read in (json.loads, float):
+        with contextlib.suppress(ValueError):
+            return read(text.lower() if text in ("True", "False") else text)
+    return text
+
+
+def read_where(pairs: Iterable[str]) -> dict[str, list[Scalar]]:
+    """`genre=jazz genre=folk in_stock=true` as `{"genre": ["jazz", "folk"], "in_stock": [True]}`.
+
+    Raises:
+        UsageError: a filter is not NAME=VALUE.
+    """
+    where: dict[str, list[Scalar]] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name or name.startswith("-"):
+            raise UsageError(f"--where {pair} is not NAME=VALUE.")
+        where.setdefault(name, []).append(read_scalar(value))
+    return where
+
+
+def _dataset_name(dataset: str) -> str:
+    """The name to record: without the local path, and with a slash for a folder, which may be named like a data set.
+
+    Raises:
+        FileNotFoundError: there is no such data set.
+    """
+    from ..data.interactions import HUB, load_interactions
+    from ..data.named_datasets import DATA_SOURCES
+
+    if dataset.startswith(HUB):
+        return dataset.removeprefix(HUB)
+    if dataset in ("demo", *DATA_SOURCES):
+        return dataset
+    path = Path(dataset).expanduser().resolve()
+    if not path.exists():
+        load_interactions(dataset)  # It raises the error, which lists the known data sets.
+    return path.name + "/" * path.is_dir()
+
+
+# Shared by the commands -----------------------------------------------------------------------------------------------
 
 
 def _quiet() -> None:
-    """Turns off the bars that transformers and datasets draw beside ours, and torch's word on a stable feature."""
+    """Turns off the progress bars of transformers and datasets, the log of pymilvus, and torch's beta warning."""
     import logging as std_logging
     import warnings
 
@@ -441,73 +529,86 @@ def _quiet() -> None:
 
     warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
     logging.disable_progress_bar()
-    # It logs every error that it raises, with a traceback.
+    # pymilvus logs each error that it raises, with a traceback.
     std_logging.getLogger("pymilvus").setLevel(std_logging.CRITICAL)
     datasets.disable_progress_bars()
 
 
-def _recommendations(
-    recommender: Recommender,
-    user: str | None,
-    titles: Mapping[str, str],
-    *,
-    history: list[str] | None = None,
-    top_k: int = 10,
-    exclude_seen: bool = True,
-    where: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    found = recommender.recommend([user], [history], top_k=top_k, exclude_seen=exclude_seen, where=where)[0]
-    tokens = _tokens(recommender, "item", [row["item"] for row in found])
-    return {
-        "user": user,
-        "tokens": None if user is None else _tokens(recommender, "user", [user])[0],
-        "history": recommender.store.seen([str(user)])[0] if history is None else history,
-        "recommendations": [
-            {"rank": rank, **row, "tokens": codes, "title": titles.get(row["item"])}
-            for rank, (row, codes) in enumerate(zip(found, tokens), 1)
-        ],
-    }
+def _open(name: str, revision: str | None = None) -> Repository:
+    from ..repository.repository import Repository
+
+    return Repository.from_pretrained(name, revision=revision)
 
 
-def _store(uri: str | None) -> Any:
-    """The store that is asked for in the place of the repository's own."""
-    from ..store import open_store
-
-    return None if uri is None else open_store(uri, token=os.environ.get("MILVUS_TOKEN"))
-
-
-def _local(name: str) -> Path:
-    """The folder of a repository that is to be changed."""
+def _open_local(name: str) -> Repository:
+    """A repository to change, which must be a local folder."""
     if not Path(name).is_dir():
         raise FileNotFoundError(
             f"there is no folder {name}; only a repository in a local folder can be changed: fetch one with `hf download {name} "
             "--local-dir out`, change that and push it."
         )
-    return Path(name)
+    return _open(name)
 
 
-def _tokens(recommender: Recommender, kind: str, ids: list[str]) -> list[str]:
-    """The code tokens of users or items, as they stand in a prompt."""
+def _is_finished(folder: str) -> bool:
+    try:
+        return _open_local(folder).info()["finished"]
+    except FileNotFoundError:
+        return False
+
+
+def _recommender(name: str, revision: str | None, store: str | None) -> tuple[Recommender, dict[str, str]]:
+    """The recommender of a repository, and the titles of its items."""
+    repository = _open(name, revision)
+    _quiet()
+    with working("opening the repository"):
+        return repository.recommender(store=_store(store)), _titles(repository.info()["dataset"])
+
+
+def _store(uri: str | None) -> Store | None:
+    from ..store.engines import open_store
+
+    return None if uri is None else open_store(uri, token=os.environ.get("MILVUS_TOKEN"))
+
+
+def _recommendations(
+    recommender: Recommender,
+    titles: Mapping[str, str],
+    user: str | None,
+    history: list[str] | None,
+    found: Sequence[Recommendation],
+) -> Document:
+    return {
+        "user": user,
+        "tokens": None if user is None else _tokens(recommender, "user", [user])[0],
+        "history": recommender.store.seen([str(user)])[0] if history is None else history,
+        "recommendations": _ranked(recommender, titles, found),
+    }
+
+
+def _ranked(recommender: Recommender, titles: Mapping[str, str], found: Sequence[Recommendation]) -> list[Document]:
+    """Items with rank, tokens and title."""
+    tokens = _tokens(recommender, "item", [row["item"] for row in found])
+    return [
+        {"rank": rank, **row, "tokens": code, "title": titles.get(row["item"])}
+        for rank, (row, code) in enumerate(zip(found, tokens), 1)
+    ]
+
+
+def _tokens(recommender: Recommender, kind: str, ids: Sequence[str]) -> list[str]:
+    """The code tokens of users or items, as they appear in a prompt."""
     tokenizer = recommender.tokenizer
     names, codes = tokenizer.code_token_ids(kind), tokenizer.codes(kind, ids)
     return ["".join(tokenizer.convert_ids_to_tokens(names[range(len(names)), row].tolist())) for row in codes]
 
 
-def _titles(dataset: str) -> dict[str, str]:
-    from ..data.data_sources import load_item_titles
+def _titles(dataset: str | None) -> dict[str, str]:
+    from ..data.named_datasets import load_item_titles
 
     try:
         return load_item_titles(dataset) if dataset in TITLED else {}
     except OSError:
         return {}
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text + "\n")
-
-
-def _note(text: str) -> None:
-    sys.stderr.write(text + "\n")
 
 
 if __name__ == "__main__":

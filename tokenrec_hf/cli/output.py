@@ -1,87 +1,124 @@
-"""What the commands of `tokenrec` print: each function makes the text of a document that `cli.py` returns."""
+"""Text of the documents of the `tokenrec` commands, with rich.
+
+A `show_*` function makes blocks (text and tables) of a document, and [`text`] renders them. On a terminal, lines fit its width
+and headers and verdicts are styled. Elsewhere the text is plain and a table row is one line, whatever its width.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from ..evaluation.variants import LABELS, SHOWN
 
+Document = dict[str, Any]
+Blocks = Iterable[RenderableType]
 
-def show_quickstart(document: Mapping[str, Any]) -> str:
-    """Results, codes and the recommendations for some users."""
+# Wide enough for any row, where there is no terminal to fit.
+_WIDTH = 100_000
+_VERDICTS = {True: Text("ok", "green"), False: Text("FAILED", "red"), None: Text("unknown", "yellow")}
+_errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+
+
+def text(blocks: Blocks) -> str:
+    """Blocks as text for stdout, with an empty line between them."""
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = _WIDTH
+    with console.capture() as capture:
+        for number, block in enumerate(blocks):
+            console.print(*[""] * bool(number), block, sep="\n")
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def note(message: str, style: str | None = None) -> None:
+    """Writes one line to stderr."""
+    _errors.print(" ".join(message.split()), style=style)
+
+
+def working(message: str) -> AbstractContextManager:
+    """A spinner on stderr while a block runs; nothing where stderr is no terminal."""
+    return _errors.status(f"{message} ...")
+
+
+def show_quickstart(document: Document) -> Blocks:
+    """Results, recommendations for some users, and further commands."""
     folder, first = document["repository"], document["users"][0]
-    blocks = [_results(document["metrics"], ("popularity", "collaborative_dot", "tokenrec"))]
+    yield _results(document["metrics"], ("popularity", "collaborative_dot", "tokenrec"))
     for user in document["users"]:
-        blocks.append(show_recommendations(user, document["held_out"][user["user"]]))
+        yield from show_recommendations(user, document["held_out"][user["user"]])
     seen = " ".join(first["history"][-2:])
-    blocks.append(
-        "* the item held out for the test\n\n"
+    yield "* the item held out for the test"
+    yield (
         "Next:\n"
         f"  tokenrec recommend {folder} --user {first['user']} --history {seen} --top-k 10\n"
         f"  tokenrec evaluate {folder} --unseen-prompt\n"
         f"  tokenrec info {folder}\n"
         "  tokenrec train --dataset interactions.csv --output_dir out"
     )
-    return "\n\n".join(blocks)
 
 
-def show_train(document: Mapping[str, Any]) -> str:
-    """Results, codes and what to do next."""
+def show_train(document: Document) -> Blocks:
+    """Results, statistics of the codes, and further commands."""
     folder = document["repository"]
-    return (
-        f"{_results(document, tuple(LABELS))}\n\n{_code_lines(document['codes'])}\n\n"
-        f"Next:\n  tokenrec recommend {folder} --user <id>\n  tokenrec info {folder}"
-    )
+    yield _results(document, LABELS)
+    yield _code_statistics(document["codes"])
+    yield f"Next:\n  tokenrec recommend {folder} --user <id>\n  tokenrec info {folder}"
 
 
-def show_evaluation(document: Mapping[str, Any]) -> str:
-    """Metrics down, methods across; or the checks of an audit."""
+def show_evaluation(document: Document) -> Blocks:
+    """A row for each metric and a column for each method; or the checks of an audit."""
     if "checks" in document:
-        return _checks(document)
+        yield from _checks(document)
+        return
     metrics = document["metrics"]
-    names = list(metrics[document["variant"]])
-    rows = [[LABELS[name], *(_number(values.get(key)) for key in names)] for name, values in metrics.items()]
-    # More metrics than a line is wide, so they go down and the methods across.
-    table = list(zip(*[["", *names], *rows]))
-    return f"{document['split']}, {document['users']} users\n\n{_table(table)}"
-
-
-def _checks(document: Mapping[str, Any]) -> str:
-    """A line a check, and the verdict."""
-    words = {True: "ok", False: "FAILED", None: "unknown"}
-    rows = [[words[one["passed"]], one["run"], one["name"], one["finding"]] for one in document["checks"]]
-    passed = [one["passed"] for one in document["checks"]]
-    counts = [f"{passed.count(outcome)} {word}" for outcome, word in words.items() if outcome in passed]
-    verdict = "No leak was found" if document["passed"] else "The audit has FAILED"
-    return f"{_table(rows)}\n\n{verdict}: {', '.join(counts)}."
-
-
-def show_recommendations(document: Mapping[str, Any], held_out: str | None = None) -> str:
-    """One table of items; the held-out one is marked."""
-    titled = any(row["title"] for row in document["recommendations"])
-    rows = [["rank", "item", "score", "tokens", *["title"] * titled]]
-    for row in document["recommendations"]:
-        mark = " *" if row["item"] == held_out else ""
-        title = [row["title"] or ""] * titled
-        cells = [str(row["rank"]), row["item"], _number(row["score"]), row["tokens"], *title]
-        rows.append([*cells[:-1], cells[-1] + mark])
-    who = f"a history of {len(document['history'])} items"
-    if document["user"] is not None:
-        who = f"user_{document['user']} = {document['tokens']}"
-    return f"{who}\n{_table(rows)}"
-
-
-def show_push(document: Mapping[str, Any]) -> str:
-    """The address of the commit, and how to use what it holds."""
-    left_out = (
-        "" if document["users"] else "Users are left out: recommend to histories, or push with --include-users.\n"
+    yield f"{document['split']}, {document['users']} users"
+    yield _table(
+        ["", *(LABELS[name] for name in metrics)],
+        [[key, *(_number(values.get(key)) for values in metrics.values())] for key in metrics[document["variant"]]],
     )
-    return f"{document['commit']}\n{left_out}Try: tokenrec info {document['repository']}"
 
 
-def show_addition(document: Mapping[str, Any]) -> str:
-    """What was added, and how well the codes describe it."""
+def _checks(document: Document) -> Blocks:
+    """A row for each check, and the verdict."""
+    checks = document["checks"]
+    yield _table((), [[_VERDICTS[one["passed"]], one["run"], one["name"], one["finding"]] for one in checks])
+    passed = [check["passed"] for check in checks]
+    counts = [f"{passed.count(outcome)} {word}" for outcome, word in _VERDICTS.items() if outcome in passed]
+    verdict = "No leak was found" if document["passed"] else "The audit has FAILED"
+    yield f"{verdict}: {', '.join(counts)}."
+
+
+def show_recommendations(document: Document, held_out: str | None = None) -> Blocks:
+    """A table of items, with a mark on the held-out item."""
+    subject = f"a history of {len(document['history'])} items"
+    if document["user"] is not None:
+        subject = f"user_{document['user']} = {document['tokens']}"
+    yield Group(subject, _items(document["recommendations"], held_out))
+
+
+def show_similar(document: Document) -> Blocks:
+    """A table of similar items for each item."""
+    for row in document["items"]:
+        title = f" ({row['title']})" if row["title"] else ""
+        yield Group(f"item_{row['item']} = {row['tokens']}{title}", _items(row["similar"]))
+
+
+def show_push(document: Document) -> Blocks:
+    """The address of the commit, and how to use the repository."""
+    yield document["commit"]
+    if not document["users"]:
+        yield "Users are left out: recommend to histories, or push with --include-users."
+    yield f"Try: tokenrec info {document['repository']}"
+
+
+def show_addition(document: Document) -> Blocks:
+    """The number of added users and items, and the reconstruction errors of their codes."""
     lines = [
         f"{document['users']} users and {document['items']} items are new, {document['users_changed']} users and "
         f"{document['items_changed']} items have new vectors, {document['interactions']} interactions were recorded "
@@ -89,79 +126,80 @@ def show_addition(document: Mapping[str, Any]) -> str:
     ]
     for kind, error in document["reconstruction_error"].items():
         lines.append(f"The codes of these {kind}s lose {error:.1%} of the variance.")
-    lines.append(f"Next:\n  tokenrec info {document['repository']}")
-    return "\n".join(lines)
+    yield "\n".join([*lines, f"Next:\n  tokenrec info {document['repository']}"])
 
 
-def show_removal(document: Mapping[str, Any]) -> str:
-    """What was removed."""
-    return (
-        f"{document['users']} users were deleted and {document['items']} items withdrawn from {document['repository']}."
-    )
+def show_removal(document: Document) -> Blocks:
+    """The number of removed users and items."""
+    yield f"{document['users']} users were deleted and {document['items']} items withdrawn from {document['repository']}."
 
 
-def show_info(document: Mapping[str, Any]) -> str:
-    """What a repository holds, and what was measured."""
-    blocks = [_table(_facts(document))]
+def show_info(document: Document) -> Blocks:
+    """Contents, progress and results of a repository."""
+    yield _table((), _facts(document))
     if document["retraining_due"]:
-        blocks.append(f"It is time to train anew: {'; '.join(document['retraining_due'])}.")
+        yield f"Training anew is due: {'; '.join(document['retraining_due'])}."
     if not document["finished"]:
         done = "\n".join(f"  {run}: {', '.join(stages) or 'nothing yet'}" for run, stages in document["stages"].items())
-        blocks.append(f"Training has not finished; the same `tokenrec train` goes on. Done so far:\n{done}")
+        yield f"Training has not finished; the same `tokenrec train` resumes it. Finished stages:\n{done}"
     if document["codes"]:
-        blocks.append(_code_lines(document["codes"]))
+        yield _code_statistics(document["codes"])
     if document["validation"]:
-        blocks.append(_results(document, tuple(LABELS)))
-    return "\n\n".join(blocks)
+        yield _results(document, LABELS)
 
 
-def _facts(document: Mapping[str, Any]) -> list[list[str]]:
-    """What there is to say of a repository in one line each."""
-    rows = [["repository", document["repository"]]]
-    for name in ("dataset", "recipe", "seed"):
+def _facts(document: Document) -> Iterable[tuple[str, str]]:
+    for name in ("repository", "dataset", "recipe", "seed"):
         if document[name] is not None:
-            rows.append([name, str(document[name])])
+            yield name, str(document[name])
     if counts := document["counts"]:
-        known = f"{counts.get('user', 'no')} users, {counts['item']} items"
-        if document["interactions"] is not None:
-            known += f", {document['interactions']} interactions"
-        rows.append(["store", f"{known}, {document['embedding_dim']} dimensions"])
+        interactions = f", {document['interactions']} interactions" * (document["interactions"] is not None)
+        users, items = counts.get("user", "no"), counts["item"]
+        yield "contents", f"{users} users, {items} items{interactions}, {document['embedding_dim']} dimensions"
     for kind, (number, size) in (document["codebooks"] or {}).items():
-        rows.append([f"{kind} tokens", f"K = {number}, L = {size}, MQ-Tokenizer {document['space_ids'][kind]}"])
+        yield f"{kind} tokens", f"K = {number}, L = {size}, MQ-Tokenizer {document['space_ids'][kind]}"
     for kind, added in (document["additions"] or {}).items():
         if added["count"]:
-            rows.append(
-                [f"added {kind}s", f"{added['count']}, codes lose {added['reconstruction_error']:.1%} of the variance"]
-            )
+            error = added["reconstruction_error"]
+            yield f"added {kind}s", f"{added['count']}, codes lose {error:.1%} of the variance"
     if epochs := document["epochs"]:
-        rows.append(["epochs", ", ".join(f"{name} {count:g}" for name, count in epochs.items())])
-    size = f"{document['bytes'] / 1e6:.1f} MB"
-    if document["training_bytes"]:
-        size += f", and {document['training_bytes'] / 1e6:.1f} MB in training/"
-    rows.append(["on disk", size])
-    return rows
+        yield "epochs", ", ".join(f"{name} {count:g}" for name, count in epochs.items())
+    training = f", and {document['training_bytes'] / 1e6:.1f} MB of training records" * bool(document["training_bytes"])
+    yield "on disk", f"{document['bytes'] / 1e6:.1f} MB{training}"
 
 
-def _results(metrics: Mapping[str, Any], names: Iterable[str]) -> str:
-    """The table of methods by splits and metrics."""
+def _items(rows: Sequence[Document], held_out: str | None = None) -> Table:
+    titled = any(row["title"] for row in rows)
+    cells = [
+        [str(row["rank"]), row["item"], _number(row["score"]), row["tokens"], *[row["title"] or ""] * titled]
+        for row in rows
+    ]
+    for row, line in zip(rows, cells):
+        line[-1] += " *" * (row["item"] == held_out)
+    return _table(["rank", "item", "score", "tokens", *["title"] * titled], cells)
+
+
+def _results(metrics: Mapping[str, Any], names: Iterable[str]) -> Table:
+    """A row for each method and a column for each metric of each split."""
     splits = [split for split in ("validation", "test") if metrics.get(split)]
-    above = ["", *(cell for split in splits for cell in (split, *[""] * (len(SHOWN) - 1)))]
-    header = ["", *(key.upper() for _ in splits for key in SHOWN)]
+    header = [f"{split if key is SHOWN[0] else ''}\n{key.upper()}" for split in splits for key in SHOWN]
     rows = [
         [LABELS[name], *(_number(metrics[split][name][key]) for split in splits for key in SHOWN)] for name in names
     ]
-    return _table([above, header, *rows])
+    return _table(["", *header], rows)
 
 
-def _code_lines(codes: Mapping[str, Mapping[str, float]]) -> str:
+def _code_statistics(codes: Mapping[str, Mapping[str, float]]) -> Table:
     header = ["codes", *(name.replace("_", " ") for name in codes["user"])]
-    return _table([header, *([f"{kind}s", *map(_number, values.values())] for kind, values in codes.items())])
+    return _table(header, [[f"{kind}s", *map(_number, values.values())] for kind, values in codes.items()])
 
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+def _table(header: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> Table:
+    table = Table(*header, show_header=bool(header), box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        table.add_row(*row)
+    return table

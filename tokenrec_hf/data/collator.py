@@ -1,8 +1,8 @@
 """From users to tensors: prompts, histories, targets and negatives for T5 (sections II-D1 and II-E1 of TokenRec).
 
-The words of a template are tokenised once; user and item tokens are rows of an integer table. A batch is assembled by index
-arithmetic on whole arrays, without strings and without a loop over users, items or tokens. Every random choice is a hash of
-(seed, epoch, user), see `interaction_matrix.stateless_random`, so batches do not depend on workers, processes or resumption.
+The words of a template are tokenised once. User and item tokens are rows of an integer table. A batch is assembled by
+index arithmetic on whole arrays, without strings and without a loop over users, items or tokens. Every random choice is a
+hash of (seed, epoch, user), see [`stateless_random`], so batches do not depend on workers, processes or resumption.
 """
 
 from __future__ import annotations
@@ -13,23 +13,27 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from ..models.embedding_store import Ragged
 from ..models.modeling_mq_tokenizer import MQTokenizerModel
 from ..models.prompts import HISTORY_ONLY_TEMPLATE, HISTORY_TEMPLATES, SEEN_TEMPLATES, PromptTemplate
-from .interaction_matrix import InteractionMatrix, bounded, stateless_random
+from ..models.tokenization_tokenrec import TokenRecTokenizer
+from .history_split import HistorySplit, shuffled_order, split_histories
+from .interaction_matrix import InteractionMatrix
+from .stateless_random import bounded, stateless_random
 
-# Numbers of the random streams of one example; each stream is disjoint from the others.
-_TEMPLATE, _HISTORY_SIZE, _ANONYMOUS, _NEGATIVES = 0, 1, 2, 16
+# Numbers of the random draws. The order is drawn for each (user, position), everything else for each user.
+_TEMPLATE, _HISTORY_ORDER, _HISTORY_SIZE, _ANONYMOUS, _NEGATIVES = 0, 0, 1, 2, 16
 IGNORED = -100
 
 
 class PromptDataset(Dataset):
-    """The users to make prompts for, as plain row numbers; [`DataCollatorForGenerativeRetrieval`] does the rest.
+    """The users to make prompts for, as row numbers. [`DataCollatorForGenerativeRetrieval`] makes the prompts.
 
     Args:
         users: user rows, int `[n]`.
-        targets: item row to retrieve for each user, int `[n]` (evaluation); without it (training), the collator splits each
-            user's interactions into history and targets anew in every epoch.
-        lengths: of the users' histories, int `[n]`, to group examples by while training.
+        targets: the item row to retrieve for each user, int `[n]` (evaluation). Without targets (training), the collator
+            splits the interactions of each user into history and targets anew in every epoch.
+        lengths: lengths of the users' histories, int `[n]`. Training groups examples by length.
     """
 
     def __init__(self, users: np.ndarray, targets: np.ndarray | None = None, lengths: np.ndarray | None = None):
@@ -44,7 +48,7 @@ class PromptDataset(Dataset):
         return cls(users, lengths=interactions.lengths[users])
 
     def set_epoch(self, epoch: int) -> None:
-        """Makes the next pass draw prompts, histories, targets and negatives of this epoch."""
+        """Sets the epoch from which the next pass draws prompts, histories, targets and negatives."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -60,37 +64,41 @@ class PromptDataset(Dataset):
 class DataCollatorForGenerativeRetrieval:
     """Makes the inputs of [`T5ForGenerativeRetrieval`] from examples of a [`PromptDataset`].
 
-    While training, a user's interactions are shuffled and split: a random number of them, from 1 to `train_history`, is the
-    history of the prompt, and up to `targets_per_prompt` others are the items to retrieve. Without `shuffle_history` they are
-    cut at a random moment: the latest before it are the history, the next ones are to be retrieved. With `pool_history` and
-    `user_mq` the user's own tokens are those of that past too: the user's vector of all interactions would tell what is to be
-    found. An example with a `target` keeps the whole history and the user's tokens. A history is at most `max_history` items
-    (the latest), and as many fewer, whole, as `max_length` takes. A user without history gets a template without history.
+    In training, the interactions of a user are shuffled and split: a random number of them, from 1 to `train_history`, is
+    the history in the prompt, and up to `targets_per_prompt` others are the items to retrieve. Without `shuffle_history`
+    they are split at a random moment: the latest items before it are the history, the next items are the targets. With
+    `pool_history` and `user_mq`, the user's own tokens come from the same past, because the user's vector of all
+    interactions would reveal the targets. An example with a `target` keeps the whole history and the user's tokens. A
+    history has at most `max_history` items (the latest) and only as many whole items as fit into `max_length`. A user
+    without history gets a template without history.
 
     Args:
-        tokenizer: a [`TokenRecTokenizer`] that knows all the users and items.
+        tokenizer: a tokenizer that knows all users and items.
         interactions: the training interactions, in rows.
-        user_ids, item_ids: the id of each row, as the tokenizer knows it.
-        templates: the templates to choose from at random while training.
-        evaluation_templates: the same for examples with a target.
-        history_only: share of training prompts, of users with a history to show, that name the history and not the user, so
-            that the model can be asked about people it does not know.
+        user_ids: the id of each user row.
+        item_ids: the id of each item row.
+        templates: the templates to choose from at random in training.
+        evaluation_templates: the templates to choose from for examples with a target.
+        history_only: share of training prompts, among users with a history to show, that name the history and not the
+            user. They prepare the model for anonymous users.
         max_length: tokens of the longest prompt.
         max_history: items of the longest history.
-        train_history: items of the longest history while training (default: `max_history`); shorter ones train faster.
-        targets_per_prompt: P, the most targets of a training prompt. 1 is the paper's.
-        num_negatives: un-interacted items drawn per example: P for the `cosine_ranking` loss, any number for a sampled softmax.
-        with_seen_items: add the rows of the history as `seen_items`, which the full softmax takes out of the competition.
+        train_history: items of the longest history in training (default: `max_history`). Shorter histories train faster.
+        targets_per_prompt: P, the largest number of targets of a training prompt; 1 in the paper.
+        num_negatives: un-interacted items drawn for each example: P for the `cosine_ranking` loss, any number for a
+            sampled softmax.
+        with_seen_items: add the rows of the history as `seen_items`, which the full softmax excludes from the competition.
         user_vectors: collaborative vectors `[num_users, d]`, given to the model as `user_embeds` for its alignment loss.
-        pool_history: makes the collaborative vectors of users whose histories end earlier, see [`FISMModel.pool`]; they
-            take the place of `user_vectors` while training. Together with `user_mq`.
-        user_mq: the users' [`MQTokenizerModel`], which makes tokens of these vectors.
+        pool_history: makes the collaborative vectors of shorter histories, see [`FISMModel.pool`]. They take the place of
+            `user_vectors` in training. Requires `user_mq`.
+        user_mq: the MQ-Tokenizer of users, which turns these vectors into tokens.
         shuffle_history: random order of the history, else time order.
-        seed: of all random choices.
+        seed: seed of all random choices.
 
-    Returns (when called): `input_ids`, `attention_mask` `[B, T]`; `labels` `[B, P]`, filled up with -100; with
-    `num_negatives`, `negative_ids` `[B, num_negatives]`; with `with_seen_items`, `seen_items` `[B, S]`; LongTensors. With
-    `user_vectors`, `user_embeds` `[B, d]`.
+    Returns (when called):
+        LongTensors `input_ids` and `attention_mask` `[B, T]`; `labels` `[B, P]`, padded with -100; with `num_negatives`,
+        `negative_ids` `[B, num_negatives]`; with `with_seen_items`, `seen_items` `[B, S]`, padded with -100. With
+        `user_vectors`, `user_embeds` `[B, d]`.
 
     Raises:
         ValueError: a template leaves no room for a history item within `max_length`.
@@ -98,7 +106,7 @@ class DataCollatorForGenerativeRetrieval:
 
     def __init__(
         self,
-        tokenizer,
+        tokenizer: TokenRecTokenizer,
         interactions: InteractionMatrix,
         user_ids: Sequence[str],
         item_ids: Sequence[str],
@@ -113,7 +121,7 @@ class DataCollatorForGenerativeRetrieval:
         num_negatives: int = 0,
         with_seen_items: bool = False,
         user_vectors: torch.Tensor | None = None,
-        pool_history: Callable[..., torch.Tensor] | None = None,
+        pool_history: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor] | None = None,
         user_mq: MQTokenizerModel | None = None,
         shuffle_history: bool = True,
         seed: int = 0,
@@ -128,16 +136,15 @@ class DataCollatorForGenerativeRetrieval:
         self.names_user = np.array([template.names_user for template in every])
         self.history_only = history_only
         self.training_pool, self.evaluation_pool = np.split(np.arange(len(every) - 1), [len(templates)])
-        # For users without history; where every template has one, its words around no item at all.
+        # The templates for users without history. If all templates have a history, it is left empty.
         plain = np.flatnonzero(~self.uses_history)
         self.plain_pool = plain if len(plain) else np.arange(len(every) - 1)
         self.shuffle_history, self.with_seen_items = shuffle_history, with_seen_items
         self.user_vectors, self.pool_history, self.user_mq = user_vectors, pool_history, user_mq
         self.user_code_tokens = tokenizer.code_token_ids("user")  # [K, L]
         self.targets_per_prompt, self.num_negatives = targets_per_prompt, num_negatives
-        self.static = np.array(
-            [sum(map(len, parts)) for parts in self.parts]
-        )  # tokens of all but the history, [templates]
+        # Tokens of a prompt without its history, [templates].
+        self.static = np.array([sum(map(len, parts)) for parts in self.parts])
         self.static += self.names_user * self.user_tokens.shape[1]
         self.capacity = np.minimum((max_length - self.static) // self.item_tokens.shape[1], max_history)
         if (self.capacity[self.uses_history] < 1).any():
@@ -152,16 +159,18 @@ class DataCollatorForGenerativeRetrieval:
         template = self._templates(users, epoch, training=targets is None)
         embeds = None if self.user_vectors is None else self.user_vectors[torch.from_numpy(users)]
         user_tokens = self.user_tokens[users]  # [B, E_u]
+        labels = np.full((len(users), self.targets_per_prompt), IGNORED)
         if targets is None:
-            past, shown, labels = self._divide(users, epoch, template)
+            past, _, wanted = self._split(users, epoch, template)
+            shown = _latest(past, np.where(self.uses_history[template], self._fitting(template), 0))
+            labels[wanted.rows, wanted.ranks] = wanted.values
             if self.pool_history is not None and self.user_mq is not None:
-                vectors = self._pooled(self.pool_history, len(users), past)
-                user_tokens = self._with_codes(user_tokens, self.user_mq, vectors, past.sizes)
+                vectors = self._pooled(past)
+                user_tokens = self._with_codes(user_tokens, vectors, past.lengths)
                 if embeds is not None:
-                    embeds = torch.where(torch.from_numpy(past.sizes > 0)[:, None], vectors, embeds)
+                    embeds = torch.where(torch.from_numpy(past.lengths > 0)[:, None], vectors, embeds)
         else:
             past = shown = self._whole_history(users, epoch, template)
-            labels = np.full((len(users), self.targets_per_prompt), IGNORED)
             labels[:, 0] = targets
         batch = self._assemble(user_tokens, template, shown)
         batch["labels"] = torch.from_numpy(labels)
@@ -173,11 +182,11 @@ class DataCollatorForGenerativeRetrieval:
         if embeds is not None:
             batch["user_embeds"] = embeds
         if self.with_seen_items:
-            batch["seen_items"] = torch.from_numpy(past.padded())
+            batch["seen_items"] = torch.from_numpy(past.padded(IGNORED))
         return batch
 
     def _templates(self, users: np.ndarray, epoch: int, training: bool) -> np.ndarray:
-        """The template of each user, `[B]`; one without history for those who have none to show."""
+        """The template of each user, `[B]`; a template without history for users without history."""
         random = stateless_random(self.seed, epoch, users, 1, _TEMPLATE)[:, 0]
         pool = self.training_pool if training else self.evaluation_pool
         template = pool[bounded(random, len(pool))]
@@ -188,69 +197,63 @@ class DataCollatorForGenerativeRetrieval:
         plain = self.plain_pool[bounded(random, len(self.plain_pool))]
         return np.where(short & self.uses_history[template], plain, template)
 
-    def _divide(self, users, epoch, template):
-        """What is known of each user, what of it is shown, and what is to be retrieved: two [`_Ragged`] and labels `[B, P]`."""
-        indptr, items = self.interactions.of_users(users)
-        lengths = np.diff(indptr)
-        row = np.repeat(np.arange(len(users)), lengths)
-        rank = np.arange(len(items)) - indptr[row]
-        longest, fitting = lengths - 1, np.minimum(self.train_history, self.capacity[template])
+    def _fitting(self, template: np.ndarray) -> np.ndarray:
+        """Items of the longest history that a training prompt shows, `[B]`."""
+        return np.minimum(self.train_history, self.capacity[template])
+
+    def _split(self, users: np.ndarray, epoch: int, template: np.ndarray) -> HistorySplit:
+        """The interactions of each user, split into past and targets."""
+        histories = self.interactions.histories.take(users)
+        longest = histories.lengths - 1
         if self.shuffle_history:
-            items = items[self._shuffled(users, epoch, row, rank)]
-            longest = np.minimum(longest, fitting)
-        random = stateless_random(self.seed, epoch, users, 1, _HISTORY_SIZE)[:, 0]
-        # Without pooling, a template without history knows nothing but the user.
-        knows = (lengths > 1) & (self.uses_history[template] | (self.user_mq is not None))
-        past = np.where(knows, 1 + bounded(random, np.maximum(longest, 1)), 0)
-        size = np.where(self.uses_history[template], np.minimum(past, fitting), 0)
-        # Where nothing is known there is no moment, and the latest items count.
-        first = (
-            past if self.shuffle_history else np.where(knows, past, np.maximum(lengths - self.targets_per_prompt, 0))
+            longest = np.minimum(longest, self._fitting(template))
+        # Without an MQ-Tokenizer for the past, only a template with a history has one.
+        known = (histories.lengths > 1) & (self.uses_history[template] | (self.user_mq is not None))
+        return split_histories(
+            histories,
+            users,
+            longest_past=np.where(known, np.maximum(longest, 1), 0),
+            num_targets=self.targets_per_prompt,
+            shuffle=self.shuffle_history,
+            seed=self.seed,
+            epoch=epoch,
+            order_draw=_HISTORY_ORDER,
+            size_draw=_HISTORY_SIZE,
         )
-        labels = np.full((len(users), self.targets_per_prompt), IGNORED)
-        target = (rank >= first[row]) & (rank < first[row] + self.targets_per_prompt)
-        labels[row[target], (rank - first[row])[target]] = items[target]
-        known = rank < past[row]
-        return _Ragged(past, items[known]), _Ragged(size, items[known & (rank >= (past - size)[row])]), labels
 
-    @staticmethod
+    def _whole_history(self, users: np.ndarray, epoch: int, template: np.ndarray) -> Ragged:
+        """The latest items that fit into the prompt."""
+        histories = self.interactions.histories.take(users)
+        kept = _latest(histories, np.where(self.uses_history[template], self.capacity[template], 0))
+        if self.shuffle_history:
+            positions = kept.ranks + (histories.lengths - kept.lengths)[kept.rows]
+            order = shuffled_order(users, kept.rows, positions, self.seed, epoch, _HISTORY_ORDER)
+            kept.values = kept.values[order]
+        return kept
+
     @torch.no_grad()
-    def _pooled(pool_history, count, past):
+    def _pooled(self, past: Ragged) -> torch.Tensor:
         """Collaborative vectors of the pasts, `[B, d]`."""
-        ages = past.sizes[past.rows] - 1 - past.ranks
-        return pool_history(*map(torch.from_numpy, (past.rows, past.values, ages)), count)
+        assert self.pool_history is not None
+        ages = past.lengths[past.rows] - 1 - past.ranks
+        rows, items, ages = (torch.from_numpy(values) for values in (past.rows, past.values, ages))
+        return self.pool_history(rows, items, ages, len(past))
 
-    def _with_codes(self, user_tokens, user_mq, vectors, sizes):
-        """`user_tokens` `[B, E_u]` with the codes of `vectors` `[B, d]` where the past has any `sizes`."""
-        codes = user_mq.encode(vectors).numpy()  # [B, K]
+    def _with_codes(self, user_tokens: np.ndarray, vectors: torch.Tensor, lengths: np.ndarray) -> np.ndarray:
+        """`user_tokens` `[B, E_u]` with the codes of `vectors` `[B, d]` for users with a past."""
+        assert self.user_mq is not None
+        codes = self.user_mq.encode(vectors).numpy()  # [B, K]
         count = codes.shape[1]
         tokens = user_tokens.copy()
         tokens[:, -count:] = np.where(
-            sizes[:, None] > 0, self.user_code_tokens[np.arange(count), codes], tokens[:, -count:]
+            lengths[:, None] > 0, self.user_code_tokens[np.arange(count), codes], tokens[:, -count:]
         )
         return tokens
 
-    def _whole_history(self, users, epoch, template):
-        """The latest items that fit, a [`_Ragged`]."""
-        indptr, items = self.interactions.of_users(users)
-        lengths = np.diff(indptr)
-        size = np.where(self.uses_history[template], np.minimum(lengths, self.capacity[template]), 0)
-        row = np.repeat(np.arange(len(users)), lengths)
-        position = np.arange(len(items)) - indptr[row]
-        kept = position >= (lengths - size)[row]
-        row, items, position = row[kept], items[kept], position[kept]
-        if self.shuffle_history:
-            items = items[self._shuffled(users, epoch, row, position)]
-        return _Ragged(size, items)
-
-    def _shuffled(self, users, epoch, row, position):
-        """An order that keeps the rows together and is random within each."""
-        element = users[row].astype(np.uint64) << np.uint64(32) | position.astype(np.uint64)
-        return np.lexsort((stateless_random(self.seed, epoch, element, 1)[:, 0], row))
-
-    def _assemble(self, user_tokens, template, history) -> dict[str, torch.Tensor]:
+    def _assemble(self, user_tokens: np.ndarray, template: np.ndarray, history: Ragged) -> dict[str, torch.Tensor]:
+        """`input_ids` and `attention_mask` of the prompts, `[B, T]`."""
         width, entity = self.item_tokens.shape[1], user_tokens.shape[1]
-        length = self.static[template] + history.sizes * width
+        length = self.static[template] + history.lengths * width
         ids = np.full((len(template), length.max()), self.pad_token_id, dtype=np.int64)
         start = np.zeros(len(template), dtype=np.int64)
         for number in np.unique(template):
@@ -272,16 +275,8 @@ class DataCollatorForGenerativeRetrieval:
         return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
 
 
-class _Ragged:
-    """Rows of different lengths, one after the other: `sizes` `[B]`, and of each of the `values` its row and its rank there."""
-
-    def __init__(self, sizes: np.ndarray, values: np.ndarray):
-        self.sizes, self.values = sizes, values
-        self.rows = np.repeat(np.arange(len(sizes)), sizes)
-        self.ranks = np.arange(len(values)) - (np.cumsum(sizes) - sizes)[self.rows]
-
-    def padded(self) -> np.ndarray:
-        """A rectangle `[B, longest]` (at least one column) filled up with -100."""
-        table = np.full((len(self.sizes), max(1, int(self.sizes.max(initial=0)))), IGNORED, dtype=np.int64)
-        table[self.rows, self.ranks] = self.values
-        return table
+def _latest(histories: Ragged, sizes: np.ndarray) -> Ragged:
+    """The last `sizes` `[B]` items of each history."""
+    sizes = np.minimum(histories.lengths, sizes)
+    kept = histories.ranks >= (histories.lengths - sizes)[histories.rows]
+    return Ragged.from_lengths(sizes, histories.values[kept])

@@ -1,65 +1,38 @@
-"""Interactions as integer arrays: the user-item matrix in CSR form and randomness without state.
-
-Everything that trains here draws its negatives, masks of history and prompt choices from `stateless_random`: a hash of
-(seed, epoch, example, draw). A draw therefore does not depend on batch size, worker, process or on where training was
-interrupted, which is what makes a resumed run equal to an uninterrupted one. Knows nothing about files, models or tokens.
-"""
+"""Interactions as integer arrays: the user-item matrix, with negative sampling."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64: a bijection of 64-bit integers whose output passes statistical tests."""
-    x = (x ^ (x >> np.uint64(30))) * _MIX_1
-    x = (x ^ (x >> np.uint64(27))) * _MIX_2
-    return x ^ (x >> np.uint64(31))
-
-
-def stateless_random(seed: int, epoch: int, examples: np.ndarray, num_draws: int, first_draw: int = 0) -> np.ndarray:
-    """Random 64-bit integers that depend on their arguments only.
-
-    Args:
-        seed: the run's seed.
-        epoch: the training epoch, from 0.
-        examples: the number of each example, int64 `[n]`.
-        num_draws: how many integers each example gets.
-        first_draw: the number of the first draw; disjoint ranges are independent streams.
-
-    Returns:
-        uint64 `[n, num_draws]`.
-    """
-    run = _mix(np.array([seed], dtype=np.uint64) + _GOLDEN) + _mix(np.array([epoch], dtype=np.uint64) + _MIX_1)
-    example = _mix(run + np.asarray(examples).astype(np.uint64) * _GOLDEN)
-    draws = np.arange(first_draw + 1, first_draw + num_draws + 1, dtype=np.uint64) * _GOLDEN
-    return _mix(example[:, None] + draws[None, :])
-
-
-def bounded(random: np.ndarray, bound: np.ndarray | int) -> np.ndarray:
-    """Maps random uint64 to int64 in `[0, bound)` (the bias, bound / 2^64, is beyond measuring)."""
-    return (random % np.asarray(bound, dtype=np.uint64)).astype(np.int64)
+from ..models.embedding_store import Ragged
+from .stateless_random import bounded, stateless_random
 
 
 class InteractionMatrix:
-    """Who interacted with what: for each user row, the item columns in time order (CSR without values).
+    """The item columns of each user row, in time order.
 
     Args:
-        users: user row of each interaction, int `[n]`; a user's interactions are in time order.
+        users: user row of each interaction, int `[n]`. The interactions of a user are in time order.
         items: item column of each interaction, int `[n]`.
-        num_users: number of rows.
-        num_items: number of columns.
+        num_users: the number of rows.
+        num_items: the number of columns.
+
+    Attributes:
+        histories: the items of each user, one list a user row.
+        users: user row of each interaction, int64 `[n]`, ascending.
+        items: item column of each interaction, int64 `[n]`, grouped by user.
+        indptr: int64 `[num_users + 1]`. The items of user u are `items[indptr[u] : indptr[u + 1]]`.
     """
 
-    def __init__(self, users: np.ndarray, items: np.ndarray, num_users: int, num_items: int):
+    def __init__(
+        self, users: np.ndarray | Sequence[int], items: np.ndarray | Sequence[int], num_users: int, num_items: int
+    ):
         users, items = np.asarray(users, dtype=np.int64), np.asarray(items, dtype=np.int64)
-        order = np.argsort(users, kind="stable")
         self.num_users, self.num_items = num_users, num_items
-        self.users, self.items = users[order], items[order]
-        self.indptr = np.concatenate([[0], np.cumsum(np.bincount(users, minlength=num_users))]).astype(np.int64)
+        self.histories = Ragged.from_pairs(users, items, num_users)
+        self.users, self.items, self.indptr = self.histories.rows, self.histories.values, self.histories.indptr
         # Without repetitions, so that the number of a user's keys tells whether an item is left.
         self._keys = np.unique(self.users * num_items + self.items)
 
@@ -69,18 +42,16 @@ class InteractionMatrix:
     @property
     def lengths(self) -> np.ndarray:
         """Number of interactions of each user, int64 `[num_users]`."""
-        return np.diff(self.indptr)
+        return self.histories.lengths
 
     def of(self, user: int) -> np.ndarray:
-        """Items of one user, in time order."""
+        """Items of one user, in time order, int64 `[number of interactions]`."""
         return self.items[self.indptr[user] : self.indptr[user + 1]]
 
     def of_users(self, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """CSR rows of several users: `(indptr [n + 1], items)`."""
-        lengths = self.lengths[users]
-        indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        positions = np.arange(indptr[-1]) + np.repeat(self.indptr[users] - indptr[:-1], lengths)
-        return indptr, self.items[positions]
+        taken = self.histories.take(users)
+        return taken.indptr, taken.values
 
     def popularity(self) -> np.ndarray:
         """Number of interactions of each item, int64 `[num_items]`."""
@@ -97,18 +68,21 @@ class InteractionMatrix:
     def sample_negatives(
         self, users: np.ndarray, num_negatives: int, *, seed: int, epoch: int, examples: np.ndarray, first_draw: int = 0
     ) -> np.ndarray:
-        """Items drawn uniformly from those that each user has not interacted with.
+        """Draws items uniformly from those that each user has not interacted with.
 
         Args:
             users: user row of each example, int64 `[n]`.
-            num_negatives: draws per example, with replacement.
-            seed, epoch, examples, first_draw: see [`stateless_random`].
+            num_negatives: draws for each example, with replacement.
+            seed: see [`stateless_random`].
+            epoch: see [`stateless_random`].
+            examples: see [`stateless_random`].
+            first_draw: see [`stateless_random`].
 
         Returns:
             int64 `[n, num_negatives]`.
 
         Raises:
-            ValueError: a user has interacted with every item, so that no negative exists.
+            ValueError: a user has interacted with every item, so that there is no negative.
         """
         first, end = np.searchsorted(self._keys, [users * self.num_items, (users + 1) * self.num_items])
         full = np.flatnonzero(end - first == self.num_items)
@@ -121,7 +95,7 @@ class InteractionMatrix:
         draw = (first_draw + 1) << 32
         bad = np.argwhere(self.contains(users[:, None], negatives))
         while len(bad):
-            # A rejected draw is replaced from a stream that no other `first_draw` has: uniform over what is left.
+            # A rejected draw is replaced from a stream that no other `first_draw` has: uniform over the items left.
             row, column = bad[:, 0], bad[:, 1]
             fresh = stateless_random(seed, epoch, examples[row] * num_negatives + column, 1, draw)
             negatives[row, column] = bounded(fresh[:, 0], self.num_items)

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset, DatasetDict
 
-from ..models.codes import IdIndex
+from ..models.codes import check_ids
 from .interaction_matrix import InteractionMatrix
-from .interactions import encode_column, quoted, time_order
+from .interactions import encode_column, time_order
+from .reading import quoted
 
 SPLITS = ("train", "validation", "test")
 
@@ -31,12 +33,13 @@ class Holdout:
 
 @dataclass
 class IndexedSplits:
-    """Splits in rows: ids, the interactions that a run trains on, and the items held out.
+    """Splits in rows.
 
     Args:
-        user_ids, item_ids: the id of each row, of all splits, in order of first appearance.
-        interactions: what is trained on, of users in rows.
-        holdout: what is evaluated on.
+        user_ids: the id of each user row, of all splits, in order of first appearance.
+        item_ids: the id of each item row, of all splits, in order of first appearance.
+        interactions: the interactions to train on.
+        holdout: the items to evaluate on.
     """
 
     user_ids: list[str]
@@ -45,21 +48,8 @@ class IndexedSplits:
     holdout: Holdout
 
 
-def index_splits(splits: DatasetDict, evaluate_on: str) -> IndexedSplits:
-    """Rows for a run that is evaluated on `"validation"` (and trained on train) or `"test"` (on train + validation)."""
-    columns = {name: (splits[name]["user_id"][:], splits[name]["item_id"][:]) for name in SPLITS}
-    user_ids = list(dict.fromkeys(user for name in SPLITS for user in columns[name][0]))
-    item_ids = list(dict.fromkeys(item for name in SPLITS for item in columns[name][1]))
-    user_index, item_index = IdIndex(user_ids, "user"), IdIndex(item_ids, "item")
-    rows = {name: (user_index.rows(users), item_index.rows(items)) for name, (users, items) in columns.items()}
-    trained = SPLITS[: SPLITS.index(evaluate_on)]
-    users, items = (np.concatenate([rows[name][side] for name in trained]) for side in (0, 1))
-    interactions = InteractionMatrix(users, items, len(user_ids), len(item_ids))
-    return IndexedSplits(user_ids, item_ids, interactions, Holdout(*rows[evaluate_on]))
-
-
 def leave_one_out(interactions: Dataset, min_interactions: int = 3) -> DatasetDict:
-    """Holds out each user's last two interactions: the last one is the test target, the one before the validation target.
+    """Holds out the last two interactions of each user: the last is the test target, the one before the validation target.
 
     Args:
         interactions: columns `user_id` and `item_id`, in time order unless there is a column `timestamp`.
@@ -87,8 +77,8 @@ def leave_one_out(interactions: Dataset, min_interactions: int = 3) -> DatasetDi
     counts = np.bincount(users)
     if not len(users) or counts.max() < min_interactions:
         raise ValueError(
-            f"no user has {min_interactions} interactions or more (the most is {counts.max(initial=0)}), so none can be held out "
-            "for validation and test; give more interactions per user."
+            f"no user has {min_interactions} interactions or more (the most is {counts.max(initial=0)}), so no item can "
+            "be held out for validation and test; give more interactions per user."
         )
     from_end = np.repeat(np.cumsum(counts), counts) - np.arange(len(users))
     held_out = np.where(np.repeat(counts, counts) >= min_interactions, from_end, 0)
@@ -96,8 +86,34 @@ def leave_one_out(interactions: Dataset, min_interactions: int = 3) -> DatasetDi
     return DatasetDict({split: Dataset(table.take(order[chosen])) for split, chosen in rows.items()})
 
 
+def index_splits(splits: DatasetDict, evaluate_on: str) -> IndexedSplits:
+    """Splits in rows, for a run that trains on the splits before `evaluate_on`.
+
+    Args:
+        splits: `train`, `validation` and `test`, with columns `user_id` and `item_id`.
+        evaluate_on: `"validation"` (train on `train`) or `"test"` (train on `train` and `validation`).
+
+    Raises:
+        ValueError: an id is empty, too long or contains white space.
+    """
+    tables = [splits[name].select_columns(["user_id", "item_id"]).with_format("arrow")[:] for name in SPLITS]
+    ends = np.cumsum([table.num_rows for table in tables])
+    columns = pa.concat_tables(tables, promote_options="permissive")
+    users, user_ids = encode_column(columns["user_id"])
+    items, item_ids = encode_column(columns["item_id"])
+    place = SPLITS.index(evaluate_on)
+    trained, held_out = slice(0, ends[place - 1]), slice(ends[place - 1], ends[place])
+    interactions = InteractionMatrix(users[trained], items[trained], len(user_ids), len(item_ids))
+    return IndexedSplits(
+        check_ids(user_ids.to_pylist(), "user"),
+        check_ids(item_ids.to_pylist(), "item"),
+        interactions,
+        Holdout(users[held_out], items[held_out]),
+    )
+
+
 def fingerprint(*columns: Sequence[str]) -> str:
-    """16 hex digits that tell columns of ids from all others."""
+    """16 hex digits that distinguish columns of ids from all others."""
     digest = hashlib.sha256()
     for column in columns:
         digest.update("\n".join(column).encode() + b"\0")

@@ -1,8 +1,8 @@
-"""How good a full ranking is: HR@K, NDCG@K and MRR@K of one held-out item a user, coverage and popularity.
+"""Metrics of full rankings: HR@K, NDCG@K and MRR@K of one held-out item for each user, coverage and popularity.
 
-The protocol is TokenRec's (section III-A, arXiv 2406.10450): for every user all items are ranked, without those that
-the user has already seen. All of it is computed in batches, in memory that does not grow with the number of users.
-Knows nothing about models or stores: it takes scores, or two matrices of vectors.
+The protocol is that of TokenRec (section III-A, arXiv 2406.10450): all items are ranked for each user, without the items
+that the user has seen. The input is scores or two matrices of vectors. Metrics are computed in batches, in memory that does
+not grow with the number of users.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ def target_ranks(
 ) -> torch.Tensor:
     """The rank of each user's held-out item among the items that the user has not seen.
 
-    The rank is pessimistic: an item that ties with the target counts as ranked above it, so a model that gives every
-    item the same score earns nothing.
+    The rank is pessimistic: an item that ties with the target is ranked above it, so a model that gives all items the same
+    score has metrics of 0.
 
     Args:
         scores: float `[B, n]`, a score for each of B users and each of n items, higher is better.
         targets: int64 `[B]`, the item held out for each user.
-        seen: pairs that are left out of the ranking (score `-inf`), as two int64 vectors of equal length: rows of
-            `scores` and items. A target is ranked even where it is listed.
+        seen: pairs to leave out of the ranking (score `-inf`), as two int64 vectors of equal length: rows of `scores` and
+            items. A target is ranked even if it is listed.
 
     Returns:
         int64 `[B]`, from 0 for the best.
@@ -38,13 +38,13 @@ def target_ranks(
         ValueError: the shapes do not fit, a score is NaN, or an item does not exist.
     """
     scores, targets = _masked(_copied(scores), targets, seen)
-    # The maximum of a row that holds NaN is NaN, and costs a tenth of looking at each score.
+    # The maximum of a row that contains NaN is NaN, and costs a tenth of a look at each score.
     _check_no_nan(scores.amax(dim=1))
     return _ranks(scores, scores.gather(1, targets))
 
 
 def hit_rate(ranks: torch.Tensor | np.ndarray, k: int) -> float:
-    """HR@K: the share of users whose target is among the first `k`; `ranks` is int64 `[B]`, from 0."""
+    """HR@K: the share of users with the target among the first `k`; `ranks` is int64 `[B]`, from 0."""
     return _metric("hr", _histogram(ranks, k), k)
 
 
@@ -59,21 +59,25 @@ def mrr(ranks: torch.Tensor | np.ndarray, k: int) -> float:
 
 
 class RankingMetrics:
-    """All metrics of a stream of scores; how the users are cut into batches does not matter.
+    """All metrics of a stream of scores. The results do not depend on the batches.
 
-    For each K of `top_ks`, `compute` gives
+    `compute` gives for each K of `top_ks`:
 
     - `hr@K`, `ndcg@K`, `mrr@K`: see [`hit_rate`], [`ndcg`] and [`mrr`];
-    and where `popularity` is given also what the lists themselves look like, which costs half as much again:
-    - `coverage@K`: the share of the catalogue that is among the first K of at least one user;
-    - `popularity@K`: the average recommendation popularity (ARP), i.e. the mean over users of the mean popularity of the
-      first K items, divided by the popularity of the most popular item. It lies in 0..1; 1 means that nobody is given
-      anything less popular than the most popular item.
+    - with `popularity`, `coverage@K`: the share of the catalogue among the first K of at least one user;
+    - with `popularity`, `popularity@K`: the average recommendation popularity (ARP), i.e. the mean over users of the mean
+      popularity of the first K items, divided by the popularity of the most popular item. It lies in 0..1; 1 means that
+      all users get only items as popular as the most popular item.
+
+    Coverage and popularity cost half as much again.
 
     Args:
         num_items: n, the size of the catalogue.
         top_ks: the values of K.
-        popularity: how often each item was interacted with in training, `[n]`; `None` looks at ranks only.
+        popularity: the number of training interactions of each item, `[n]`; `None` computes metrics of ranks only.
+
+    Raises:
+        ValueError: there is no K, or `popularity` has another length than `num_items`.
     """
 
     def __init__(
@@ -90,7 +94,7 @@ class RankingMetrics:
             )
         self.num_items, self.top_ks = num_items, tuple(top_ks)
         self._popularity = None if popularity is None else torch.as_tensor(popularity, dtype=torch.float64)
-        # Ranks are kept as a histogram: exact, and the same however the users are batched.
+        # A histogram of ranks is exact and does not depend on the batches.
         self._histogram = torch.zeros(max(top_ks) + 1, dtype=torch.int64)
         self._recommended = torch.zeros(len(self.top_ks), num_items, dtype=torch.bool)
         self._popularity_sums = torch.zeros(len(self.top_ks), dtype=torch.float64)
@@ -102,7 +106,7 @@ class RankingMetrics:
         self._add(_copied(scores), targets, seen)
 
     def _add(self, scores: torch.Tensor, targets: torch.Tensor | np.ndarray, seen: SeenPairs | None) -> None:
-        """`update` with scores that may be written to."""
+        """`update` with scores that may be overwritten."""
         scores, targets = _masked(scores, targets, seen)
         if scores.shape[1] != self.num_items:
             raise ValueError(
@@ -113,13 +117,13 @@ class RankingMetrics:
             _check_no_nan(scores.amax(dim=1))
             self._histogram += _histogram(_ranks(scores, scores.gather(1, targets)), longest)
             return
-        # One more than the longest list decides every rank up to its end, so the other scores need not be looked at.
+        # One more item than the longest list decides every rank up to its end, without the other scores.
         items, values = stable_topk(scores, longest + 1)
         # NaN sorts above everything else.
         _check_no_nan(values[:, 0])
         self._histogram += _histogram(_ranks(values.clone(), scores.gather(1, targets)), longest)
         items, values = items[:, :longest].cpu(), values[:, :longest].cpu()
-        # A masked item fills the list where fewer than K are left, but nobody is recommended it.
+        # A masked item fills the list if fewer than K are left, but it is not recommended.
         listed = values > -torch.inf
         for i, k in enumerate(self.top_ks):
             first, counts = items[:, :k], listed[:, :k]
@@ -128,19 +132,17 @@ class RankingMetrics:
             self._popularity_sums[i] += (sums / counts.sum(dim=1).clamp(min=1)).sum()
 
     def compute(self) -> dict[str, float]:
-        """The metrics of all users so far, by name, for example `"ndcg@20"`.
+        """The metrics of all users so far by name, for example `"ndcg@20"`.
 
         Raises:
-            ValueError: there was no user yet.
+            ValueError: there is no user yet.
         """
         results = {f"{name}@{k}": _metric(name, self._histogram, k) for name in _GAINS for k in self.top_ks}
         if self._popularity is not None:
-            for i, k in enumerate(self.top_ks):
-                results[f"coverage@{k}"] = float(self._recommended[i].double().mean())
-            # Without any interaction every popularity is 0, and so is their mean.
+            results |= {f"coverage@{k}": float(own.double().mean()) for k, own in zip(self.top_ks, self._recommended)}
+            # Without any interaction, every popularity and their mean are 0.
             scale = self._histogram.sum() * self._popularity.max().clamp(min=1e-300)
-            for i, k in enumerate(self.top_ks):
-                results[f"popularity@{k}"] = float(self._popularity_sums[i] / scale)
+            results |= {f"popularity@{k}": float(own / scale) for k, own in zip(self.top_ks, self._popularity_sums)}
         return results
 
 
@@ -156,18 +158,18 @@ def evaluate_embeddings(
     batch_size: int = 512,
     popularity: torch.Tensor | np.ndarray | None = None,
 ) -> dict[str, float]:
-    """The metrics of vectors: each query is ranked against all items by cosine (Eq. 19) or dot product.
+    """The metrics of vectors: each query ranks all items by cosine (Eq. 19) or dot product.
 
     Args:
-        queries: float `[U, d]`, one a user.
+        queries: float `[U, d]`, one for each user.
         items: float `[n, d]`.
         targets: int64 `[U]`, the item held out for each user.
-        seen_indptr: int `[U + 1]`: the items seen by user u are `seen_indices[seen_indptr[u] : seen_indptr[u + 1]]`.
-        seen_indices: int `[seen_indptr[-1]]`, item numbers.
+        seen_indptr: int `[U + 1]`. The items seen by user u are `seen_indices[seen_indptr[u] : seen_indptr[u + 1]]`.
+        seen_indices: int `[seen_indptr[-1]]`, item rows.
         cosine: rank by cosine; else by dot product.
         top_ks: the values of K.
-        batch_size: users scored at once; `4 * batch_size * n` bytes.
-        popularity: how often each item was interacted with in training, `[n]`; for `coverage@K` and `popularity@K`.
+        batch_size: users scored at once, in `4 * batch_size * n` bytes.
+        popularity: the number of training interactions of each item, `[n]`, for `coverage@K` and `popularity@K`.
 
     Returns:
         See [`RankingMetrics`].
@@ -179,12 +181,12 @@ def evaluate_embeddings(
     if len(targets) != len(queries) or len(indptr) != len(queries) + 1 or indptr[-1] != len(seen_indices):
         raise ValueError(
             f"there are {len(queries)} queries, {len(targets)} targets, {len(indptr)} entries of seen_indptr and "
-            f"{len(seen_indices)} of seen_indices; pass one target a query, and in seen_indptr one entry more than "
-            "queries, the last one the number of seen_indices."
+            f"{len(seen_indices)} of seen_indices; pass one target for each query, and seen_indptr with one entry more than "
+            "queries, the last entry being the number of seen_indices."
         )
     if queries.shape[1] != items.shape[1]:
         raise ValueError(
-            f"queries have {queries.shape[1]} dimensions but items have {items.shape[1]}; both must be of one space."
+            f"queries have {queries.shape[1]} dimensions but items have {items.shape[1]}; pass vectors of the same space."
         )
     if cosine:
         queries, items = unit_rows(queries), unit_rows(items)
@@ -198,7 +200,7 @@ def evaluate_embeddings(
 
 
 def _copied(scores: torch.Tensor | np.ndarray) -> torch.Tensor:
-    """Scores as a floating-point tensor of its own memory."""
+    """A floating-point copy of the scores."""
     scores = torch.as_tensor(scores)
     return scores.detach().clone() if scores.is_floating_point() else scores.to(torch.float64)
 
@@ -206,21 +208,21 @@ def _copied(scores: torch.Tensor | np.ndarray) -> torch.Tensor:
 def _masked(
     scores: torch.Tensor, targets: torch.Tensor | np.ndarray, seen: SeenPairs | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores with `-inf` at seen items other than the target, in place, and targets as int64 `[B, 1]`, checked."""
+    """Writes `-inf` to seen items other than the target; returns scores and targets `[B, 1]`, int64, checked."""
     targets = torch.as_tensor(targets, dtype=torch.int64, device=scores.device)
     if scores.ndim != 2 or targets.shape != scores.shape[:1]:
         raise ValueError(
             f"scores have shape {list(scores.shape)} and targets {list(targets.shape)}; pass [B, n] and [B], one "
-            "target a user."
+            "target for each user."
         )
     rows, items = (torch.as_tensor(one, dtype=torch.int64, device=scores.device) for one in (seen or ((), ())))
     if rows.shape != items.shape:
         raise ValueError(
-            f"seen has {len(rows)} rows but {len(items)} items; it must be pairs, as two vectors of equal length."
+            f"seen has {len(rows)} rows but {len(items)} items; pass pairs as two vectors of equal length."
         )
-    for numbers, what in ((targets, "targets"), (items, "seen")):
+    for numbers, name in ((targets, "targets"), (items, "seen")):
         if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < scores.shape[1]:
-            raise ValueError(f"{what} names an item outside 0..{scores.shape[1] - 1}; score all items that occur.")
+            raise ValueError(f"{name} names an item outside 0..{scores.shape[1] - 1}; score all items that occur.")
     targets = targets[:, None]
     own = scores.gather(1, targets)
     scores[rows, items] = -torch.inf
@@ -232,21 +234,21 @@ def _check_no_nan(best: torch.Tensor) -> None:
     nan = best.isnan().nonzero()
     if len(nan):
         raise ValueError(
-            f"the scores of row {int(nan[0])} hold NaN, which has no rank; look for a division by zero or an overflow in the "
-            "model."
+            f"the scores of row {int(nan[0])} hold NaN, which has no rank; look for a division by zero or an overflow in "
+            "the model."
         )
 
 
 def _ranks(scores: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """How many of `scores` `[B, n]` are at least the target's, `[B, 1]`, itself not counted, int64 `[B]`.
+    """The number of `scores` `[B, n]` that are at least the target's `own` `[B, 1]`, without the target, int64 `[B]`.
 
-    Overwrites `scores`: comparing in place and adding floating-point ones takes a third of the time of a boolean mask.
-    Exact up to 2^24 items.
+    Overwrites `scores`: a comparison in place and a sum of floating-point ones take a third of the time of a boolean mask.
+    The result is exact up to 2^24 items.
     """
     return scores.ge_(own).sum(dim=1, dtype=torch.promote_types(scores.dtype, torch.float32)).long() - 1
 
 
-# What the rank `r` (float64 `[K]`, from 0) of the target earns.
+# The gain of the rank `r` of the target (float64 `[K]`, from 0).
 _GAINS = {
     "hr": torch.ones_like,
     "ndcg": lambda r: 1 / torch.log2(r + 2),
@@ -255,7 +257,7 @@ _GAINS = {
 
 
 def _histogram(ranks: torch.Tensor | np.ndarray, k: int) -> torch.Tensor:
-    """How many targets have rank 0, 1, ..., k - 1, and k or worse, int64 `[k + 1]`."""
+    """The number of targets with rank 0, 1, ..., k - 1, and k or worse, int64 `[k + 1]`."""
     ranks = torch.as_tensor(ranks, dtype=torch.int64).cpu()
     return torch.bincount(ranks.clamp(max=k), minlength=k + 1)
 
@@ -264,6 +266,6 @@ def _metric(name: str, histogram: torch.Tensor, k: int) -> float:
     """The mean gain of the targets counted in `histogram`."""
     users = int(histogram.sum())
     if not users:
-        raise ValueError(f"there is no user to compute {name}@{k} of; evaluate at least one.")
+        raise ValueError(f"there is no user to compute {name}@{k} of; evaluate at least one user.")
     gains = _GAINS[name](torch.arange(k, dtype=torch.float64))
     return float((histogram[:k] * gains).sum()) / users

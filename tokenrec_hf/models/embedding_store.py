@@ -17,7 +17,7 @@ import re
 import secrets
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain, compress
 from pathlib import Path
@@ -48,7 +48,7 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 class Store(Protocol):
-    """Interface of all stores: what recommending, evaluation and updates need of one.
+    """Interface of all stores: the methods that recommending, evaluation and updates call.
 
     [`EmbeddingStore`] documents the methods; `tokenrec_hf.store.open_store` opens a store of any engine.
     """
@@ -327,7 +327,7 @@ class EmbeddingStore(Store):
         new = rows < 0
         self._vectors[kind][rows[~new]] = matrix[~new]
         if new.any():
-            self._index[kind] = self._index[kind].extended([names[row] for row in np.flatnonzero(new)], kind)
+            self._index[kind] = self._index[kind].extended(list(compress(names, new.tolist())), kind)
             self._vectors[kind] = torch.cat([self._vectors[kind], matrix[new]])
             if kind == "user":
                 lengths = np.append(self._seen.lengths, np.zeros(new.sum(), dtype=np.int64))
@@ -536,8 +536,9 @@ class EmbeddingStore(Store):
         if kind == "user":
             arrays |= {"seen_indptr": self._seen.indptr, "seen_items": self._seen.values}
         else:
-            text = bytearray(json.dumps(self._metadata.items).encode())
-            arrays["metadata"] = np.frombuffer(text, dtype=np.uint8)
+            # Only the items that have any: most stores have none.
+            known = {row: values for row, values in enumerate(self._metadata.items) if values}
+            arrays["metadata"] = np.frombuffer(bytearray(json.dumps(known).encode()), dtype=np.uint8)
         return {"vectors": self._vectors[kind], **{name: torch.from_numpy(array) for name, array in arrays.items()}}
 
     @classmethod
@@ -577,8 +578,9 @@ class EmbeddingStore(Store):
             )
         self._index[check_kind(kind)], self._vectors[kind] = index, vectors
         if kind == "item":
-            items = json.loads(arrays["metadata"].tobytes())
-            self._metadata = ItemMetadata(check_metadata(items, len(index)))
+            known = json.loads(arrays["metadata"].tobytes())
+            self._metadata = ItemMetadata([{}] * len(index))
+            self._metadata.set(list(map(int, known)), check_metadata(list(known.values()), len(known)))
         else:
             self._seen = Ragged(arrays["seen_indptr"], arrays["seen_items"])
             fits = len(self._seen) == len(index) and self._seen.is_valid(self.count("item"))
@@ -598,7 +600,7 @@ class ItemMetadata:
         # By name, a number for each value, and the number of each item's value; made when a search needs them.
         self._columns: dict[str, tuple[dict[Any, int], np.ndarray]] = {}
 
-    def set(self, rows: np.ndarray, metadata: Sequence[Mapping[str, Any]]) -> None:
+    def set(self, rows: Iterable[int], metadata: Sequence[Mapping[str, Any]]) -> None:
         """Merges checked names and values into those of the items at `rows` `[m]`; `None` removes a name."""
         for row, values in zip(rows, metadata):
             merged = {**self.items[row], **values}
@@ -977,7 +979,7 @@ def _load_arrays(folder: Path, file: str, size: int, sha256: str) -> dict[str, t
     if path.stat().st_size != size:
         raise _damaged(path, f"it has {path.stat().st_size} bytes instead of {size}")
     if _sha256(path) != sha256:
-        raise _damaged(path, "its content is not what was saved")
+        raise _damaged(path, "its content is not the saved one")
     try:
         return load_file(path)
     except SafetensorError as error:

@@ -15,10 +15,9 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from .codes import RepositoryFolder, fetch_repository
 from .embedding_store import EmbeddingStore, Store
-from .modeling_collaborative import HistoryEncoder
 from .modeling_t5_retrieval import T5ForGenerativeRetrieval
 from .prompts import PromptTemplate
-from .recommender import Recommender, load_history_encoder
+from .recommender import Recommender
 from .tokenization_tokenrec import TokenRecTokenizer
 
 if TYPE_CHECKING:
@@ -32,8 +31,6 @@ class GenerativeRetrievalPipeline(Pipeline):
         model: a [`T5ForGenerativeRetrieval`].
         tokenizer: its [`TokenRecTokenizer`].
         store: its [`EmbeddingStore`]; by default that of the repository and revision that the model was loaded from.
-        history_encoder: makes user tokens for requests without a user; by default that of the same repository, if the store is
-            too.
         kwargs: `batch_size` (1), `device`, and defaults for the arguments of a call.
 
     Raises:
@@ -60,15 +57,14 @@ class GenerativeRetrievalPipeline(Pipeline):
         model: T5ForGenerativeRetrieval,
         tokenizer: TokenRecTokenizer,
         store: Store | None = None,
-        history_encoder: HistoryEncoder | None = None,
         **kwargs: Any,
     ):
         super().__init__(model=model, tokenizer=tokenizer, **kwargs)  # type: ignore[arg-type]
+        folder = None
         if store is None:
             folder = fetch_repository(str(model.name_or_path), revision=model.loaded_revision)
             store = EmbeddingStore.open(RepositoryFolder(folder).store)
-            history_encoder = history_encoder or load_history_encoder(folder)
-        self.recommender = Recommender(model, tokenizer, store, history_encoder)
+        self.recommender = Recommender(model, tokenizer, store, folder)
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """The best items for one request, or for each of several.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +62,8 @@ class Recommender:
         model: a [`T5ForGenerativeRetrieval`].
         tokenizer: its [`TokenRecTokenizer`].
         store: its [`EmbeddingStore`], or another store with the same vectors.
-        history_encoder: makes user tokens from the history of an anonymous user. Without it, their prompts name items only.
+        folder: the repository's folder. Its history encoder makes user tokens from the history of an anonymous user; without
+            it, their prompts name items only.
 
     Raises:
         ValueError: the three belong to different MQ-Tokenizers.
@@ -72,7 +74,7 @@ class Recommender:
         model: T5ForGenerativeRetrieval,
         tokenizer: TokenRecTokenizer,
         store: Store,
-        history_encoder: HistoryEncoder | None = None,
+        folder: str | os.PathLike | None = None,
     ):
         for kind, space_id in tokenizer.space_ids.items():
             store.check_space(kind, space_id, "the tokenizer")
@@ -82,7 +84,7 @@ class Recommender:
                     f"the model was trained on {kind} tokens of MQ-Tokenizer {trained_on} but the tokenizer makes those of "
                     f"{space_id}; load model and tokenizer of the same repository."
                 )
-        self.model, self.tokenizer, self.store, self.history_encoder = model, tokenizer, store, history_encoder
+        self.model, self.tokenizer, self.store, self.folder = model, tokenizer, store, folder
 
     @classmethod
     def from_pretrained(
@@ -109,7 +111,12 @@ class Recommender:
         folder = fetch_repository(name, revision=revision, token=token)
         check_repository(folder)
         store = store or EmbeddingStore.open(RepositoryFolder(folder).store)
-        return cls(load_model(folder), TokenRecTokenizer.from_pretrained(folder), store, load_history_encoder(folder))
+        return cls(load_model(folder), TokenRecTokenizer.from_pretrained(folder), store, folder)
+
+    @cached_property
+    def history_encoder(self) -> HistoryEncoder | None:
+        """Makes user vectors from histories; loaded when the first anonymous user asks. None without FISM or a folder."""
+        return None if self.folder is None else load_history_encoder(self.folder)
 
     def recommend(
         self,

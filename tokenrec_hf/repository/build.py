@@ -37,9 +37,9 @@ from ..models.pipeline_generative_retrieval import GenerativeRetrievalPipeline
 from ..models.prompts import HISTORY_ONLY_TEMPLATE, HISTORY_TEMPLATES
 from ..models.tokenization_tokenrec import TokenRecTokenizer
 from ..training.closed_forms import augment_norm
+from ..training.datasets import past_user_embeddings
 from ..training.recipe import AUTO, Recipe, RetrievalSettings, Setting
 from ..training.stages import SELECT_BY, train_collaborative, train_mq_tokenizer, train_retrieval
-from ..training.training_data import past_user_embeddings
 from .card import write_model_card
 from .repository import EVALUATION, REFIT, RETRIEVAL, SELECTION, Repository
 

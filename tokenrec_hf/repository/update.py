@@ -404,15 +404,17 @@ def _update_codes(
     parts: RepositoryFolder, staged: RepositoryFolder, store: EmbeddingStore, changed: Ids
 ) -> dict[str, float]:
     """Computes the codes of changed vectors and stages the code table; returns the share of variance lost, by kind."""
+    mqs, errors = {}, {}
+    vectors = {kind: store.get(kind, ids) for kind, ids in changed.items() if ids}
+    for kind in vectors:
+        mqs[kind] = MQTokenizerModel.from_pretrained(parts.mq(kind))
+        store.check_space(kind, mqs[kind].space_id, "the MQ-Tokenizer")
+        errors[kind] = mqs[kind].reconstruction_error(vectors[kind])
     tokenizer = TokenRecTokenizer.from_pretrained(parts.path)
-    errors = {}
-    for kind, ids in changed.items():
-        if not ids:
-            continue
-        store.check_space(kind, tokenizer.space_ids[kind], "the tokenizer")
-        vectors = store.get(kind, ids)
-        (tokenizer.add_users if kind == "user" else tokenizer.add_items)(dict(zip(ids, vectors)))
-        errors[kind] = MQTokenizerModel.from_pretrained(parts.mq(kind)).reconstruction_error(vectors)
+    tokenizer.attach(user_mq=mqs.get("user"), item_mq=mqs.get("item"))
+    for kind, add_to in (("user", tokenizer.add_users), ("item", tokenizer.add_items)):
+        if kind in vectors:
+            add_to(dict(zip(changed[kind], vectors[kind])))
     tokenizer.save_codes(staged.path)
     return errors
 

@@ -41,6 +41,7 @@ from ..models.modeling_collaborative import COLLABORATIVE_MODELS, CollaborativeM
 from ..models.modeling_mq_tokenizer import MQTokenizerModel
 from ..models.modeling_t5_retrieval import T5ForGenerativeRetrieval
 from .closed_forms import smooth_tables
+from .datasets import HistoryDataset, InteractionDataset, LengthGroupedSampler, VectorDataset
 from .recipe import (
     CollaborativeSettings,
     MQTokenizerSettings,
@@ -49,7 +50,6 @@ from .recipe import (
     Setting,
     StageSettings,
 )
-from .training_data import HistoryDataset, InteractionDataset, LengthGroupedSampler, VectorDataset
 
 SELECT_BY = "ndcg@20"
 Model = TypeVar("Model", bound=PreTrainedModel)

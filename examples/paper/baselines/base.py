@@ -1,4 +1,4 @@
-"""What the harness asks of a baseline: `fit(train, validation)` and `scores(users)`.
+"""The interface of a baseline, `fit(train, validation)` and `scores(users)`, and its evaluation and training loop.
 
 Users and items are rows of an `InteractionMatrix`, whose interactions are in time order for each user.
 """
@@ -18,7 +18,7 @@ from tokenrec_hf.data.splits import Holdout
 from tokenrec_hf.evaluation.metrics import RankingMetrics
 
 SELECT_BY = "ndcg@20"
-# Settings tried of each method that has anything to choose: the same budget for all.
+# Number of settings tried of each method that has a choice: the same budget for all.
 TRIALS = 6
 
 
@@ -26,47 +26,47 @@ class Baseline:
     """A recommender of known users and items.
 
     Args:
-        seed: of everything random.
-        settings: the method's own, as in an entry of its `grid`.
+        seed: seed of all random numbers.
+        settings: the method's settings, as in an entry of its `grid`.
 
-    A subclass sets `name` (of the command line) and `grid` (the settings among which the harness chooses on validation, the
-    first being the default; one, or `TRIALS` of them), and implements `fit` and `scores`.
+    A subclass sets `name` (on the command line), `title` (in tables) and `grid` (one setting or `TRIALS` of them, the default
+    first, among which the harness chooses on validation), and implements `fit` and `scores`.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     grid: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
-    # Whether the seed changes nothing, so that one run says everything.
+    # Whether results do not depend on the seed, so that one run suffices.
     deterministic: ClassVar[bool] = False
 
     def __init__(self, *, seed: int = 0, **settings: Any):
         self.seed, self.settings = seed, settings
-        # How long a refit is to train; stays None where there is nothing to choose.
+        # Length of the refit; None for methods without epochs.
         self.epochs: int | None = None
 
     def fit(self, train: InteractionMatrix, validation: Holdout | None, epochs: int | None = None) -> None:
         """Trains on `train`.
 
         Args:
-            train: the interactions to learn from.
-            validation: the items held out; the best epoch by NDCG@20 on them is kept, and its number left in `self.epochs`.
-                None for a refit, when there is nothing to choose by.
-            epochs: the length of a refit.
+            train: training interactions.
+            validation: held-out items; the weights of the best epoch by NDCG@20 are kept, and its number is stored in
+                `self.epochs`. None for a refit.
+            epochs: length of a refit.
         """
         raise NotImplementedError
 
     def scores(self, users: np.ndarray) -> torch.Tensor:
-        """A score for each item, float32 `[len(users), num_items]`, higher is better; seen items may have any."""
+        """A score for each item, float32 `[len(users), num_items]`, higher is better; scores of seen items are ignored."""
         raise NotImplementedError
 
 
 def device() -> torch.device:
-    """Where what is trained by gradient is trained and evaluated: a GPU where there is one."""
+    """The device of methods trained by gradient: a GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def product_type() -> torch.dtype:
-    """On a CPU, bfloat16 where it has instructions for such products; elsewhere float32, which is faster there."""
+    """The fastest type of matrix products on this CPU: bfloat16 if it has instructions for it, else float32."""
     found = torch.cpu.get_capabilities()
     return torch.bfloat16 if found.get("amx_bf16") or found.get("avx512_bf16") else torch.float32
 
@@ -78,11 +78,11 @@ def evaluate(
     batch_size: int = 256,
     with_lists: bool = False,
 ) -> dict[str, float]:
-    """HR@K, NDCG@K and MRR@K of the held-out items among all that a user has not seen in `interactions`.
+    """HR@K, NDCG@K and MRR@K of the held-out items among all items that a user has not seen in `interactions`.
 
     Args:
-        scores: that of a [`Baseline`].
-        interactions: whose items are left out of the ranking of their users.
+        scores: scores of users, see [`Baseline.scores`].
+        interactions: seen items, left out of the ranking of their users.
         holdout: users and targets.
         batch_size: users scored at once.
         with_lists: also coverage@K and popularity@K.
@@ -109,16 +109,16 @@ def train_epochs(
     every: int = 1,
     patience: int = 5,
 ) -> None:
-    """The loop of every baseline that is trained by gradient: the weights of the best epoch on validation are kept.
+    """The training loop of all baselines with gradients; keeps the weights of the best epoch on validation.
 
     Args:
         baseline: its `scores` are evaluated, its `epochs` set.
-        module: whose weights are kept.
+        module: the module with the weights.
         run_epoch: trains for one epoch, numbered from 0.
-        train, validation, epochs: as `fit` got them.
-        max_epochs: the end at the latest.
+        train, validation, epochs: arguments of [`Baseline.fit`].
+        max_epochs: the largest number of epochs.
         every: epochs between evaluations.
-        patience: evaluations without a better NDCG@20 that end the training.
+        patience: evaluations without a better NDCG@20 after which training stops.
     """
     module.to(device())
     best, best_state, waited = -1.0, None, 0

@@ -1,4 +1,4 @@
-"""Beam search over valid item ids only: the ids as a trie of arrays, all users and beams at once."""
+"""Beam search over valid item ids: the ids as a trie of arrays, all users and beams at once."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 
 
 class IdTrie:
-    """Item ids as a trie. Node 0 is the root, an id ends in a leaf, and a leaf leads to itself by symbol 0.
+    """Item ids as a trie. Node 0 is the root, an id ends in a leaf, and symbol 0 leads from a leaf to itself.
 
     Args:
-        codes: the ids, int64 `[num_items, L]`; a shorter one is filled up with -1.
+        codes: the ids, int64 `[num_items, L]`; shorter ids are padded with -1.
 
     Raises:
-        ValueError: an id is that of two items, or the beginning of another's.
+        ValueError: two ids are equal, or an id is a prefix of another.
     """
 
     def __init__(self, codes: np.ndarray):
@@ -38,26 +38,28 @@ class IdTrie:
         parents, symbols, nodes = np.concatenate(tables, axis=1)
         children[parents, symbols] = nodes
         if len(np.unique(leaves)) < num_items or (children[leaves] >= 0).any():
-            raise ValueError("two items have the same id, or the id of one is the beginning of another's.")
+            raise ValueError(
+                "item ids must be unique and none a prefix of another, but two are equal or one is a prefix."
+            )
         children[leaves, 0] = leaves
         self.paths = np.stack(paths[1:], axis=1)  # [num_items, L]
-        self.children = torch.from_numpy(children)  # [num_nodes, num_symbols], -1 where there is none
-        self.items = torch.full((count,), -1)  # of a leaf
+        self.children = torch.from_numpy(children)  # [num_nodes, num_symbols], -1 for no child
+        self.items = torch.full((count,), -1)  # [num_nodes], -1 except at leaves
         self.items[leaves] = torch.arange(num_items)
-        # Items below each node; a leaf counts more than once where its id is short.
+        # Items below each node; the leaf of a short id counts more than once.
         self.sizes = np.bincount(self.paths.ravel(), minlength=count)
 
     def to(self, device: torch.device) -> IdTrie:
-        """Itself, with what the search reads on `device`."""
+        """Moves the arrays of the search to `device` and returns the trie."""
         self.children, self.items = self.children.to(device), self.items.to(device)
         return self
 
     def open_nodes(self, num_rows: int, rows: np.ndarray, items: np.ndarray) -> torch.Tensor:
-        """Which nodes lead to an item that is left, bool `[num_rows, num_nodes]`.
+        """Mask of the nodes that lead to an allowed item, bool `[num_rows, num_nodes]`.
 
         Args:
-            num_rows: B.
-            rows, items: pairs of items that a row must not answer with.
+            num_rows: number of rows B.
+            rows, items: pairs of a row and an item that the row excludes.
         """
         rows, items = np.divmod(np.unique(rows * len(self.paths) + items), len(self.paths))
         nodes = rows[:, None] * len(self.sizes) + self.paths[items]
@@ -68,16 +70,16 @@ class IdTrie:
 def beam_search(
     next_log_probs: Callable[[torch.Tensor], torch.Tensor], trie: IdTrie, open_nodes: torch.Tensor, beams: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The items of the most probable ids. Exact with as many beams as there are items.
+    """The items with the most probable ids. Exact if there are as many beams as items.
 
     Args:
-        next_log_probs: of the symbol after each prefix: int64 `[B, W, t]` to float `[B, W, num_symbols]`.
+        next_log_probs: log-probabilities of the symbol after each prefix, int64 `[B, W, t]` to float `[B, W, num_symbols]`.
         trie: the ids.
         open_nodes: see [`IdTrie.open_nodes`].
         beams: prefixes kept at each step.
 
     Returns:
-        Items, int64 `[B, W]`, best first, and the log-probabilities of their ids; -1 and `-inf` where none are left.
+        Items, int64 `[B, W]`, best first, and the log-probabilities of their ids; -1 and `-inf` if no item is left.
     """
     rows = len(open_nodes)
     nodes, prefixes = (torch.zeros(rows, 1, *shape, dtype=torch.long, device=open_nodes.device) for shape in ((), (0,)))

@@ -1,9 +1,9 @@
 """BERT4Rec: masked items from both sides (Sun et al., CIKM 2019, arXiv 1904.06690).
 
-A transformer that sees a whole history predicts the masked items in it, by a softmax over all items. To recommend, a mask is
-put behind the history. The training has what Petrov and Macdonald (RecSys 2022) found to be missing where BERT4Rec was
-reported as weak: epochs enough. Unlike in the paper, the norms precede the sublayers, and the output has no layer of its own:
-the hidden state of a mask is multiplied with the items' embeddings.
+A bidirectional transformer predicts the masked items of a history by a softmax over all items. For recommendations, a mask
+follows the history. The training is long enough, which Petrov and Macdonald (RecSys 2022) found missing in reports of a weak
+BERT4Rec. Unlike in the paper, norms precede the sublayers, and there is no output layer: the hidden state of a mask is
+multiplied with the item embeddings.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from .sequence import SequenceBaseline, linear_cross_entropy, padded
 
 
 def cloze_mask(lengths: torch.Tensor, longest: int, probability: float, last_only: float) -> torch.Tensor:
-    """Which positions to mask: each with `probability`, but in a share `last_only` of the rows the last one alone.
+    """Masked positions: each with `probability`, but in a share `last_only` of the rows only the last position.
 
-    A row in which none is drawn has its last one masked, so that each has something to predict.
+    A row without a drawn position has its last position masked, so that every row has a target.
 
     Args:
         lengths: items of each row, int64 `[B]`.
-        longest: T.
-        probability: of a position to be masked.
-        last_only: the share of rows that are trained for what is asked of them in the end.
+        longest: number of positions T.
+        probability: probability that a position is masked.
+        last_only: share of rows with only the last position masked, as in recommendations.
 
     Returns:
         boolean `[B, T]`.

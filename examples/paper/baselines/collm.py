@@ -1,9 +1,9 @@
 """CoLLM: collaborative vectors as tokens of the language model (Zhang et al., TKDE 2025, arXiv 2310.19488).
 
-The user and each item of the history are one soft token: their LightGCN vector, mapped by an MLP into T5's input space. The
-original asks whether a user will like an item, which would take a run of the language model for each user and item. As in
-TokenRec's comparison, the model writes the id of the next item instead: a sequential one, as in P5. LightGCN is that of the
-project's `cpu` recipe, trained on the same interactions for a fixed number of epochs; its vectors are frozen.
+The user and each item of the history are one soft token each: their LightGCN vector, mapped by an MLP into T5's input space.
+The original predicts whether a user will like an item, with one run of the language model for each user and item. As in
+TokenRec's comparison, the model here writes the sequential id of the next item, as in P5. LightGCN has the settings of recipe
+`cpu` and is trained on the same interactions for a fixed number of epochs; its vectors are frozen.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tokenrec_hf import load_recipe
+from tokenrec_hf import Recipe
 from tokenrec_hf.training.stages import train_collaborative
 
 from .p5 import P5SID, IdGenerator
@@ -24,10 +24,10 @@ LIGHTGCN_EPOCHS = 60
 
 
 class SoftIdGenerator(IdGenerator):
-    """An [`IdGenerator`] in which token ids after the vocabulary stand for vectors.
+    """An [`IdGenerator`] with vectors as tokens: their ids follow the vocabulary.
 
     Args:
-        vectors: of users, then of items, `[n, d]`.
+        vectors: vectors of users, then of items, `[n, d]`.
     """
 
     def __init__(self, config, num_symbols, max_words, vectors: torch.Tensor):
@@ -54,8 +54,8 @@ class CoLLM(P5SID):
     def build(self, train):
         """See [`P5.build`]; trains LightGCN first."""
         with TemporaryDirectory() as folder:
-            recipe = load_recipe("cpu")["collaborative"]
-            model = train_collaborative(train, recipe, Path(folder), epochs=LIGHTGCN_EPOCHS, seed=self.seed).model
+            settings = Recipe.load("cpu").collaborative
+            model = train_collaborative(train, settings, Path(folder), epochs=LIGHTGCN_EPOCHS, seed=self.seed).model
         kinds = model.user_embeddings(), model.item_embeddings()
         self.vectors = torch.cat([(rows - rows.mean(dim=0)) / rows.std() for rows in kinds])
         super().build(train)

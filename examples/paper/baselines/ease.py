@@ -23,7 +23,7 @@ class EASE(Baseline):
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
         weights = inverse.div_(-inverse.diagonal().clone())
         weights.fill_diagonal_(0)
-        # Row by row, as the sparse product reads it.
+        # Row-major, as the sparse product reads it.
         self.weights = weights.contiguous().numpy()
 
     def scores(self, users):  # noqa: D102

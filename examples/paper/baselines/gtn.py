@@ -1,9 +1,9 @@
 """GTN: graph trend filtering networks (Fan et al., SIGIR 2022, arXiv 2108.05552).
 
-Where LightGCN smooths its embeddings alike over all interactions, GTN asks for few differences, by an l1 norm:
-E = argmin 1/2 ||E - E_in||^2 + lambda ||Delta E||_1, with Delta the incidence matrix of the user-item graph, its columns divided
-by the root of the degrees. Some steps of a primal-dual method (the proximal alternating predictor-corrector, with
-gamma = 1 and beta = 1/2) are the layers of the network.
+LightGCN smooths its embeddings equally over all interactions. GTN makes the differences sparse, by an l1 norm:
+E = argmin 1/2 ||E - E_in||^2 + lambda ||Delta E||_1. Delta is the incidence matrix of the user-item graph with columns divided by
+the root of the degrees. The layers of the network are steps of a primal-dual method (the proximal alternating
+predictor-corrector, with gamma = 1 and beta = 1/2).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class GTNModel(LightGCNModel):
         self._incidence: tuple[_SparseMatrix, _SparseMatrix] | None = None
 
     def incidence(self) -> tuple[_SparseMatrix, _SparseMatrix]:
-        """Delta `[interactions, users + items]` and its transpose; degrees count a loop at each node."""
+        """Delta `[interactions, users + items]` and its transpose; degrees include a self-loop at each node."""
         if self._incidence is None or self._incidence[0].values.device != self.edge_users.device:
             ends = torch.cat([self.edge_users, self.edge_items + self.config.num_users]).long()
             size = self.config.num_users + self.config.num_items
@@ -61,7 +61,7 @@ class GTN(LightGCN):
         {"num_layers": 2, "smoothness": 2.0, "loss_type": "bpr", "l2_weight": 1e-3, "lr": 1e-2},
     )
 
-    # A step costs as much as the whole graph, which is some times that of LightGCN.
+    # A step costs a pass over the whole graph, several times the cost of LightGCN.
     batch_size = 8192
 
     def build(self, train, smoothness, **config):  # noqa: D102

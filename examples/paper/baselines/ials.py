@@ -31,7 +31,7 @@ class IALS(Baseline):
             iterations=self.iterations,
             use_cg=False,
             use_gpu=False,
-            # The same sums in the same order.
+            # More threads add in another order.
             num_threads=1,
             random_state=self.seed,
         )

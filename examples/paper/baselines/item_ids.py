@@ -1,6 +1,6 @@
 """Ids of items as rows of symbols: random, sequential and collaborative (Hua et al., SIGIR-AP 2023, arXiv 2305.06569).
 
-Ids are int64 `[num_items, L]`. A shorter one is filled up with -1, no two are equal, and none is the beginning of another.
+Ids are int64 `[num_items, L]`. Shorter ids are padded with -1. Ids are unique, and none is a prefix of another.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ BASE = 100
 
 
 def numbers_as_symbols(numbers: np.ndarray) -> np.ndarray:
-    """Decimal numbers with their digits in pairs, all of the same length: two digits a token is about what T5 makes of them.
+    """Decimal numbers as pairs of digits, all of the same length. T5 also writes about two digits a token.
 
     Args:
-        numbers: not negative, `[n]`.
+        numbers: non-negative, `[n]`.
 
     Returns:
         int64 `[n, L]`, symbols `0..BASE - 1`.
@@ -38,8 +38,8 @@ def random_ids(train: InteractionMatrix, seed: int) -> np.ndarray:
 def sequential_ids(train: InteractionMatrix, seed: int) -> np.ndarray:
     """SID: the items numbered as they first appear, user by user, in the *training* interactions.
 
-    Numbers given over all data, as in P5's own, let the model find a user's held-out items by counting on. Items without a
-    training interaction come last in random order, because the order of rows may know whose they are.
+    Numbers over all data, as in P5's code, let the model find a user's held-out items by counting on. Items without a training
+    interaction come last in random order, because the order of rows may reveal their users.
     """
     warm, first = np.unique(train.items, return_index=True)
     cold = np.setdiff1d(np.arange(train.num_items), warm)
@@ -50,21 +50,21 @@ def sequential_ids(train: InteractionMatrix, seed: int) -> np.ndarray:
 
 
 def collaborative_ids(train: InteractionMatrix, seed: int, num_clusters: int = 20, leaf_size: int = BASE) -> np.ndarray:
-    """CID: recursive spectral clustering of the graph of items that users have in common.
+    """CID: recursive spectral clustering of the item co-occurrence graph.
 
-    Each cluster is a symbol after those of the clusters around it; one of at most `leaf_size` items is not split further, and
-    its items are numbered in random order.
+    An id is the path of an item's clusters. A cluster of at most `leaf_size` items is not split; its items are numbered in
+    random order.
 
     Args:
-        train: gives the graph: an edge weighs as much as the number of users of both its items.
-        seed: of k-means and of the numbers in a cluster.
-        num_clusters: parts of a cluster.
-        leaf_size: items of the largest cluster that is left whole.
+        train: interactions of the graph; the weight of an edge is the number of users of both items.
+        seed: seed of k-means and of the numbers in a cluster.
+        num_clusters: number of parts of a split cluster.
+        leaf_size: size of the largest cluster that is not split.
     """
     random = np.random.default_rng(seed)
     shape = (train.num_users, train.num_items)
     seen = sp.csr_array((np.ones(len(train)), (train.users, train.items)), shape=shape)
-    seen.data[:] = 1  # also where a user has had an item more than once
+    seen.data[:] = 1  # also for repeated interactions
     graph = sp.csr_array(seen.T @ seen)
     graph.setdiag(0)
     ids: list[tuple[int, ...]] = [()] * train.num_items
@@ -86,7 +86,7 @@ def collaborative_ids(train: InteractionMatrix, seed: int, num_clusters: int = 2
 def spectral_clusters(graph: sp.csr_array, num_clusters: int, random: np.random.Generator) -> np.ndarray:
     """Normalised spectral clustering (Ng, Jordan and Weiss, 2001): the cluster of each node, from 0 and without gaps.
 
-    Where it finds one cluster only, or there are no edges, the nodes are cut into equal parts at random.
+    Without edges, or if only one cluster is found, the nodes are split into equal parts at random.
     """
     size = graph.shape[0]
     at_random = random.permutation(size) % num_clusters
@@ -94,7 +94,7 @@ def spectral_clusters(graph: sp.csr_array, num_clusters: int, random: np.random.
         return at_random
     scale = 1 / np.sqrt(np.maximum(graph.sum(axis=1), 1))
     normalized = sp.diags_array(scale) @ graph @ sp.diags_array(scale)
-    # To full precision: a looser tolerance misses some of the equal eigenvalues of a graph in several pieces.
+    # Full precision: a looser tolerance misses some of the equal eigenvalues of a disconnected graph.
     _, vectors = eigsh(normalized, k=num_clusters, which="LA", v0=random.random(size))
     rows = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     _, found = kmeans2(rows, num_clusters, minit="++", rng=random, missing="warn")

@@ -1,4 +1,4 @@
-"""ItemKNN: cosine similarity of items by who interacted with them (Sarwar et al., 2001), with shrinkage."""
+"""ItemKNN: cosine similarity of items by their users (Sarwar et al., 2001), with shrinkage."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _ROWS = 1024
 
 
 class ItemKNN(Baseline):
-    """An item's score is the sum of its similarities to those of a user's items that are among its nearest neighbours.
+    """An item's score is the sum of its similarities to the user's items among its nearest neighbours.
 
-    The similarity of items with n_i and n_j users, n_ij of them in common, is n_ij / (sqrt(n_i n_j) + shrinkage).
+    The similarity of items with n_i and n_j users and n_ij common users is n_ij / (sqrt(n_i n_j) + shrinkage).
     """
 
     name, title = "itemknn", "ItemKNN"
@@ -40,7 +40,7 @@ class ItemKNN(Baseline):
             common = (by_item[start : start + _ROWS] @ self.matrix).toarray()  # n_ij, [rows, num_items]
             rows = np.arange(len(common))
             common[rows, rows + start] = 0
-            # An item without users is similar to nothing; the maximum only keeps 0 / 0 away.
+            # Items without users have similarity 0; the maximum avoids 0 / 0.
             norms = np.maximum(np.outer(lengths[start : start + _ROWS], lengths) + self.settings["shrinkage"], 1e-9)
             similarity = torch.from_numpy(common / norms)
             parts.append(stable_topk(similarity, self.settings["neighbours"]))

@@ -12,9 +12,9 @@ from .mf_bpr import MFBPR
 
 
 class LightGCN(MFBPR):
-    """As [`MFBPR`], with `num_layers`, and a choice of loss: BPR, or a softmax over cosine / `temperature`.
+    """As [`MFBPR`], with `num_layers` and a choice of loss: BPR, or a softmax over cosine / `temperature`.
 
-    In the softmax the different items of a batch compete, which takes a fraction of the time that all items do.
+    The softmax is over the distinct items of a batch, which is much faster than over all items.
     """
 
     name, title = "lightgcn", "LightGCN"

@@ -1,10 +1,9 @@
 """LTGNN: linear-time graph neural networks (Zhang et al., WWW 2024, arXiv 2402.13973).
 
-The representations are the fixed point Z = (1 - alpha) A Z + alpha E of personalised PageRank, with A the normalised adjacency,
-so they see the whole graph. Rather than iterate to it, each training step makes one iteration from where the last one stopped;
-the gradient, a fixed point of the same form, is treated alike. To recommend, the fixed point is iterated to the end.
-The paper also samples neighbours, with a correction of the variance: for graphs larger than these, so here all are summed,
-which is what the sampling estimates.
+The representations are the fixed point Z = (1 - alpha) A Z + alpha E of personalised PageRank, with the normalised adjacency A,
+and depend on the whole graph. Each training step makes one iteration from the state of the step before; the gradient, a fixed
+point of the same form, is treated alike. Evaluation iterates until convergence. The paper also samples neighbours with a
+variance correction, for larger graphs; here the sum over all neighbours, which the sampling estimates, is computed.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from .lightgcn import LightGCN
 
 
 class _ImplicitLayer(torch.autograd.Function):
-    """One step to the fixed point of `embeddings` forwards, and to that of their gradient backwards, in the memories."""
+    """One iteration towards the fixed point of `embeddings`, and backwards towards that of their gradient, in the memories."""
 
     @staticmethod
     def forward(ctx, embeddings, adjacency, restart, memory, gradient_memory):
@@ -43,7 +42,7 @@ class LTGNNModel(LightGCNModel):
         self.register_buffer("gradient_memory", torch.zeros(size), persistent=False)
 
     def representations(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """One step on: representations of users `[num_users, d]` and items `[num_items, d]`, for the loss."""
+        """Representations after one more iteration, for the loss: users `[num_users, d]`, items `[num_items, d]`."""
         arguments = self.config.restart, self.memory, self.gradient_memory
         point = _ImplicitLayer.apply(self._tables(), self.adjacency(), *arguments)
         return point[: self.config.num_users], point[self.config.num_users :]

@@ -14,7 +14,7 @@ from .base import Baseline, device, train_epochs
 class MFBPR(Baseline):
     """Vectors of users and items, trained in batches of interactions, scored by dot product.
 
-    Settings are those of the model's configuration, and `lr`.
+    Settings: fields of the model's configuration, and `lr`.
     """
 
     name, title = "mf", "MF"
@@ -62,13 +62,13 @@ class MFBPR(Baseline):
         self._keep_vectors()
 
     def loss(self, train: InteractionMatrix, rows: np.ndarray, epoch: int) -> torch.Tensor:
-        """Of the interactions numbered `rows`."""
+        """The loss of the interactions numbered `rows`."""
         users, items = train.users[rows], train.items[rows]
         negatives = train.sample_negatives(users, 1, seed=self.seed, epoch=epoch, examples=rows)
         return self.model(*(torch.from_numpy(rows).to(device()) for rows in (users, items, negatives))).loss
 
     def _keep_vectors(self):
-        # So that LightGCN propagates once, and not for each batch of users scored.
+        # LightGCN propagates once, not for each scored batch.
         self.user_vectors, self.item_vectors = self.model.user_embeddings(), self.model.item_embeddings()
 
     def scores(self, users):  # noqa: D102

@@ -11,12 +11,12 @@ from .base import Baseline, device, train_epochs
 
 
 class NeuMFModel(nn.Module):
-    """A score of a user and an item: a linear layer over the product of their GMF vectors and the MLP of their MLP vectors.
+    """A linear layer over the product of the GMF vectors and the MLP of the MLP vectors of a user and an item.
 
     Args:
         num_users, num_items: sizes.
-        dim: d, of the GMF vectors and of the MLP's output; the MLP's layers have 4 d (its input), 2 d and d.
-        dropout: on the MLP's hidden layer.
+        dim: size d of the GMF vectors and of the MLP's output; the MLP's layers have 4 d (input), 2 d and d units.
+        dropout: dropout rate of the MLP's hidden layer.
     """
 
     def __init__(self, num_users: int, num_items: int, dim: int, dropout: float):
@@ -40,7 +40,7 @@ class NeuMFModel(nn.Module):
     def all_logits(self, users: torch.Tensor) -> torch.Tensor:
         """`forward` of users `[B]` with each item, `[B, num_items]`.
 
-        The first layer is linear in user and item, so each is put through it once and not for each pair.
+        The first layer is linear in user and item, so it is applied once to each and not to each pair.
         """
         dim = self.output.out_features
         of_user, of_item = self.hidden.weight.split(2 * dim, dim=1)
@@ -48,7 +48,7 @@ class NeuMFModel(nn.Module):
         items_hidden = F.linear(self.mlp_items.weight, of_item)  # [num_items, 2 d]
         of_product, of_deep = self.predict.weight[0].split(dim)
         logits = (self.gmf_users(users) * of_product) @ self.gmf_items.weight.T + self.predict.bias
-        # Two users at a time: what is computed of more does not stay in the cache, and takes three times as long.
+        # Two users at a time: more exceed the cache and take three times as long.
         for rows, hidden in zip(logits.split(2), users_hidden.split(2)):
             pairs = F.relu_(hidden[:, None] + items_hidden)  # [2, num_items, 2 d]
             rows += F.relu_(self.output(pairs)) @ of_deep

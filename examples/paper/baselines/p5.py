@@ -1,12 +1,12 @@
 """P5 with random, sequential and collaborative item ids (Geng et al., RecSys 2022, arXiv 2203.13366; Hua et al., 2023).
 
 A T5 reads a prompt of words, the user's id and the ids of the history, and writes the id of the next item, symbol by symbol.
-As in P5, the tokens of one id share a whole-word embedding. The T5 is the small one of this project's `cpu` recipe, from
-scratch, with a decoder of one layer; the wordings are those of TokenRec. Decoding is a beam search over valid ids of
-unseen items. The score of an item is the log-probability of its id; items outside the beams have none.
+As in P5, the tokens of an id share a whole-word embedding. The T5 is the small one of recipe `cpu`, from scratch, with a decoder
+of one layer; the wordings are those of TokenRec. Decoding is a beam search over valid ids of unseen items. The score of an item
+is the log-probability of its id; items outside the beams have no score.
 
-Training prompts end at a random place of a user's training sequence. The items right after it are the targets: one in the
-original, several here where it is told so, since they cost little once the prompt is encoded.
+Training prompts end at a random position of a user's training sequence. The items after it are the targets: one in the original,
+`targets` here, because further targets cost little once the prompt is encoded.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
-from tokenrec_hf import load_recipe
-from tokenrec_hf.data.interaction_matrix import InteractionMatrix, bounded, stateless_random
+from tokenrec_hf import Recipe
+from tokenrec_hf.data.interaction_matrix import InteractionMatrix
 from tokenrec_hf.data.splits import Holdout
+from tokenrec_hf.data.stateless_random import bounded, stateless_random
 from tokenrec_hf.models.prompts import HISTORY_TEMPLATES
 from tokenrec_hf.models.tokenization_tokenrec import load_t5_tokenizer
 
@@ -40,9 +41,9 @@ class IdGenerator(nn.Module):
     """A T5 that reads prompts and writes ids.
 
     Args:
-        config: of the T5. Its vocabulary ends with the symbols of item ids.
-        num_symbols: how many they are.
-        max_words: number of whole-word embeddings; word 0 is no id.
+        config: configuration of the T5. Its vocabulary ends with the symbols of item ids.
+        num_symbols: number of symbols of item ids.
+        max_words: number of whole-word embeddings; word 0 stands for text.
     """
 
     def __init__(self, config: T5Config, num_symbols: int, max_words: int):
@@ -58,22 +59,22 @@ class IdGenerator(nn.Module):
         self.first_symbol = config.vocab_size - num_symbols
 
     def embed(self, ids: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-        """The inputs `[B, T, d_model]` of tokens and of the words that they belong to, `[B, T]`."""
+        """Input embeddings `[B, T, d_model]` of tokens `[B, T]` and of their words `[B, T]`."""
         return self.t5.shared(ids) + self.words(words) * (words > 0)[..., None]
 
     def encode(self, ids: torch.Tensor, words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """States `[B, T, d_model]` of a prompt, and which of them count `[B, T]`."""
+        """Encoder states `[B, T, d_model]` of prompts, and their attention mask `[B, T]`."""
         mask = (ids != self.t5.config.pad_token_id).long()
         return self.t5.encoder(inputs_embeds=self.embed(ids, words), attention_mask=mask).last_hidden_state, mask
 
     def decode(self, states: torch.Tensor, mask: torch.Tensor, prefixes: torch.Tensor) -> torch.Tensor:
-        """What T5's decoder makes of W beginnings of ids for the same prompt.
+        """Logits of the next symbols after W prefixes of ids for the same prompt.
 
-        Each sees itself and the prompt, whose keys and values are thus computed once and not for each of them.
+        A prefix attends to itself and the prompt, whose keys and values are computed once for all prefixes.
 
         Args:
-            states, mask: of `encode`.
-            prefixes: symbols, `[B, W, t]`.
+            states, mask: results of `encode`.
+            prefixes: symbols `[B, W, t]`.
 
         Returns:
             Logits of the whole vocabulary after none to all of the symbols, `[B, W, t + 1, vocab_size]`.
@@ -95,7 +96,7 @@ class IdGenerator(nn.Module):
         return self.t5.lm_head(hidden).view(rows, beams, length + 1, -1)
 
     def loss(self, ids: torch.Tensor, words: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The mean negative log-probability of the ids `targets`, `[B, P, L]`; -1 fills up a short one, and a whole row."""
+        """The mean negative log-probability of the ids `targets` `[B, P, L]`, padded with -1."""
         logits = self.decode(*self.encode(ids, words), targets[..., :-1].clamp(min=0))
         labels = torch.where(targets >= 0, targets + self.first_symbol, IGNORED)
         return F.cross_entropy(logits.flatten(0, 2), labels.flatten(), ignore_index=IGNORED)
@@ -114,9 +115,9 @@ class IdGenerator(nn.Module):
 
 
 class P5(Baseline):
-    """What the family has in common; a subclass says how items are numbered (`item_ids`).
+    """The common part of the family; a subclass numbers the items (`item_ids`).
 
-    Settings: `targets` (items after the place of the cut to learn from), `dropout`, `lr`; `max_history` (items of a prompt),
+    Settings: `targets` (items after the cut to learn from), `dropout`, `lr`; `max_history` (items of a prompt),
     `beams` (enough for HR@30), `batch_size`, `max_steps`, `evaluate_every` (steps, at least an epoch) and `t5` (changes to the
     recipe's T5).
     """
@@ -188,14 +189,14 @@ class P5(Baseline):
         self.user_tokens = len(tokenizer) + numbers_as_symbols(np.arange(train.num_users))
         first = len(tokenizer) + BASE
         self.item_tokens = np.where(self.codes >= 0, first + self.codes, self.pad_token_id)
-        recipe = load_recipe("cpu")["retrieval"]["config"]
+        sizes = Recipe.load("cpu").retrieval.config
         config = T5Config(
             vocab_size=first + self.trie.num_symbols,
             pad_token_id=self.pad_token_id,
             eos_token_id=self.eos_token_id,
             decoder_start_token_id=self.pad_token_id,
             dropout_rate=self.settings["dropout"],
-            **{name: recipe[name] for name in T5_SIZES} | self.settings["t5"],
+            **{name: sizes[name] for name in T5_SIZES} | self.settings["t5"],
         )
         self.network = self.make_network(config, self.trie.num_symbols, self.settings["max_history"] + 2)
 
@@ -226,7 +227,7 @@ class P5(Baseline):
         """Prompts of the histories `train.items[start:end]`.
 
         Returns:
-            Tokens and the word that each belongs to (0 for text, 1 for the user, then the items), LongTensors `[B, T]` on the device.
+            Tokens and the word of each (0 for text, 1 for the user, then the items), LongTensors `[B, T]` on the device.
         """
         rows = len(users)
         before, between, behind = (np.broadcast_to(part, (rows, len(part))) for part in self.wordings[wording])
@@ -240,7 +241,7 @@ class P5(Baseline):
         tokens = np.concatenate([before, user, between, history, behind, end], axis=1)
         words = [np.full(before.shape[1], 0), np.full(user.shape[1], 1), np.full(between.shape[1], 0)]
         words += [np.repeat(2 + columns, items.shape[2]), np.full(behind.shape[1] + 1, 0)]
-        # The holes of short histories move to the end.
+        # The padding of short histories moves to the end.
         order = np.argsort(tokens == self.pad_token_id, axis=1, kind="stable")
         order = order[:, : (tokens != self.pad_token_id).sum(axis=1).max()]
         tokens = np.take_along_axis(tokens, order, axis=1)
@@ -253,7 +254,7 @@ class P5(Baseline):
         for start in range(0, len(users), 64):
             rows = order[start : start + 64]
             items, scores = self.recommend(users[rows])
-            # Where fewer items are left than beams, -1 is a column of its own.
+            # An item of -1 (fewer items left than beams) is written to an extra column.
             table = result.new_full((len(rows), self.train.num_items + 1), -torch.inf)
             result[rows] = table.scatter_(1, items % table.shape[1], scores)[:, :-1]
         return result
@@ -265,7 +266,7 @@ class P5(Baseline):
             return self.network.recommend(tokens, words, self.trie, open_nodes, self.settings["beams"])
 
     def inputs(self, users: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Prompts with the latest items of users, see `prompts`, and the nodes of the trie that they may be given."""
+        """Prompts with the latest items of users, see `prompts`, and the allowed nodes of the trie."""
         indptr, seen = self.train.of_users(users)
         ends = self.train.indptr[users + 1]
         starts = np.maximum(self.train.indptr[users], ends - self.settings["max_history"])
@@ -274,7 +275,7 @@ class P5(Baseline):
 
 
 def sample(holdout: Holdout, seed: int, size: int = 2000) -> Holdout:
-    """At most `size` of the held-out pairs: the best epoch is chosen on them, since beam search for all would take hours."""
+    """At most `size` of the held-out pairs, for the choice of the best epoch: beam search for all pairs would take hours."""
     rows = np.random.default_rng(seed).permutation(len(holdout.users))[:size]
     return Holdout(holdout.users[rows], holdout.targets[rows])
 

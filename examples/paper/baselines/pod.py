@@ -1,7 +1,7 @@
 """POD: the words of a prompt distilled into vectors (Li, Zhang and Chen, CIKM 2023).
 
-P5 with sequential ids, whose prompts begin with a few continuous vectors. In training the words of a template follow in half
-of the batches, so that the vectors learn to stand for them; recommendations are asked for by vectors and ids alone.
+P5 with sequential ids and a few continuous vectors at the start of each prompt. In training, the words of a template follow in
+half of the batches, so that the vectors learn to replace them; prompts for recommendations have vectors and ids only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class PromptedIdGenerator(IdGenerator):
         self.prompts = nn.Parameter(torch.randn(self.num_prompts, config.d_model))
 
     def encode(self, ids, words):
-        """See [`IdGenerator.encode`]; T grows by the number of vectors."""
+        """See [`IdGenerator.encode`]; the prompt grows by the number of vectors."""
         prompts = self.prompts.expand(len(ids), -1, -1)
         mask = (ids != self.t5.config.pad_token_id).long()
         mask = torch.cat([torch.ones_like(mask[:, :1]).expand(-1, self.num_prompts), mask], dim=1)
@@ -37,7 +37,7 @@ class POD(P5SID):
     name, title = "pod", "POD"
 
     def build(self, train):
-        """See [`P5.build`]; wording 0 has no words, and as many others of their own share the rest."""
+        """See [`P5.build`]; half of the wordings, the first among them, have no words."""
         super().build(train)
         nothing = [np.zeros(0, dtype=np.int64)] * 3
         self.wordings = [nothing] * len(self.wordings) + self.wordings

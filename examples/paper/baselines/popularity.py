@@ -1,4 +1,4 @@
-"""Popularity: everyone is recommended what most have interacted with."""
+"""Popularity: items ranked by their number of interactions, the same for all users."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .base import Baseline
 
 
 class Popularity(Baseline):
-    """The number of interactions of an item is its score."""
+    """The score of an item is its number of interactions."""
 
     name, title = "popularity", "Popularity"
     deterministic = True

@@ -1,4 +1,4 @@
-"""The baselines by their names on the command line; a baseline's module is imported when it is asked for."""
+"""The baselines by their names on the command line; a baseline's module is imported when it is needed."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ BASELINES = {
 
 
 def load_baseline(name: str) -> type[Baseline]:
-    """The class of that name.
+    """The baseline class with a name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such baseline.
     """
     if name not in BASELINES:
         raise ValueError(f"there is no baseline {name!r}; choose among {', '.join(BASELINES)}.")

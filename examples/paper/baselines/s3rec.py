@@ -1,9 +1,9 @@
 """S3-Rec: self-supervised pre-training of a sequence model (Zhou et al., CIKM 2020, arXiv 2008.07873).
 
-The paper pre-trains by four objectives that maximise mutual information, then goes on as SASRec. Two of the four need the
-items' attributes, which our data do not have. What is left, and done here: masked items are predicted from both sides, and a
-segment cut out of a history is recognised among those of other users by what is around it. Competitors are all items, and all
-segments of the batch, instead of one of each.
+The paper pre-trains by four objectives that maximise mutual information, then trains as SASRec. Two of the four need item
+attributes, which these data sets lack. The other two are implemented: masked items are predicted from both sides, and a segment
+cut out of a history is recognised among the segments of other users by its context. Negatives are all items, and all segments of
+the batch, instead of one of each.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .bert4rec import cloze_mask
 from .sasrec import SASRec
 from .sequence import linear_cross_entropy, padded
 
-# Of an item, in pre-training: the paper's.
+# Probability that an item is masked in pre-training, as in the paper.
 MASK_PROBABILITY = 0.2
 
 
@@ -38,7 +38,7 @@ class S3Rec(SASRec):
     )
 
     def pretrain(self) -> None:
-        """Trains the encoder, with attention to both sides, by the two objectives."""
+        """Trains the encoder, with bidirectional attention, by the two objectives."""
         dim = self.settings["dim"]
         self.segment_weights = nn.Linear(dim, dim, bias=False).to(device())
         parameters = [*self.encoder.parameters(), *self.segment_weights.parameters()]
@@ -51,7 +51,7 @@ class S3Rec(SASRec):
 
     def pretraining_loss(self, starts: np.ndarray, ends: np.ndarray, epoch: int) -> torch.Tensor:
         """Masked-item prediction and segment prediction on the windows."""
-        # The windows are SASRec's, of one item more than there are positions.
+        # SASRec's windows have one item more than there are positions.
         starts = np.maximum(starts, ends - self.settings["max_length"])
         items = padded(self.train.items, starts, ends, self.padding)
         lengths = torch.from_numpy(ends - starts).to(device())

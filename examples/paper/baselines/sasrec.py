@@ -1,10 +1,10 @@
 """SASRec: self-attentive sequential recommendation (Kang and McAuley, ICDM 2018, arXiv 1808.09781).
 
-A causal transformer predicts at each position of a history the item after it. Two of its losses are tried: the paper's, one
-random item against the next one by binary cross-entropy, and the softmax over all items, which is known to do far better
-(Klenitskiy and Vasilev, RecSys 2023; Petrov and Macdonald, RecSys 2023). Histories longer than the maximum are cut into
-windows, so that every interaction is learnt from. Unlike in the paper, the norms precede the sublayers, of which the
-feed-forward one is four times as wide as the model and has GELU.
+A causal transformer predicts the next item at each position of a history. The grid has two losses: the paper's binary
+cross-entropy of the next item against a random one, and the softmax over all items, which is known to be far better (Klenitskiy
+and Vasilev, RecSys 2023; Petrov and Macdonald, RecSys 2023). Histories longer than the maximum are cut into windows, so that
+training uses every interaction. Unlike in the paper, norms precede the sublayers, and the feed-forward sublayer is four times as
+wide as the model and has GELU.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class SASRec(SequenceBaseline):
     )
 
     def loss(self, starts: np.ndarray, ends: np.ndarray, epoch: int) -> torch.Tensor:
-        """The loss of predicting each item of the windows but the first from those before it."""
+        """The loss of predicting each item of the windows, except the first, from the items before it."""
         items = padded(self.train.items, starts, ends, self.padding)
         known = items[:, 1:] != self.padding
         hidden, targets = self.encoder(items[:, :-1])[known], items[:, 1:][known]  # [P, d], [P]

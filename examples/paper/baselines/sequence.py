@@ -1,4 +1,4 @@
-"""What the sequence models share: histories cut into windows, batches with little padding, and a small transformer.
+"""The common part of the sequence models: histories cut into windows, batches with little padding, a small transformer.
 
 Item ids are `0..num_items - 1`; the row after them is padding, and further rows are special tokens of a model.
 """
@@ -52,7 +52,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """`cross_entropy(hidden @ weight.T, targets)` over a whole catalogue, on a CPU with products in `product_type()`.
 
-    Faster there than the plain expression, since the logits of a whole catalogue do not fit a CPU's caches.
+    Faster there than the plain expression, because the logits of a whole catalogue exceed the caches.
 
     Args:
         hidden: `[P, d]`.
@@ -68,7 +68,7 @@ class FastDropout(nn.Module):
     """Dropout that draws a byte for each element: on a CPU a tenth of the time of `nn.Dropout`.
 
     Args:
-        probability: of an element to become zero, rounded to 1/256.
+        probability: probability that an element becomes zero, rounded to 1/256.
     """
 
     def __init__(self, probability: float):
@@ -99,7 +99,7 @@ class TransformerLayer(nn.Module):
         self.dropout = FastDropout(dropout)
 
     def forward(self, hidden: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
-        """`[B, T, d]` to the same; `visible` are the positions to look at, `[B, 1, 1, T]`, or None for causal attention."""
+        """States `[B, T, d]` to states `[B, T, d]`; `visible` masks keys `[B, 1, 1, T]`, None means causal attention."""
         size, length, _ = hidden.shape
         projected = self.projections(self.attention_norm(hidden)).view(size, length, 3, self.num_heads, -1)
         query, key, value = projected.permute(2, 0, 3, 1, 4)  # [B, heads, T, d / heads] each
@@ -114,9 +114,9 @@ class SequenceEncoder(nn.Module):
     Args:
         num_rows: items, padding and special tokens.
         max_length: number of positions.
-        dim, num_layers, num_heads, dropout: of the layers.
-        causal: whether a position sees only itself and those before it.
-        padding: the row that no position looks at. Where attention is causal it need not be hidden, being at the end.
+        dim, num_layers, num_heads, dropout: settings of the layers.
+        causal: whether a position attends only to itself and earlier positions.
+        padding: row of the padding. Causal attention needs no mask for it, because it is at the end.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class SequenceEncoder(nn.Module):
 
 
 def padded(flat: np.ndarray, starts: np.ndarray, ends: np.ndarray, padding: int) -> torch.Tensor:
-    """The slices `flat[start:end]` as the rows of one matrix on the device, filled up at the end, int64 `[B, longest]`."""
+    """The slices `flat[start:end]` as the rows of one matrix on the device, padded at the end, int64 `[B, longest]`."""
     columns = np.arange(max(1, (ends - starts).max()))
     positions = starts[:, None] + columns
     inside = positions < ends[:, None]
@@ -212,7 +212,7 @@ class SequenceBaseline(Baseline):
         ).to(device())
         self.pretrain()
         optimizer = torch.optim.Adam(self.encoder.parameters(), lr=self.settings["learning_rate"])
-        # Patience is long: on small data a model gives out popularity for some twenty epochs before it learns more.
+        # Long patience: on small data, a model predicts popularity for about twenty epochs before it learns more.
         train_epochs(
             self,
             self.encoder,
@@ -226,7 +226,7 @@ class SequenceBaseline(Baseline):
         )
 
     def pretrain(self) -> None:
-        """What is to be done with a fresh encoder before it is trained; nothing by default."""
+        """Prepares a fresh encoder before the training; does nothing by default."""
 
     def run_epoch(self, optimizer: torch.optim.Optimizer, loss: Callable[..., torch.Tensor], epoch: int) -> None:
         """Goes through all training windows once, with `loss(starts, ends, epoch)` of each batch."""
@@ -236,7 +236,7 @@ class SequenceBaseline(Baseline):
             optimizer.step()
 
     def batches(self, epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Bounds of all training windows in random batches of about equal length, so that there is little to pad."""
+        """Bounds of all training windows in random batches of about equal length, for little padding."""
         starts, ends = windows(self.train, self.settings["max_length"], self.overlap)
         random = np.random.default_rng([self.seed, epoch])
         order = random.permutation(len(starts))
@@ -251,7 +251,7 @@ class SequenceBaseline(Baseline):
         raise NotImplementedError
 
     def histories(self, users: np.ndarray, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The last `length` items of each user, padded `[B, T]`, and how many they are `[B]`."""
+        """The last `length` items of each user, padded `[B, T]`, and their numbers `[B]`."""
         ends = self.train.indptr[users + 1]
         starts = np.maximum(ends - length, self.train.indptr[users])
         return padded(self.train.items, starts, ends, self.padding), torch.from_numpy(ends - starts).to(device())

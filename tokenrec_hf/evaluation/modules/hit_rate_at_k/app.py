@@ -1,4 +1,4 @@
-"""The Space of this metric."""
+"""The Space of HR@K: the demo of `evaluate`."""
 
 import evaluate
 from evaluate.utils import launch_gradio_widget

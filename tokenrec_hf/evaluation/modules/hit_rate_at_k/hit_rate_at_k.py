@@ -1,16 +1,22 @@
-"""HR@K of ranked lists with one relevant item each, as a module of `evaluate`."""
+"""HR@K of ranked lists with one relevant item each, as a module of `evaluate`.
+
+The folder of this file has to load on its own, from a Space or a copy. `evaluate` copies imports of the same folder only, so
+the modules cannot share code.
+"""
+
+from collections.abc import Sequence
 
 import datasets
 import evaluate
 import numpy as np
 
-_DESCRIPTION = "HR@K: the share of users whose relevant item is among the first k."
+_DESCRIPTION = "HR@K: the share of users with the relevant item among the first k."
 _CITATION = ""
 _INPUTS = """
 Args:
-    predictions: for each user the recommended items, best first, at least `k` of them or all there are.
-    references: for each user the one item that is relevant.
-    k: the length of the list that counts, or several of them; 10 by default.
+    predictions: for each user the recommended items, best first, at least `k` of them or all that there are.
+    references: for each user the one relevant item.
+    k: the length of the list, or several lengths; 10 by default.
 Returns:
     `hr@k` for each `k`, between 0 and 1.
 Examples:
@@ -23,7 +29,7 @@ Examples:
 class HitRateAtK(evaluate.Metric):
     """See the description."""
 
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         # Items are strings or integers.
         features = [
             datasets.Features(
@@ -35,17 +41,22 @@ class HitRateAtK(evaluate.Metric):
             description=_DESCRIPTION, citation=_CITATION, inputs_description=_INPUTS, features=features
         )
 
-    def _compute(self, predictions, references, k=10):
+    def _compute(
+        self,
+        predictions: Sequence[Sequence[str | int]],
+        references: Sequence[str | int],
+        k: int | Sequence[int] = 10,
+    ) -> dict[str, float]:
         if not len(references):
-            raise ValueError("there is no user to compute hr of; add at least one.")
-        # Not in the list: infinitely far down.
+            raise ValueError("there is no user to compute hr of; add at least one user.")
+        lengths = [k] if isinstance(k, int) else list(k)
+        if not lengths or min(lengths) < 1:
+            raise ValueError(f"k is {k!r} but must be at least 1.")
+        # An item that is not in the list is infinitely far down.
         ranks = np.array(
             [
                 float(list(items).index(target)) if target in items else np.inf
                 for items, target in zip(predictions, references)
             ]
         )
-        lengths = [k] if isinstance(k, int) else list(k)
-        if not lengths or min(lengths) < 1:
-            raise ValueError(f"k is {k!r} but must be at least 1.")
-        return {f"hr@{one}": float((1.0 * (ranks < one)).mean()) for one in lengths}
+        return {f"hr@{length}": float((ranks < length).mean()) for length in lengths}
