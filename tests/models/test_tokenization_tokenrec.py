@@ -733,8 +733,12 @@ def test_auto_tokenizer_of_a_fresh_process_loads_it_from_its_folder(shared, tmp_
     assert lines == [shared("I wonder what the user_03 will like.").input_ids, shared("item_08").input_ids]
 
 
-def test_importing_the_module_does_not_import_torch():
-    code = "import sys, tokenrec_hf.models.tokenization_tokenrec; sys.exit('torch' in sys.modules)"
+def test_importing_the_module_does_not_import_torch(tmp_path):
+    """As the code of a shared repository: in the package, transformers brings all models along, to register them."""
+    for name in ("tokenization_tokenrec", "codes", "prompts"):
+        shutil.copy(Path(tokenrec_hf.__file__).parent / "models" / f"{name}.py", tmp_path)
+    code = f"import sys; sys.path.insert(0, {str(tmp_path.parent)!r}); import {tmp_path.name}.tokenization_tokenrec"
+    code += "; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
