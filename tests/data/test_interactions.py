@@ -354,7 +354,7 @@ def test_train_txt_alone_is_enough(write):
         ("1 2\n\n3 4\n", "1 2 3\n\n3 4 5\n", r"line 2 of .*test\.txt must hold a user and at least one item"),
         ("1 2\n2\n", None, r"line 2 of .*train\.txt must hold a user and at least one item, not '2'"),
         ("1 2\n2 3\n1 3\n", None, r"line 3 of .*train\.txt is a second line of user '1'"),
-        ("", None, r"train\.txt holds no interactions"),
+        ("", None, r"test_.* holds no interactions"),
         (None, "1 2\n", r"has no train\.txt"),
     ],
 )

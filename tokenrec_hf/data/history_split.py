@@ -49,10 +49,8 @@ def split_histories(
             has no past; without `shuffle`, the targets of this user are the latest items.
         num_targets: the largest number of targets, int64 `[B]` or one number for all.
         shuffle: put each history in random order before it is split; else the past ends at a random moment.
-        seed: see [`stateless_random`].
-        epoch: see [`stateless_random`].
-        order_draw: the number of the draw for the order.
-        size_draw: the number of the draw for the size of the past.
+        seed, epoch: see [`stateless_random`].
+        order_draw, size_draw: the numbers of the draws for the order and for the size of the past.
     """
     lengths, rows, ranks = histories.lengths, histories.rows, histories.ranks
     items, positions = histories.values, ranks
@@ -79,9 +77,7 @@ def shuffled_order(
         users: the user row of each history, int64 `[B]`.
         rows: the history of each item, int64 `[n]`, ascending.
         positions: the place of each item in its history, int64 `[n]`.
-        seed: see [`stateless_random`].
-        epoch: see [`stateless_random`].
-        draw: the number of the draw.
+        seed, epoch, draw: see [`stateless_random`].
 
     Returns:
         int64 `[n]`.

@@ -73,10 +73,7 @@ class InteractionMatrix:
         Args:
             users: user row of each example, int64 `[n]`.
             num_negatives: draws for each example, with replacement.
-            seed: see [`stateless_random`].
-            epoch: see [`stateless_random`].
-            examples: see [`stateless_random`].
-            first_draw: see [`stateless_random`].
+            seed, epoch, examples, first_draw: see [`stateless_random`].
 
         Returns:
             int64 `[n, num_negatives]`.

@@ -77,7 +77,8 @@ def load_interactions(
     asked = {"user": user_column, "item": item_column, "rating": rating_column, "timestamp": timestamp_column}
     known = DATA_SOURCES.get(source) if isinstance(source, str) else None
     raw = source if isinstance(source, (Dataset, IterableDataset)) else _find(source)
-    table, origin = read_table(raw, asked)
+    origin = str(raw) if isinstance(raw, RawFile) else "the data set"
+    table = read_table(raw, asked, origin)
     if min_rating is not None and "rating" not in table.column_names:
         raise ValueError(
             f"min_rating={min_rating} needs ratings, but {origin} has no rating column; name it by rating_column."

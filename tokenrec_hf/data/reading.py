@@ -79,48 +79,46 @@ class RawFile:
             raise ValueError(f"{self} cannot be unpacked ({error}); delete it and fetch it again.") from error
 
 
-def read_table(source: RawFile | Dataset | IterableDataset, asked: Mapping[str, str | None]) -> tuple[pa.Table, str]:
+def read_table(source: RawFile | Dataset | IterableDataset, asked: Mapping[str, str | None], origin: str) -> pa.Table:
     """Reads the columns of users, items and, if present, ratings and times.
 
     Args:
         source: a file, a folder with `train.txt`, or a data set.
         asked: the column that holds each of "user", "item", "rating" and "timestamp"; None finds it by its name.
+        origin: the name of the source in messages.
 
     Returns:
-        A table with the columns "user", "item" and, if present, "rating" and "timestamp", and the name of the source for
-        messages.
+        A table with the columns "user", "item" and, if present, "rating" and "timestamp".
 
     Raises:
         ValueError: the file is damaged or of an unknown kind, or a column is missing.
     """
     if isinstance(source, (Dataset, IterableDataset)):
         names = source.column_names or list(next(iter(source), {}))
-        chosen = _choose_columns(names, asked, "the data set")
+        chosen = _choose_columns(names, asked, origin)
         arrow = source.select_columns(list(chosen.values())).with_format("arrow")
         table = arrow[:] if isinstance(arrow, Dataset) else pa.concat_tables(arrow.iter(batch_size=_BATCH_ROWS))
-        return _by_role(table, chosen), "the data set"
+        return _by_role(table, chosen)
     if source.path.is_dir():
         return _read_sequences(source.path)
-    origin, delimiter = str(source), source.delimiter or _DELIMITERS.get(source.suffix)
+    delimiter = source.delimiter or _DELIMITERS.get(source.suffix)
     try:
         if delimiter:
-            table = _read_delimited(source, delimiter, asked)
-        elif source.suffix in (".jsonl", ".json"):
-            table = _read_json(source, asked)
-        elif source.suffix == ".parquet":
+            return _read_delimited(source, delimiter, asked)
+        if source.suffix in (".jsonl", ".json"):
+            return _read_json(source, asked)
+        if source.suffix == ".parquet":
             file = pa_parquet.ParquetFile(source.path)
             chosen = _choose_columns(file.schema_arrow.names, asked, origin)
-            table = _by_role(file.read(columns=list(chosen.values())), chosen)
-        else:
-            raise ValueError(
-                f"{origin} has an unknown file extension; give a .csv, .tsv, .jsonl, .json, .inter or .parquet file, or a "
-                "folder with train.txt."
-            )
+            return _by_role(file.read(columns=list(chosen.values())), chosen)
     except UnicodeError as error:
         raise ValueError(f"{origin} is not UTF-8 text ({error}); save it as UTF-8.") from error
     except (pa.ArrowException, pd.errors.ParserError) as error:
         raise ValueError(f"{origin} cannot be read: {str(error).strip()}") from error
-    return table, origin
+    raise ValueError(
+        f"{origin} has an unknown file extension; give a .csv, .tsv, .jsonl, .json, .inter or .parquet file, or a folder "
+        "with train.txt."
+    )
 
 
 def quoted(names: Sequence[str]) -> str:
@@ -131,7 +129,7 @@ def quoted(names: Sequence[str]) -> str:
 # Formats --------------------------------------------------------------------------------------------------------------
 
 
-def _read_sequences(folder: Path) -> tuple[pa.Table, str]:
+def _read_sequences(folder: Path) -> pa.Table:
     """Reads `test.txt`, or `train.txt` if there is no `test.txt`, with a line for each user."""
     train_path, test_path = folder / "train.txt", folder / "test.txt"
     if not train_path.is_file():
@@ -155,8 +153,7 @@ def _read_sequences(folder: Path) -> tuple[pa.Table, str]:
             raise ValueError(f"line {number} of {path} {problem}.")
         items[sequence[0]] = sequence[1:]
     users = [user for user, own in items.items() for _ in own]
-    table = pa.table({"user": pa.array(users, pa.string()), "item": pa.array(chain(*items.values()), pa.string())})
-    return table, str(path)
+    return pa.table({"user": pa.array(users, pa.string()), "item": pa.array(chain(*items.values()), pa.string())})
 
 
 def _lines(path: Path) -> list[list[str]]:
