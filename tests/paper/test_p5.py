@@ -144,7 +144,7 @@ def test_ids_are_unique_and_decode_to_their_item(make, demo):
 def test_ids_that_cannot_be_told_apart_are_refused():
     with pytest.raises(ValueError, match="unique and none a prefix"):
         IdTrie(np.array([[0, -1], [0, 1]]))
-    with pytest.raises(ValueError, match="same id"):
+    with pytest.raises(ValueError, match="unique and none a prefix"):
         IdTrie(np.array([[0, 1], [0, 1]]))
 
 
