@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, DatasetDict, concatenate_datasets
 from transformers import T5Config, T5ForConditionalGeneration
 
 from tokenrec_hf.cli.app import main
@@ -138,7 +138,8 @@ def test_an_item_that_is_only_held_out_has_a_row():
         "validation": {"user_id": ["a"], "item_id": ["z"]},
         "test": {"user_id": ["a"], "item_id": ["new"]},
     }
-    data = index_splits(splits, "validation")
+    datasets = DatasetDict({name: Dataset.from_dict(columns) for name, columns in splits.items()})
+    data = index_splits(datasets, "validation")
     assert data.item_ids == ["x", "y", "z", "new"]
     assert (data.interactions.num_users, data.interactions.num_items) == (2, 4)
     assert data.interactions.popularity().tolist() == [1, 1, 0, 0]
