@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, DatasetDict, concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 from transformers import T5Config, T5ForConditionalGeneration
 
 from tokenrec_hf.cli.app import main
@@ -132,22 +132,6 @@ def test_rows_are_the_same_for_selection_and_refit_and_in_time_order(splits):
     assert last == selection.holdout.targets.tolist()
 
 
-<<<<<<< HEAD
-=======
-def test_an_item_that_is_only_held_out_has_a_row():
-    splits = {
-        "train": {"user_id": ["a", "b"], "item_id": ["x", "y"]},
-        "validation": {"user_id": ["a"], "item_id": ["z"]},
-        "test": {"user_id": ["a"], "item_id": ["new"]},
-    }
-    datasets = DatasetDict({name: Dataset.from_dict(columns) for name, columns in splits.items()})
-    data = index_splits(datasets, "validation")
-    assert data.item_ids == ["x", "y", "z", "new"]
-    assert (data.interactions.num_users, data.interactions.num_items) == (2, 4)
-    assert data.interactions.popularity().tolist() == [1, 1, 0, 0]
-
-
->>>>>>> h-training
 # A whole run -----------------------------------------------------------------------------------------------------------
 
 
