@@ -50,7 +50,9 @@ def test_a_python_block_of_the_docs_is_python(page, block):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["README.md", "docs/use_a_shared_model.md", "docs/repository.md"])
-def test_the_blocks_of_a_page_run_one_after_the_other_on_the_quickstart(name, trained_repository, tmp_path, monkeypatch):
+def test_the_blocks_of_a_page_run_one_after_the_other_on_the_quickstart(
+    name, trained_repository, tmp_path, monkeypatch
+):
     (tmp_path / QUICKSTART).symlink_to(trained_repository)
     monkeypatch.chdir(tmp_path)
     names: dict = {}
