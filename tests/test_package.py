@@ -22,7 +22,6 @@ from tokenrec_hf import (
     MQTokenizerModel,
     T5ForGenerativeRetrieval,
     T5GenerativeRetrievalConfig,
-    TokenRecTokenizer,
 )
 
 PACKAGE = Path(tokenrec_hf.__file__).parent
@@ -104,7 +103,7 @@ def saved(tmp_path_factory):
     store.upsert("user", ["03"], torch.randn(1, 4))
     store.upsert("item", ["08"], torch.randn(1, 4))
     mq = MQTokenizerModel(MQTokenizerConfig(embedding_dim=4, codebook_size=4, codebook_dim=4, hidden_dim=4))
-    tokenizer = TokenRecTokenizer.from_components(user_mq=mq, item_mq=mq, store=store)
+    tokenizer = build_tokenizer(user_mq=mq, item_mq=mq, store=store)
     config = T5GenerativeRetrievalConfig(
         vocab_size=len(tokenizer), d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, embedding_dim=4
     )

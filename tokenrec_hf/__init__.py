@@ -37,6 +37,7 @@ _NAMES = {
     "models.recommender": ("Recommender",),
     "models.pipeline_generative_retrieval": ("GenerativeRetrievalPipeline",),
     "evaluation.metrics": ("RankingMetrics", "evaluate_embeddings"),
+    "training.initialization": ("build_tokenizer",),
     "training.recipe": ("Recipe",),
     "training.stages": ("SetEpoch",),
     "store.engines": ("open_store",),

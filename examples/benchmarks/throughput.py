@@ -33,7 +33,7 @@ from tokenrec_hf.data.collator import DataCollatorForGenerativeRetrieval, Prompt
 from tokenrec_hf.data.interaction_matrix import InteractionMatrix
 from tokenrec_hf.evaluation.metrics import evaluate_embeddings
 from tokenrec_hf.models.prompts import HISTORY_TEMPLATES
-from tokenrec_hf.models.tokenization_tokenrec import load_t5_tokenizer
+from tokenrec_hf.training.initialization import build_tokenizer, load_t5_tokenizer
 
 NUM_USERS, NUM_ITEMS, DIM, HISTORY = 1090, 3646, 64, 100
 NUM_CODEBOOKS, CODEBOOK_SIZE = 3, 256
@@ -114,7 +114,7 @@ def prompts(random: np.random.Generator, spiece_model: str | None) -> tuple[Call
     # Untrained: which codes come out does not matter here.
     config = {"embedding_dim": DIM, "num_codebooks": NUM_CODEBOOKS, "codebook_size": CODEBOOK_SIZE}
     user_mq, item_mq = MQTokenizerModel(MQTokenizerConfig(**config)), MQTokenizerModel(MQTokenizerConfig(**config))
-    tokenizer = TokenRecTokenizer.from_components(spiece_model, user_mq=user_mq, item_mq=item_mq, store=store)
+    tokenizer = build_tokenizer(spiece_model, user_mq=user_mq, item_mq=item_mq, store=store)
 
     histories = np.stack([random.permutation(NUM_ITEMS)[:HISTORY] for _ in range(NUM_USERS)])
     interactions = InteractionMatrix(np.repeat(np.arange(NUM_USERS), HISTORY), histories.ravel(), NUM_USERS, NUM_ITEMS)

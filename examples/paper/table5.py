@@ -35,13 +35,13 @@ from tokenrec_hf import (
     MQTokenizerModel,
     Recipe,
     Recommender,
-    TokenRecTokenizer,
     leave_one_out,
     load_interactions,
 )
 from tokenrec_hf.data.interaction_matrix import InteractionMatrix
 from tokenrec_hf.data.splits import IndexedSplits, index_splits
 from tokenrec_hf.repository.build import build_retrieval_model
+from tokenrec_hf.training.initialization import build_tokenizer
 
 TOP_K = BEAMS = 20
 HISTORY = 100
@@ -158,7 +158,7 @@ def tokenrec_methods(data: IndexedSplits, backbone: str, name: str) -> dict[str,
         mqs[kind] = MQTokenizerModel(recipe.mq_tokenizer.model_configuration(kind, width, len(ids)))
         mqs[kind].prepare(vectors)
     store.space_ids = {kind: mq.space_id for kind, mq in mqs.items()}
-    tokenizer = TokenRecTokenizer.from_components(None, user_mq=mqs["user"], item_mq=mqs["item"], store=store)
+    tokenizer = build_tokenizer(None, user_mq=mqs["user"], item_mq=mqs["item"], store=store)
     model = build_retrieval_model(recipe.retrieval, tokenizer, mqs["user"], mqs["item"])
     names = np.array(data.item_ids, dtype=object)
     seen = [names[data.interactions.of(user)].tolist() for user in range(len(data.user_ids))]

@@ -21,7 +21,7 @@ from tokenrec_hf.models.prompts import (
     PromptTemplate,
     render,
 )
-from tokenrec_hf.models.tokenization_tokenrec import TokenRecTokenizer
+from tokenrec_hf.training.initialization import build_tokenizer
 
 MODELS = Path(os.environ.get("TOKENREC_MODELS_DIR") or Path(__file__).parents[3] / "shared" / "models")
 REAL = MODELS / "t5_tokenizer" / "spiece.model"
@@ -54,7 +54,7 @@ def make_tokenizer():
             store, random = EmbeddingStore(3), np.random.default_rng(0)
             store.upsert("user", USER_IDS, random.integers(0, 16, (NUM_USERS, 3)).astype(np.float32))
             store.upsert("item", ITEM_IDS, random.integers(0, 16, (NUM_ITEMS, 3)).astype(np.float32))
-            made[vocabulary] = TokenRecTokenizer.from_components(
+            made[vocabulary] = build_tokenizer(
                 None if vocabulary == "bundled" else REAL,
                 user_mq=FakeMQ(3, 16, "users"),
                 item_mq=FakeMQ(2, 16, "items"),

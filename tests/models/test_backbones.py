@@ -9,8 +9,9 @@ import transformers
 from safetensors.torch import save_file
 from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration, T5Tokenizer
 
-from tokenrec_hf import EmbeddingStore, MQTokenizerConfig, MQTokenizerModel, T5ForGenerativeRetrieval, TokenRecTokenizer
+from tokenrec_hf import EmbeddingStore, MQTokenizerConfig, MQTokenizerModel
 from tokenrec_hf.repository.build import build_retrieval_model
+from tokenrec_hf.training.initialization import build_tokenizer, load_backbone
 from tokenrec_hf.training.recipe import Recipe
 
 COMMON = {
@@ -112,7 +113,7 @@ def log(caplog):
 @pytest.mark.parametrize("pooling", ["decoder", "mean"])
 def test_every_tensor_of_the_backbone_is_loaded_bit_for_bit(checkpoint, pooling, log):
     name, folder, state = checkpoint
-    model = T5ForGenerativeRetrieval.from_backbone(str(folder), pooling=pooling, embedding_dim=DIM)
+    model = load_backbone(str(folder), pooling=pooling, embedding_dim=DIM)
     loaded = model.transformer.state_dict()
     for key, tensor in loaded.items():
         assert torch.equal(tensor, state["shared.weight" if key in COPIES else key]), key
@@ -137,7 +138,7 @@ def test_the_states_are_those_of_the_original_class(backbone, pooling):
     name, folder, _ = backbone
     model_class = MT5ForConditionalGeneration if name == "mt5-small" else T5ForConditionalGeneration
     original = model_class.from_pretrained(folder).eval()
-    model = T5ForGenerativeRetrieval.from_backbone(str(folder), pooling=pooling, embedding_dim=DIM).eval()
+    model = load_backbone(str(folder), pooling=pooling, embedding_dim=DIM).eval()
     model.projection = torch.nn.Identity()
     inputs = {"input_ids": torch.tensor([[5, 9, 4711, 1], [8, 1, 0, 0]])}
     inputs["attention_mask"] = (inputs["input_ids"] != 0).long()
@@ -180,9 +181,7 @@ def test_code_tokens_take_the_free_rows_first_and_are_all_set_anew(checkpoint, p
     user_mq, item_mq, store = parts
     words, tokens = state["shared.weight"], TOKENS.get(name, 32100)
     assert len(words) > tokens
-    tokenizer = TokenRecTokenizer.from_components(
-        plain_tokenizer(tokens), user_mq=user_mq, item_mq=item_mq, store=store
-    )
+    tokenizer = build_tokenizer(plain_tokenizer(tokens), user_mq=user_mq, item_mq=item_mq, store=store)
     settings = Recipe.load("paper").retrieval
     settings = settings.model_copy(update={"backbone": str(folder), "config": {"pooling": "mean"}})
     model = build_retrieval_model(settings, tokenizer, user_mq, item_mq)
@@ -212,7 +211,7 @@ def test_a_vocabulary_smaller_than_the_rows_is_not_cut(backbone, parts, tmp_path
     name, folder, state = backbone
     user_mq, item_mq, store = parts
     size = len(state["shared.weight"]) - 200
-    tokenizer = TokenRecTokenizer.from_components(plain_tokenizer(size), user_mq=user_mq, item_mq=item_mq, store=store)
+    tokenizer = build_tokenizer(plain_tokenizer(size), user_mq=user_mq, item_mq=item_mq, store=store)
     settings = Recipe.load("paper").retrieval
     settings = settings.model_copy(update={"backbone": str(folder), "config": {"pooling": "mean"}})
     table = build_retrieval_model(settings, tokenizer, user_mq, item_mq).get_input_embeddings().weight

@@ -14,6 +14,7 @@ from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration, T
 
 from tokenrec_hf.models.configuration_tokenrec import T5GenerativeRetrievalConfig
 from tokenrec_hf.models.modeling_t5_retrieval import T5ForGenerativeRetrieval
+from tokenrec_hf.training.initialization import initialize_code_tokens, load_backbone, start_user_shortcut
 
 SIZES = {
     "vocab_size": 40,
@@ -298,7 +299,7 @@ def checkpoint(request, tmp_path_factory):
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_the_backbone_of_a_checkpoint_is_loaded_bit_for_bit(checkpoint, pooling, prompts):
     folder, original = checkpoint
-    model = T5ForGenerativeRetrieval.from_backbone(str(folder), pooling=pooling, embedding_dim=DIM).eval()
+    model = load_backbone(str(folder), pooling=pooling, embedding_dim=DIM).eval()
     expected = original.state_dict()
     loaded = {name.removeprefix("transformer."): one for name, one in model.state_dict().items() if "proj" not in name}
     for name, value in loaded.items():
@@ -328,7 +329,7 @@ def test_the_backbone_of_a_checkpoint_is_loaded_bit_for_bit(checkpoint, pooling,
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_a_retrieval_model_saves_and_loads_bit_for_bit(checkpoint, pooling, prompts, tmp_path):
-    model = T5ForGenerativeRetrieval.from_backbone(str(checkpoint[0]), pooling=pooling, embedding_dim=DIM).eval()
+    model = load_backbone(str(checkpoint[0]), pooling=pooling, embedding_dim=DIM).eval()
     model.save_pretrained(tmp_path)
     loaded = T5ForGenerativeRetrieval.from_pretrained(tmp_path)
     assert loaded.state_dict().keys() == model.state_dict().keys()
@@ -339,7 +340,7 @@ def test_a_retrieval_model_saves_and_loads_bit_for_bit(checkpoint, pooling, prom
 
 
 def test_settings_replace_those_of_the_backbone_but_not_its_sizes(checkpoint):
-    model = T5ForGenerativeRetrieval.from_backbone(
+    model = load_backbone(
         str(checkpoint[0]), embedding_dim=DIM, dropout_rate=0.3, loss_type="softmax", d_model=99, num_layers=7
     )
     assert model.config.dropout_rate == 0.3 and model.config.loss_type == "softmax"
@@ -349,7 +350,7 @@ def test_settings_replace_those_of_the_backbone_but_not_its_sizes(checkpoint):
 
 def test_a_missing_backbone_is_an_error_of_the_file_system(tmp_path):
     with pytest.raises(OSError, match="nothing-here"):
-        T5ForGenerativeRetrieval.from_backbone(str(tmp_path / "nothing-here"))
+        load_backbone(str(tmp_path / "nothing-here"))
 
 
 def projection_gain(model):
@@ -362,7 +363,7 @@ def test_a_fresh_projection_keeps_the_size_of_its_input(tmp_path):
     sizes = {**SIZES, "d_model": 64}
     T5ForConditionalGeneration(T5Config(**sizes)).save_pretrained(tmp_path)
     fresh = T5ForGenerativeRetrieval(T5GenerativeRetrievalConfig(**sizes, embedding_dim=32))
-    tuned = T5ForGenerativeRetrieval.from_backbone(str(tmp_path), embedding_dim=32)
+    tuned = load_backbone(str(tmp_path), embedding_dim=32)
     for model in (fresh, tuned):
         for layer in (layer for layer in model.projection if isinstance(layer, torch.nn.Linear)):
             assert layer.weight.std().item() == pytest.approx((2 / layer.in_features) ** 0.5, rel=0.1)
@@ -413,7 +414,7 @@ def test_code_tokens_alone_are_initialised_and_with_the_spread_of_the_words():
     """Eq. 8: a code token's embedding stands for its codeword."""
     model, token_ids, codebooks = code_tokens()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    model.initialize_code_tokens(token_ids, codebooks, num_words=200)
+    initialize_code_tokens(model, token_ids, codebooks, num_words=200)
     table = model.get_input_embeddings().weight.detach()
     changed = (table != before["transformer.shared.weight"]).any(dim=1).nonzero().flatten().tolist()
     assert changed == sorted(token_ids.flatten().tolist())
@@ -426,7 +427,7 @@ def test_code_tokens_alone_are_initialised_and_with_the_spread_of_the_words():
 def test_code_tokens_resemble_each_other_as_their_codewords_do():
     """Eq. 8."""
     model, token_ids, codebooks = code_tokens()
-    model.initialize_code_tokens(token_ids, codebooks, num_words=200)
+    initialize_code_tokens(model, token_ids, codebooks, num_words=200)
     table = array(model.get_input_embeddings().weight)
     for ids, words in zip(token_ids, array(codebooks)):
         centred, rows = words - words.mean(0), table[ids]
@@ -443,7 +444,7 @@ def test_code_tokens_resemble_each_other_as_their_codewords_do():
 def test_the_tokens_of_residual_codewords_add_up_as_their_codewords_do():
     model, token_ids, codebooks = code_tokens()
     codebooks[1] *= 0.3
-    model.initialize_code_tokens(token_ids, codebooks, num_words=200, residual=True)
+    initialize_code_tokens(model, token_ids, codebooks, num_words=200, residual=True)
     table, words = array(model.get_input_embeddings().weight), array(codebooks)
     # One linear map for all the books: from the differences of the first book follow those of a sum over all.
     random = np.random.default_rng(0)
@@ -458,7 +459,7 @@ def test_the_tokens_of_residual_codewords_add_up_as_their_codewords_do():
 
 def test_alike_codewords_still_get_tokens_that_differ():
     model, token_ids, _ = code_tokens()
-    model.initialize_code_tokens(token_ids, torch.ones(3, 20, 32), num_words=200)
+    initialize_code_tokens(model, token_ids, torch.ones(3, 20, 32), num_words=200)
     rows = model.get_input_embeddings().weight[token_ids.flatten()]
     assert rows.isfinite().all() and len(rows.unique(dim=0)) == 60
 
@@ -467,7 +468,7 @@ def test_the_initialisation_of_code_tokens_depends_on_its_seed_only():
     tables = []
     for seed in (1, 1, 2):
         model, token_ids, codebooks = code_tokens()
-        model.initialize_code_tokens(token_ids, codebooks, num_words=200, seed=seed)
+        initialize_code_tokens(model, token_ids, codebooks, num_words=200, seed=seed)
         tables.append(model.get_input_embeddings().weight.detach())
     assert torch.equal(tables[0], tables[1]) and not torch.equal(tables[0], tables[2])
 
@@ -479,7 +480,7 @@ def with_shortcut(**settings):
     """A model whose tokens 30 to 35 are those of 2 codebooks of 3 codewords."""
     model = tiny(user_shortcut=True, user_code_tokens=[30, 36], **settings)
     words = torch.randn(2, 3, DIM, generator=torch.Generator().manual_seed(4))
-    model.start_user_shortcut(words)
+    start_user_shortcut(model, words)
     return model, words
 
 

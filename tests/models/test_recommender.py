@@ -11,8 +11,8 @@ from tokenrec_hf.models.modeling_mq_tokenizer import MQTokenizerModel
 from tokenrec_hf.models.modeling_t5_retrieval import T5ForGenerativeRetrieval
 from tokenrec_hf.models.prompts import HISTORY_TEMPLATES, UNSEEN_TEMPLATE, USER_ONLY_TEMPLATES, render
 from tokenrec_hf.models.recommender import Recommender, RepositoryFolder, check_repository
-from tokenrec_hf.models.tokenization_tokenrec import TokenRecTokenizer
 from tokenrec_hf.repository.repository import Repository
+from tokenrec_hf.training.initialization import build_tokenizer
 
 DIM, NUM_ITEMS = 8, 40
 LONG = [f"i{n}" for n in range(30)]
@@ -37,9 +37,7 @@ def parts(mqs):
         mq.prepare(store.vectors(kind))
         store.space_ids[kind] = mq.space_id
     store.set_seen(list(SEEN), list(SEEN.values()))
-    tokenizer = TokenRecTokenizer.from_components(
-        user_mq=mqs["user"], item_mq=mqs["item"], store=store, model_max_length=60
-    )
+    tokenizer = build_tokenizer(user_mq=mqs["user"], item_mq=mqs["item"], store=store, model_max_length=60)
     config = T5GenerativeRetrievalConfig(
         vocab_size=len(tokenizer),
         d_model=16,

@@ -14,9 +14,9 @@ from tokenrec_hf.evaluation.metrics import evaluate_embeddings
 from tokenrec_hf.models.configuration_tokenrec import T5GenerativeRetrievalConfig
 from tokenrec_hf.models.embedding_store import EmbeddingStore
 from tokenrec_hf.models.modeling_t5_retrieval import T5ForGenerativeRetrieval
-from tokenrec_hf.models.tokenization_tokenrec import TokenRecTokenizer
 from tokenrec_hf.training import stages
 from tokenrec_hf.training.closed_forms import smooth_tables
+from tokenrec_hf.training.initialization import build_tokenizer
 from tokenrec_hf.training.recipe import CollaborativeSettings, MQTokenizerSettings, Recipe, RetrievalSettings
 from tokenrec_hf.training.stages import (
     by_history_length,
@@ -102,7 +102,7 @@ def tokenizer():
     store, random = EmbeddingStore(2), np.random.default_rng(1)
     store.upsert("user", USER_IDS, random.integers(0, 8, (NUM_USERS, 2)).astype(np.float32))
     store.upsert("item", ITEM_IDS, random.integers(0, 8, (NUM_ITEMS, 2)).astype(np.float32))
-    return TokenRecTokenizer.from_components(user_mq=FakeMQ("users"), item_mq=FakeMQ("items"), store=store)
+    return build_tokenizer(user_mq=FakeMQ("users"), item_mq=FakeMQ("items"), store=store)
 
 
 @pytest.fixture

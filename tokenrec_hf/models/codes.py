@@ -257,7 +257,7 @@ def load_tables(path: str | os.PathLike, codebooks: Mapping[str, Sequence[int]])
                 raise ValueError(f"each {kind} has {codes.shape[1]} codes but there are {num_codebooks} codebooks")
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(
-            f"{path} is damaged ({error}); copy it again, or make the tokenizer again with from_components."
+            f"{path} is damaged ({error}); copy it again, or make the tokenizer again with build_tokenizer."
         ) from error
     return tables
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import T5Config, T5EncoderModel, T5Model
+from transformers import T5EncoderModel, T5Model
 from transformers import initialization as init
 from transformers.models.t5.modeling_t5 import T5PreTrainedModel
 from transformers.utils import ModelOutput
@@ -102,26 +102,6 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
         model.loaded_revision = kwargs.get("revision")
         return loaded
 
-    @classmethod
-    def from_backbone(cls, backbone: str, **settings: Any) -> T5ForGenerativeRetrieval:
-        """A model with the weights of a T5 checkpoint and a fresh projection.
-
-        Args:
-            backbone: folder or Hub name of a T5, T5 v1.1, flan-T5 or mT5 checkpoint.
-            settings: fields of [`T5GenerativeRetrievalConfig`] that replace the backbone's; its sizes cannot be changed.
-
-        Raises:
-            OSError: the checkpoint cannot be found.
-        """
-        fields, _ = T5Config.get_config_dict(backbone)
-        # mT5 is a T5 under another name.
-        base = T5Config.from_dict({**fields, "model_type": T5Config.model_type}).to_dict()
-        for name in ("model_type", "architectures", "transformers_version", "dtype"):
-            base.pop(name, None)
-        sizes = ("d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_layers")
-        kept = {name: value for name, value in settings.items() if name not in sizes}
-        return cls.from_pretrained(backbone, config=T5GenerativeRetrievalConfig(**{**base, **kept}))
-
     def bind_items(self, vectors: torch.Tensor) -> None:
         """Sets the item vectors q `[num_items, d]` that the loss compares queries with; they are normalised and never saved.
 
@@ -137,47 +117,6 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
         if not vectors.isfinite().all():
             raise ValueError("an item vector has a value that is not finite; check the embedding store.")
         self.item_embeddings = F.normalize(vectors.detach().to(self.device, torch.float32), dim=-1)
-
-    @torch.no_grad()
-    def initialize_code_tokens(
-        self, token_ids: torch.Tensor, codebooks: torch.Tensor, num_words: int, seed: int = 0, residual: bool = False
-    ) -> None:
-        """Gives code tokens embeddings with about the angles of their codewords.
-
-        Codewords are centred, projected from `d_c` to `d_model` by a random Gaussian matrix, which preserves angles, and scaled to
-        the standard deviation of the word embeddings that a pretrained backbone was trained with.
-
-        Args:
-            token_ids: vocabulary ids of the code tokens, LongTensor `[K, L]`.
-            codebooks: c, `[K, L, d_c]`.
-            num_words: number of rows of the vocabulary before the first code token.
-            seed: seed of the projection matrices, one per codebook.
-            residual: the codebooks add up to a vector, so all share one matrix and one scale and the embeddings add up too.
-        """
-        table = cast(torch.Tensor, self.get_input_embeddings().weight)
-        target = table[:num_words].float().std().cpu()
-        generator = torch.Generator().manual_seed(seed)
-        if residual:  # one book of all codewords
-            token_ids, codebooks = token_ids.reshape(1, -1), codebooks.flatten(0, 1)[None]
-        for ids, words in zip(token_ids, codebooks.detach().float().cpu()):
-            projection = torch.randn(words.shape[1], table.shape[1], generator=generator)
-            rows = (words - words.mean(dim=0)) @ projection  # [L, d_model]
-            spread = rows.std()
-            if not spread > 0:  # one codeword, or equal ones: there are no angles to preserve
-                rows, spread = torch.randn(rows.shape, generator=generator), torch.tensor(1.0)
-            table[ids.to(table.device)] = (rows * (target / spread)).to(table)
-
-    @torch.no_grad()
-    def start_user_shortcut(self, codewords: torch.Tensor) -> None:
-        """Sets the vectors that users' code tokens add, and the projection to zero, so that queries start as users' vectors.
-
-        Args:
-            codewords: `[K, L, d]`, see [`~MQTokenizerModel.summands`].
-        """
-        self.user_codewords.copy_(codewords.flatten(0, 1))
-        last = cast(nn.Linear, self.projection[-1])
-        init.zeros_(last.weight)
-        init.zeros_(last.bias)
 
     def encode_queries(
         self,

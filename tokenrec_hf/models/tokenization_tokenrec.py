@@ -8,7 +8,6 @@ tokenizer does not learn codes, and needs torch only to make codes for new vecto
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 import threading
@@ -17,11 +16,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from itertools import chain
 from operator import add
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import Tokenizer
 from transformers import TokenizersBackend
 
 from .codes import MAX_ID_LENGTH, MQ_FOLDERS, CodeTable, IdIndex, check_ids, load_tables, save_tables
@@ -31,11 +29,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import BatchEncoding
 
-    from .embedding_store import Store
     from .modeling_mq_tokenizer import MQTokenizerModel
 
 LETTERS = {"user": "u", "item": "v"}
-T5_MAX_LENGTH = 512
 
 # "superuser_03" and "multi-item_list" name nothing, and expanded names stay. The second group is the run of characters that the
 # id begins; it is not consumed, because more names may follow in it.
@@ -62,14 +58,14 @@ class TokenRecTokenizer(TokenizersBackend):
 
     Args:
         codes_file: `codes.safetensors`, the ids and their codes; set by `from_pretrained`.
-        tables: the same as objects; set by `from_components`.
+        tables: the same as objects; set by [`build_tokenizer`].
         codebooks: K and L of each kind, for example `{"user": [3, 256], "item": [3, 512]}`.
         space_ids: for each kind the fingerprint of the MQ-Tokenizer that made its codes.
         on_unknown: treatment of `user_...` or `item_...` without a known id: `"error"` raises `KeyError` (also for an ordinary
             word such as `user_friendly`), `"keep"` leaves it in the text.
 
     Example:
-        >>> tokenizer = TokenRecTokenizer.from_components(user_mq=user_mq, item_mq=item_mq, store=store)
+        >>> tokenizer = AutoTokenizer.from_pretrained("out")
         >>> tokenizer("I wonder what the user_03 will like.", return_tensors="pt")
     """
 
@@ -94,7 +90,7 @@ class TokenRecTokenizer(TokenizersBackend):
         if codebooks is None or (codes_file is None and tables is None):
             raise ValueError(
                 f"{kwargs.get('name_or_path') or 'this tokenizer'} has no codes.safetensors or was not saved by "
-                "TokenRecTokenizer; make one with TokenRecTokenizer.from_components."
+                "TokenRecTokenizer; make one with build_tokenizer."
             )
         if on_unknown not in ("error", "keep"):
             raise ValueError(f"on_unknown is {on_unknown!r}; it must be 'error' or 'keep'.")
@@ -114,58 +110,6 @@ class TokenRecTokenizer(TokenizersBackend):
         """Loads the tokenizer as every other one and records the revision, which is also that of the MQ-Tokenizers."""
         tokenizer = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         tokenizer._revision = kwargs.get("revision")
-        return tokenizer
-
-    @classmethod
-    def from_components(
-        cls,
-        t5_tokenizer: TokenizersBackend | str | os.PathLike | None = None,
-        *,
-        user_mq: MQTokenizerModel,
-        item_mq: MQTokenizerModel,
-        store: Store,
-        **kwargs: Any,
-    ) -> TokenRecTokenizer:
-        """Makes a tokenizer from T5's vocabulary, 2*K*L code tokens, and the codes of all users and items in the store.
-
-        Args:
-            t5_tokenizer: source of the vocabulary, see [`load_t5_tokenizer`]; a tokenizer is not changed.
-            user_mq: the users' [`MQTokenizerModel`].
-            item_mq: the items' [`MQTokenizerModel`].
-            store: the store of ids and vectors to encode.
-            kwargs: `on_unknown`, `model_max_length` (default: that of the T5 tokenizer, or 512) and other tokenizer settings.
-
-        Raises:
-            ValueError: the store holds vectors of another MQ-Tokenizer, of the wrong size or not finite, or the T5 tokenizer
-                already has code tokens.
-        """
-        base = load_t5_tokenizer(t5_tokenizer)
-        tables, codebooks, space_ids = {}, {}, {}
-        for kind, mq in (("user", user_mq), ("item", item_mq)):
-            space_ids[kind] = mq.space_id
-            store.check_space(kind, space_ids[kind], "the tokenizer")
-            codebooks[kind] = [mq.config.num_codebooks, mq.config.codebook_size]
-            ids = store.ids(kind)
-            tables[kind] = _encoded(kind, ids, store.vectors(kind), mq)
-
-        backend = copy.deepcopy(base.backend_tokenizer)
-        backend.no_padding()
-        backend.no_truncation()
-        names = [name for kind in LETTERS for name in _token_names(kind, *codebooks[kind]).ravel()]
-        present = next((name for name in names if backend.token_to_id(name) is not None), None)
-        if present is not None:
-            raise ValueError(f"the T5 tokenizer already has the code token {present}; pass a plain T5 tokenizer.")
-        backend.add_tokens([AddedToken(name, special=False, normalized=False) for name in names])
-
-        settings = {
-            name: getattr(base, name) for name in ("pad_token", "eos_token", "unk_token", "extra_special_tokens")
-        }
-        unlimited = base.model_max_length > 1_000_000
-        settings["model_max_length"] = T5_MAX_LENGTH if unlimited else base.model_max_length
-        tokenizer = cls(
-            tokenizer_object=backend, tables=tables, codebooks=codebooks, space_ids=space_ids, **{**settings, **kwargs}
-        )
-        tokenizer.attach(user_mq=user_mq, item_mq=item_mq)
         return tokenizer
 
     def ids(self, kind: str) -> list[str]:
@@ -226,7 +170,7 @@ class TokenRecTokenizer(TokenizersBackend):
             if mq.space_id != self.space_ids[kind]:
                 raise ValueError(
                     f"the {kind} codes of this tokenizer were made by MQ-Tokenizer {self.space_ids[kind]} but the one given is "
-                    f"{mq.space_id}; use the one of the same repository, or make a new tokenizer with from_components."
+                    f"{mq.space_id}; use the one of the same repository, or make a new tokenizer with build_tokenizer."
                 )
             self._mqs[kind] = mq
 
@@ -364,7 +308,7 @@ class TokenRecTokenizer(TokenizersBackend):
                     f"the vector of {kind} {name!r} has shape {list(row.shape)} but the MQ-Tokenizer expects [{size}]; pass "
                     f"vectors of {size} from the space it was trained on."
                 )
-        added = _encoded(kind, ids, torch.stack(rows) if rows else torch.empty(0, size), mq)
+        added = code_table(kind, ids, torch.stack(rows) if rows else torch.empty(0, size), mq)
         with self._lock:
             self._tables = {**self._tables, kind: self._tables[kind].updated(ids, added.codes)}
 
@@ -454,7 +398,7 @@ class _CodeVocabulary:
     """The code tokens of one kind: names and vocabulary ids, both `[K, L]`, and the ids `[P]` of the word before them."""
 
     def __init__(self, kind: str, backend: Tokenizer, num_codebooks: int, codebook_size: int):
-        self.names = _token_names(kind, num_codebooks, codebook_size)
+        self.names = token_names(kind, num_codebooks, codebook_size)
         self.token_ids = np.array([backend.token_to_id(name) or -1 for name in self.names.flat], dtype=np.int64)
         entity = backend.encode(f"{kind}_{''.join(self.names[:, 0])}", add_special_tokens=False).ids
         if (self.token_ids < 0).any() or entity[-num_codebooks:] != self.token_ids[:: max(codebook_size, 1)].tolist():
@@ -468,14 +412,14 @@ class _CodeVocabulary:
         self.pattern = re.compile(rf"(?<!\w){kind}_{books}")
 
 
-def _token_names(kind: str, num_codebooks: int, codebook_size: int) -> np.ndarray:
+def token_names(kind: str, num_codebooks: int, codebook_size: int) -> np.ndarray:
     """The names of the code tokens, strings `[K, L]`."""
     letter = LETTERS[kind]
     names = [[f"<{letter}{k}-{w}>" for w in range(1, codebook_size + 1)] for k in range(1, num_codebooks + 1)]
     return np.array(names, dtype=object)
 
 
-def _encoded(kind: str, ids: Sequence[str], vectors: torch.Tensor, mq: MQTokenizerModel) -> CodeTable:
+def code_table(kind: str, ids: Sequence[str], vectors: torch.Tensor, mq: MQTokenizerModel) -> CodeTable:
     """The table of new, unique ids with the codes of their vectors `[n, d]`."""
     like_code = next((name for name in ids if _CODE_TOKEN.match(name)), None)
     if like_code is not None:
@@ -525,66 +469,3 @@ def _replaced(text: Any, strings: Iterator[str]) -> Any:
         replaced = [_replaced(part, strings) for part in text]
         return replaced if isinstance(text, list) else tuple(replaced)
     return text
-
-
-def load_t5_tokenizer(source: TokenizersBackend | str | os.PathLike | None = None) -> TokenizersBackend:
-    """A T5 tokenizer.
-
-    Args:
-        source: a tokenizer, which is returned unchanged; the path of a `spiece.model`, or of a folder with a `spiece.model` or a
-            `tokenizer.json`; a name on the Hub; or `None` for the small English one of the package (for a T5 that is trained
-            from scratch).
-
-    Raises:
-        ValueError: there is no vocabulary at that place.
-    """
-    if source is None:
-        return bundled_t5_tokenizer()
-    if not isinstance(source, (str, os.PathLike)):
-        return source
-    path = Path(source)
-    if path.is_dir() and not (path / "tokenizer.json").exists():
-        path = path / "spiece.model"
-    if path.is_file():
-        return read_sentencepiece(path)
-    from transformers import T5Tokenizer
-
-    tokenizer = T5Tokenizer.from_pretrained(source)
-    # Where transformers finds no vocabulary, it silently returns a tokenizer of the special tokens alone.
-    if len(tokenizer) <= len(tokenizer.all_special_tokens) + 1:
-        raise ValueError(
-            f"there is no T5 vocabulary in {str(source)!r}: it is no folder with a spiece.model or tokenizer.json and could not be "
-            "fetched from the Hub; check the name, or leave it out to take the bundled one."
-        )
-    return tokenizer
-
-
-def bundled_t5_tokenizer() -> TokenizersBackend:
-    """The small English T5 tokenizer of the package (800 tokens)."""
-    return read_sentencepiece(Path(__file__).parents[1] / "assets" / "spiece.model")
-
-
-def read_sentencepiece(path: str | os.PathLike) -> TokenizersBackend:
-    """The T5 tokenizer of a `spiece.model` file, equal to `T5Tokenizer.from_pretrained` of its folder.
-
-    Unlike `from_pretrained` of a file, it needs neither the network nor the `sentencepiece` package.
-
-    Raises:
-        ValueError: the file is not a SentencePiece model.
-    """
-    from transformers import T5Tokenizer
-    from transformers.convert_slow_tokenizer import import_protobuf
-
-    # transformers does not count an import in a `try` among the requirements of a shared tokenizer.
-    try:
-        from google.protobuf.message import DecodeError
-    except ImportError:
-        raise ImportError(f"reading {path} needs protobuf; run `pip install protobuf`.") from None
-    model = import_protobuf().ModelProto()
-    try:
-        model.ParseFromString(Path(path).read_bytes())
-    except DecodeError as error:
-        raise ValueError(f"{path} is not a SentencePiece model; pass the spiece.model of a T5.") from error
-    vocab = [(piece.piece, piece.score) for piece in model.pieces]
-    vocab += [(f"<extra_id_{i}>", 0.0) for i in reversed(range(100))]
-    return T5Tokenizer(vocab=vocab, _spm_precompiled_charsmap=model.normalizer_spec.precompiled_charsmap or None)

@@ -18,9 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import DatasetDict
-from transformers import set_seed
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..data.collator import DataCollatorForGenerativeRetrieval
@@ -28,17 +26,16 @@ from ..data.splits import SPLITS, Holdout, IndexedSplits, fingerprint, index_spl
 from ..evaluation.ranking import evaluate_baselines, evaluate_retrieval
 from ..evaluation.variants import VARIANTS
 from ..models.codes import COLLABORATIVE, MQ_FOLDERS, RepositoryFolder, atomic_write, read_json
-from ..models.configuration_tokenrec import T5GenerativeRetrievalConfig
 from ..models.embedding_store import EmbeddingStore
 from ..models.modeling_collaborative import COLLABORATIVE_MODELS, load_collaborative, save_collaborative
 from ..models.modeling_mq_tokenizer import MQTokenizerModel
-from ..models.modeling_t5_retrieval import T5ForGenerativeRetrieval
 from ..models.pipeline_generative_retrieval import GenerativeRetrievalPipeline
 from ..models.prompts import HISTORY_ONLY_TEMPLATE, HISTORY_TEMPLATES
 from ..models.tokenization_tokenrec import TokenRecTokenizer
 from ..training.closed_forms import augment_norm
 from ..training.datasets import past_user_embeddings
-from ..training.recipe import AUTO, Recipe, RetrievalSettings, Setting
+from ..training.initialization import build_retrieval_model, build_tokenizer
+from ..training.recipe import AUTO, Recipe, Setting
 from ..training.stages import SELECT_BY, train_collaborative, train_mq_tokenizer, train_retrieval
 from .card import write_model_card
 from .repository import EVALUATION, REFIT, RETRIEVAL, SELECTION, Repository
@@ -113,58 +110,6 @@ def train(
     _write_json(repository.parts.metrics, metrics)
     write_model_card(repository)
     return repository
-
-
-def build_retrieval_model(
-    settings: RetrievalSettings,
-    tokenizer: TokenRecTokenizer,
-    user_mq: MQTokenizerModel,
-    item_mq: MQTokenizerModel,
-    seed: int = 0,
-) -> T5ForGenerativeRetrieval:
-    """T5 with the tokenizer's vocabulary, from a checkpoint or from scratch, with code tokens initialised from the codewords.
-
-    Args:
-        settings: the recipe's section: `backbone` and `config`.
-        tokenizer: gives the vocabulary.
-        user_mq, item_mq: give the codewords.
-        seed: of the fresh weights.
-
-    Raises:
-        ValueError: the backbone is neither a folder nor available on the Hub.
-    """
-    set_seed(seed)
-    config: dict[str, Setting] = {
-        **settings.config,
-        "embedding_dim": item_mq.config.embedding_dim,
-        "space_ids": tokenizer.space_ids,
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "decoder_start_token_id": tokenizer.pad_token_id,
-    }
-    user_tokens, item_tokens = (tokenizer.code_token_ids(kind) for kind in MQ_FOLDERS)
-    if settings.config.get("user_shortcut"):
-        config["user_code_tokens"] = [int(user_tokens.min()), int(user_tokens.max()) + 1]
-    if settings.backbone is None:
-        model = T5ForGenerativeRetrieval(T5GenerativeRetrievalConfig(vocab_size=len(tokenizer), **config))
-    else:
-        try:
-            model = T5ForGenerativeRetrieval.from_backbone(settings.backbone, **config)
-        except OSError as error:
-            reason = str(error).strip().split("\n")[0]
-            raise ValueError(
-                f"the backbone {settings.backbone!r} is no folder here and could not be fetched from the Hub ({reason}); "
-                "connect, give the folder of a T5 checkpoint as retrieval.backbone, or train from scratch with --recipe cpu."
-            ) from None
-        if len(tokenizer) > model.config.vocab_size:
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    first = int(min(user_tokens.min(), item_tokens.min()))
-    for number, (tokens, mq) in enumerate(((user_tokens, user_mq), (item_tokens, item_mq))):
-        ids = torch.from_numpy(tokens)
-        model.initialize_code_tokens(ids, mq.codebooks, first, seed + number, residual=mq.config.residual)
-    if model.config.user_shortcut:
-        model.start_user_shortcut(user_mq.summands())
-    return model
 
 
 def build_collator(
@@ -358,7 +303,7 @@ class _TrainingRun:
         user_mq, item_mq = (MQTokenizerModel.from_pretrained(self.parts.mq(kind)) for kind in MQ_FOLDERS)
         store.space_ids = {"user": user_mq.space_id, "item": item_mq.space_id}
         settings = self.recipe.retrieval
-        tokenizer = TokenRecTokenizer.from_components(
+        tokenizer = build_tokenizer(
             settings.vocabulary or settings.backbone, user_mq=user_mq, item_mq=item_mq, store=store
         )
         model = build_retrieval_model(settings, tokenizer, user_mq, item_mq, seed=self.recipe.seed)

@@ -26,7 +26,7 @@ from tokenrec_hf.data.interaction_matrix import InteractionMatrix
 from tokenrec_hf.data.splits import Holdout
 from tokenrec_hf.data.stateless_random import bounded, stateless_random
 from tokenrec_hf.models.prompts import HISTORY_TEMPLATES
-from tokenrec_hf.models.tokenization_tokenrec import load_t5_tokenizer
+from tokenrec_hf.training.initialization import load_t5_tokenizer
 
 from .base import Baseline, device, product_type, train_epochs
 from .beam_search import IdTrie, beam_search

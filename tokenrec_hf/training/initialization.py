@@ -1,0 +1,258 @@
+"""Starting points of step 2 (section II-E1 of TokenRec, arXiv 2406.10450): the tokenizer of a store, and T5 with its code tokens.
+
+A T5 starts from a checkpoint or from scratch, and the embeddings of code tokens start from the codewords. The functions are only
+needed to train, so they do not travel with a trained repository.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from tokenizers import AddedToken
+from torch import nn
+from transformers import T5Config, T5Tokenizer, TokenizersBackend, set_seed
+from transformers import initialization as init
+
+from ..models.codes import MQ_FOLDERS
+from ..models.configuration_tokenrec import T5GenerativeRetrievalConfig
+from ..models.embedding_store import Store
+from ..models.modeling_mq_tokenizer import MQTokenizerModel
+from ..models.modeling_t5_retrieval import T5ForGenerativeRetrieval
+from ..models.tokenization_tokenrec import LETTERS, TokenRecTokenizer, code_table, token_names
+from .recipe import RetrievalSettings, Setting
+
+T5_MAX_LENGTH = 512
+
+
+def build_tokenizer(
+    t5_tokenizer: TokenizersBackend | str | os.PathLike | None = None,
+    *,
+    user_mq: MQTokenizerModel,
+    item_mq: MQTokenizerModel,
+    store: Store,
+    **kwargs: Any,
+) -> TokenRecTokenizer:
+    """Makes a tokenizer from T5's vocabulary, 2*K*L code tokens, and the codes of all users and items in the store.
+
+    Args:
+        t5_tokenizer: source of the vocabulary, see [`load_t5_tokenizer`]; a tokenizer is not changed.
+        user_mq: the users' [`MQTokenizerModel`].
+        item_mq: the items' [`MQTokenizerModel`].
+        store: the store of ids and vectors to encode.
+        kwargs: `on_unknown`, `model_max_length` (default: that of the T5 tokenizer, or 512) and other tokenizer settings.
+
+    Raises:
+        ValueError: the store holds vectors of another MQ-Tokenizer, of the wrong size or not finite, or the T5 tokenizer
+            already has code tokens.
+    """
+    base = load_t5_tokenizer(t5_tokenizer)
+    tables, codebooks, space_ids = {}, {}, {}
+    for kind, mq in (("user", user_mq), ("item", item_mq)):
+        space_ids[kind] = mq.space_id
+        store.check_space(kind, space_ids[kind], "the tokenizer")
+        codebooks[kind] = [mq.config.num_codebooks, mq.config.codebook_size]
+        tables[kind] = code_table(kind, store.ids(kind), store.vectors(kind), mq)
+
+    backend = copy.deepcopy(base.backend_tokenizer)
+    backend.no_padding()
+    backend.no_truncation()
+    names = [name for kind in LETTERS for name in token_names(kind, *codebooks[kind]).ravel()]
+    present = next((name for name in names if backend.token_to_id(name) is not None), None)
+    if present is not None:
+        raise ValueError(f"the T5 tokenizer already has the code token {present}; pass a plain T5 tokenizer.")
+    backend.add_tokens([AddedToken(name, special=False, normalized=False) for name in names])
+
+    settings = {name: getattr(base, name) for name in ("pad_token", "eos_token", "unk_token", "extra_special_tokens")}
+    unlimited = base.model_max_length > 1_000_000
+    settings["model_max_length"] = T5_MAX_LENGTH if unlimited else base.model_max_length
+    tokenizer = TokenRecTokenizer(
+        tokenizer_object=backend, tables=tables, codebooks=codebooks, space_ids=space_ids, **{**settings, **kwargs}
+    )
+    tokenizer.attach(user_mq=user_mq, item_mq=item_mq)
+    return tokenizer
+
+
+def build_retrieval_model(
+    settings: RetrievalSettings,
+    tokenizer: TokenRecTokenizer,
+    user_mq: MQTokenizerModel,
+    item_mq: MQTokenizerModel,
+    seed: int = 0,
+) -> T5ForGenerativeRetrieval:
+    """T5 with the tokenizer's vocabulary, from a checkpoint or from scratch, with code tokens initialised from the codewords.
+
+    Args:
+        settings: the recipe's section: `backbone` and `config`.
+        tokenizer: gives the vocabulary.
+        user_mq, item_mq: give the codewords.
+        seed: of the fresh weights.
+
+    Raises:
+        ValueError: the backbone is neither a folder nor available on the Hub.
+    """
+    set_seed(seed)
+    config: dict[str, Setting] = {
+        **settings.config,
+        "embedding_dim": item_mq.config.embedding_dim,
+        "space_ids": tokenizer.space_ids,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "decoder_start_token_id": tokenizer.pad_token_id,
+    }
+    user_tokens, item_tokens = (tokenizer.code_token_ids(kind) for kind in MQ_FOLDERS)
+    if settings.config.get("user_shortcut"):
+        config["user_code_tokens"] = [int(user_tokens.min()), int(user_tokens.max()) + 1]
+    if settings.backbone is None:
+        model = T5ForGenerativeRetrieval(T5GenerativeRetrievalConfig(vocab_size=len(tokenizer), **config))
+    else:
+        try:
+            model = load_backbone(settings.backbone, **config)
+        except OSError as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(
+                f"the backbone {settings.backbone!r} is no folder here and could not be fetched from the Hub ({reason}); "
+                "connect, give the folder of a T5 checkpoint as retrieval.backbone, or train from scratch with --recipe cpu."
+            ) from None
+        if len(tokenizer) > model.config.vocab_size:
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    first = int(min(user_tokens.min(), item_tokens.min()))
+    for number, (tokens, mq) in enumerate(((user_tokens, user_mq), (item_tokens, item_mq))):
+        ids = torch.from_numpy(tokens)
+        initialize_code_tokens(model, ids, mq.codebooks, first, seed + number, residual=mq.config.residual)
+    if model.config.user_shortcut:
+        start_user_shortcut(model, user_mq.summands())
+    return model
+
+
+def load_backbone(backbone: str, **settings: Any) -> T5ForGenerativeRetrieval:
+    """A model with the weights of a T5 checkpoint and a fresh projection.
+
+    Args:
+        backbone: folder or Hub name of a T5, T5 v1.1, flan-T5 or mT5 checkpoint.
+        settings: fields of [`T5GenerativeRetrievalConfig`] that replace the backbone's; its sizes cannot be changed.
+
+    Raises:
+        OSError: the checkpoint cannot be found.
+    """
+    fields, _ = T5Config.get_config_dict(backbone)
+    # mT5 is a T5 under another name.
+    base = T5Config.from_dict({**fields, "model_type": T5Config.model_type}).to_dict()
+    for name in ("model_type", "architectures", "transformers_version", "dtype"):
+        base.pop(name, None)
+    sizes = ("d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_layers")
+    kept = {name: value for name, value in settings.items() if name not in sizes}
+    return T5ForGenerativeRetrieval.from_pretrained(backbone, config=T5GenerativeRetrievalConfig(**{**base, **kept}))
+
+
+@torch.no_grad()
+def initialize_code_tokens(
+    model: T5ForGenerativeRetrieval,
+    token_ids: torch.Tensor,
+    codebooks: torch.Tensor,
+    num_words: int,
+    seed: int = 0,
+    residual: bool = False,
+) -> None:
+    """Gives code tokens embeddings with about the angles of their codewords.
+
+    Codewords are centred, projected from `d_c` to `d_model` by a random Gaussian matrix, which preserves angles, and scaled to
+    the standard deviation of the word embeddings that a pretrained backbone was trained with.
+
+    Args:
+        model: changed in place.
+        token_ids: vocabulary ids of the code tokens, LongTensor `[K, L]`.
+        codebooks: c, `[K, L, d_c]`.
+        num_words: number of rows of the vocabulary before the first code token.
+        seed: seed of the projection matrices, one per codebook.
+        residual: the codebooks add up to a vector, so all share one matrix and one scale and the embeddings add up too.
+    """
+    table = cast(torch.Tensor, model.get_input_embeddings().weight)
+    target = table[:num_words].float().std().cpu()
+    generator = torch.Generator().manual_seed(seed)
+    if residual:  # one book of all codewords
+        token_ids, codebooks = token_ids.reshape(1, -1), codebooks.flatten(0, 1)[None]
+    for ids, words in zip(token_ids, codebooks.detach().float().cpu()):
+        projection = torch.randn(words.shape[1], table.shape[1], generator=generator)
+        rows = (words - words.mean(dim=0)) @ projection  # [L, d_model]
+        spread = rows.std()
+        if not spread > 0:  # one codeword, or equal ones: there are no angles to preserve
+            rows, spread = torch.randn(rows.shape, generator=generator), torch.tensor(1.0)
+        table[ids.to(table.device)] = (rows * (target / spread)).to(table)
+
+
+@torch.no_grad()
+def start_user_shortcut(model: T5ForGenerativeRetrieval, codewords: torch.Tensor) -> None:
+    """Sets the vectors that users' code tokens add, and the projection to zero, so that queries start as users' vectors.
+
+    Args:
+        model: changed in place.
+        codewords: `[K, L, d]`, see [`~MQTokenizerModel.summands`].
+    """
+    model.user_codewords.copy_(codewords.flatten(0, 1))
+    last = cast(nn.Linear, model.projection[-1])
+    init.zeros_(last.weight)
+    init.zeros_(last.bias)
+
+
+def load_t5_tokenizer(source: TokenizersBackend | str | os.PathLike | None = None) -> TokenizersBackend:
+    """A T5 tokenizer.
+
+    Args:
+        source: a tokenizer, which is returned unchanged; the path of a `spiece.model`, or of a folder with a `spiece.model` or a
+            `tokenizer.json`; a name on the Hub; or `None` for the small English one of the package (for a T5 that is trained
+            from scratch).
+
+    Raises:
+        ValueError: there is no vocabulary at that place.
+    """
+    if source is None:
+        return bundled_t5_tokenizer()
+    if not isinstance(source, (str, os.PathLike)):
+        return source
+    path = Path(source)
+    if path.is_dir() and not (path / "tokenizer.json").exists():
+        path = path / "spiece.model"
+    if path.is_file():
+        return read_sentencepiece(path)
+    tokenizer = T5Tokenizer.from_pretrained(source)
+    # Where transformers finds no vocabulary, it silently returns a tokenizer of the special tokens alone.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens) + 1:
+        raise ValueError(
+            f"there is no T5 vocabulary in {str(source)!r}: it is no folder with a spiece.model or tokenizer.json and could not be "
+            "fetched from the Hub; check the name, or leave it out to take the bundled one."
+        )
+    return tokenizer
+
+
+def bundled_t5_tokenizer() -> TokenizersBackend:
+    """The small English T5 tokenizer of the package (800 tokens)."""
+    return read_sentencepiece(Path(__file__).parents[1] / "assets" / "spiece.model")
+
+
+def read_sentencepiece(path: str | os.PathLike) -> TokenizersBackend:
+    """The T5 tokenizer of a `spiece.model` file, equal to `T5Tokenizer.from_pretrained` of its folder.
+
+    Unlike `from_pretrained` of a file, it needs neither the network nor the `sentencepiece` package.
+
+    Raises:
+        ValueError: the file is not a SentencePiece model.
+    """
+    from transformers.convert_slow_tokenizer import import_protobuf
+
+    # transformers does not count an import in a `try` among the requirements of a shared tokenizer.
+    try:
+        from google.protobuf.message import DecodeError
+    except ImportError:
+        raise ImportError(f"reading {path} needs protobuf; run `pip install protobuf`.") from None
+    model = import_protobuf().ModelProto()
+    try:
+        model.ParseFromString(Path(path).read_bytes())
+    except DecodeError as error:
+        raise ValueError(f"{path} is not a SentencePiece model; pass the spiece.model of a T5.") from error
+    vocab = [(piece.piece, piece.score) for piece in model.pieces]
+    vocab += [(f"<extra_id_{i}>", 0.0) for i in reversed(range(100))]
+    return T5Tokenizer(vocab=vocab, _spm_precompiled_charsmap=model.normalizer_spec.precompiled_charsmap or None)
