@@ -600,7 +600,7 @@ def today(tmp_path, demo_splits):
     return path
 
 
-def test_newcomers_are_added_shown_recommended_and_removed(capsys, repository, today):
+def test_new_users_and_items_are_added_shown_recommended_and_removed(capsys, repository, today):
     weights = (repository / "model.safetensors").read_bytes()
     added = document(capsys, "add", repository, "--interactions", today)
     assert (added["users"], added["items"], added["interactions"]) == (1, 1, 7)

@@ -551,10 +551,10 @@ def test_entity_tokens_of_an_unknown_id_are_an_error(shared):
         shared.entity_token_ids("user", ["03", "99"])
 
 
-# ------------------------------------------------------------------------------------------------------------- newcomers
+# ------------------------------------------------------------------------------------------------------------- cold start
 
 
-def test_newcomers_get_the_codes_of_the_mq_tokenizer_and_the_others_keep_theirs(tokenizer):
+def test_new_users_and_items_get_the_codes_of_the_mq_tokenizer_and_the_others_keep_theirs(tokenizer):
     before = tokenizer.codes("item")
     size = len(tokenizer)
     tokenizer.add_items(
@@ -594,7 +594,7 @@ def test_adding_nobody_changes_nothing(tokenizer):
         ({"b": [64, 1, 1, 1]}, r"item codes go from 1 to 64 but should be in \[0, 64\)"),
     ],
 )
-def test_newcomers_are_added_all_or_not_at_all(tokenizer, bad, message):
+def test_new_users_and_items_are_added_all_or_not_at_all(tokenizer, bad, message):
     with pytest.raises(ValueError, match=message):
         tokenizer.add_items({"good": [1, 1, 1, 1], "08": [2, 2, 2, 2], **bad})
     assert tokenizer.ids("item") == list(ITEMS)
