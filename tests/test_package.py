@@ -22,6 +22,7 @@ from tokenrec_hf import (
     MQTokenizerModel,
     T5ForGenerativeRetrieval,
     T5GenerativeRetrievalConfig,
+    build_tokenizer,
 )
 
 PACKAGE = Path(tokenrec_hf.__file__).parent
