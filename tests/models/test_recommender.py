@@ -308,7 +308,8 @@ class Reader:
 def test_somebody_without_an_id_is_written_in_the_tokens_of_the_history(parts, mqs):
     model, tokenizer, store = parts
     tokenizer.attach(user_mq=mqs["user"])
-    recommender = Recommender(model, tokenizer, store, Reader(store, "cid"))
+    recommender = Recommender(model, tokenizer, store)
+    recommender.history_encoder = Reader(store, "cid")
     anonymous = recommender.prompts([None, "ann"], [["i3", "i4"], ["i3", "i4"]])
     named = recommender.prompts(["cid", "ann"], [["i3", "i4"], ["i3", "i4"]])
     assert anonymous != named
@@ -319,7 +320,8 @@ def test_somebody_without_an_id_is_written_in_the_tokens_of_the_history(parts, m
 
 
 def test_a_history_that_tells_nothing_of_its_user_is_shown_alone(parts, recommender):
-    reader = Recommender(*parts, Reader(parts[2], "cid"))
+    reader = Recommender(*parts)
+    reader.history_encoder = Reader(parts[2], "cid")
     for one in (reader, recommender):
         assert one.prompts([None], [["i30"]]) == ["What fits item_i30 best?"]
     assert recommender.prompts([None], [["i3"]]) == ["What fits item_i3 best?"]
