@@ -6,8 +6,8 @@ All items are ranked for every user, except the items of the user's training int
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +24,6 @@ from ..models.recommender import load_history_encoder
 from ..models.tokenization_tokenrec import TokenRecTokenizer
 from .metrics import RankingMetrics, evaluate_embeddings
 from .variants import BASELINES, VARIANTS
-
-if TYPE_CHECKING:
-    from ..training.recipe import Recipe
 
 # Users whose popularity rankings are computed at once.
 CHUNK = 512
@@ -59,19 +56,21 @@ def evaluate_baselines(data: IndexedSplits, store: Store) -> dict[str, dict[str,
 def evaluate_retrieval(
     folder: str | os.PathLike,
     data: IndexedSplits,
-    recipe: Recipe,
+    prompts: Mapping[str, Any],
     variant: str = "tokenrec",
     store: Store | None = None,
+    batch_size: int = 64,
 ) -> dict[str, float]:
     """Metrics of a trained recommender on the held-out items, computed on a GPU where there is one.
 
     Args:
         folder: a trained repository.
         data: the interactions of its training and the held-out items.
-        recipe: its recipe, without `auto`.
+        prompts: the arguments that its recipe gives to the collator.
         variant: a name of [`~variants.VARIANTS`]. Where prompts do not name the user and users are their histories (FISM),
             the user tokens are made of the history.
         store: the item vectors; by default the repository's own store.
+        batch_size: prompts per forward pass.
     """
     parts, tokenizer = RepositoryFolder(folder), TokenRecTokenizer.from_pretrained(folder)
     store = store or EmbeddingStore.open(parts.store)
@@ -81,10 +80,9 @@ def evaluate_retrieval(
         # As the recommender does: the history is the only thing that is used of the user.
         templates = HISTORY_TEMPLATES
         tokenizer.add_users(_vectors_of_histories(encoder, data))
-    collator = evaluation_collator(tokenizer, data, recipe, templates)
+    collator = evaluation_collator(tokenizer, data, prompts, templates)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     model = T5ForGenerativeRetrieval.from_pretrained(folder).to(device or "cpu")
-    batch_size = recipe.retrieval.training["per_device_eval_batch_size"]
     queries = encode_prompts(model, collator, data.holdout.users, batch_size, variant)
     return evaluate_embeddings(
         queries,
@@ -97,7 +95,7 @@ def evaluate_retrieval(
 
 
 def evaluation_collator(
-    tokenizer: TokenRecTokenizer, data: IndexedSplits, recipe: Recipe, templates: Sequence[PromptTemplate]
+    tokenizer: TokenRecTokenizer, data: IndexedSplits, prompts: Mapping[str, Any], templates: Sequence[PromptTemplate]
 ) -> DataCollatorForGenerativeRetrieval:
     """The collator of an evaluation: prompts with whole histories, in these wordings."""
     return DataCollatorForGenerativeRetrieval(
@@ -106,8 +104,7 @@ def evaluation_collator(
         data.user_ids,
         data.item_ids,
         evaluation_templates=templates,
-        seed=recipe.seed,
-        **recipe.prompts.model_dump(),
+        **prompts,
     )
 
 

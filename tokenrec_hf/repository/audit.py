@@ -372,7 +372,7 @@ class _RunFiles:
         holdout, token_ids = given.holdout, self.tokenizer.code_token_ids("item")
         found: list[tuple[np.ndarray, np.ndarray]] = []
         for number, variant in enumerate(VARIANTS.values()):
-            collator = evaluation_collator(self.tokenizer, given, recipe, variant.templates)
+            collator = evaluation_collator(self.tokenizer, given, recipe.collator_arguments, variant.templates)
             examples = PromptDataset(holdout.users, holdout.targets)
             for start in range(0, len(examples), BATCH):
                 rows = range(start, min(start + BATCH, len(examples)))

@@ -122,8 +122,7 @@ def build_collator(
     settings = {
         "num_negatives": negatives,
         "with_seen_items": recipe.retrieval.loss_type == "softmax" and not negatives,
-        "seed": recipe.seed,
-        **recipe.prompts.model_dump(),
+        **recipe.collator_arguments,
         **changes,
     }
     return DataCollatorForGenerativeRetrieval(tokenizer, data.interactions, data.user_ids, data.item_ids, **settings)
@@ -330,9 +329,12 @@ class _TrainingRun:
         return {"epochs": result.epochs, "metrics": result.metrics}
 
     def _evaluate(self, data: IndexedSplits) -> Outcome:
-        results = evaluate_baselines(data, EmbeddingStore.open(self.parts.store))
+        store = EmbeddingStore.open(self.parts.store)
+        batch_size = self.recipe.retrieval.training["per_device_eval_batch_size"]
+        results = evaluate_baselines(data, store)
         for variant in VARIANTS:
-            results[variant] = evaluate_retrieval(self.parts.path, data, self.resolved, variant)
+            prompts = self.resolved.collator_arguments
+            results[variant] = evaluate_retrieval(self.parts.path, data, prompts, variant, store, batch_size)
         return {"metrics": results}
 
 

@@ -121,7 +121,8 @@ class Repository:
         # The recommender checks that its parts are undamaged and belong together.
         store = Recommender.from_pretrained(folder, store=store).store
         metrics = evaluate_baselines(data, store)
-        metrics[variant] = evaluate_retrieval(folder, data, recipe, variant, store)
+        batch_size = recipe.retrieval.training["per_device_eval_batch_size"]
+        metrics[variant] = evaluate_retrieval(folder, data, recipe.collator_arguments, variant, store, batch_size)
         return {"split": split, "variant": variant, "users": len(data.holdout.users), "metrics": metrics}
 
     def add(

@@ -184,6 +184,11 @@ class Recipe(_Section):
     prompts: PromptSettings
     retrieval: RetrievalSettings
 
+    @property
+    def collator_arguments(self) -> dict[str, Any]:
+        """The arguments of the collator that training and evaluation share."""
+        return {"seed": self.seed, **self.prompts.model_dump()}
+
     @classmethod
     def load(
         cls, name: str = "cpu", config: str | os.PathLike | None = None, overrides: Mapping[str, Setting] | None = None
