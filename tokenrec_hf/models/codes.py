@@ -311,11 +311,11 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no JSON object")
+        return content
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); copy it again, or train in another folder.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged (it holds no JSON object); copy it again, or train in another folder.")
-    return content
 
 
 def _save_parts(parts: Mapping[str, Mapping[str, np.ndarray]], path: str | os.PathLike) -> None:
@@ -399,13 +399,20 @@ def check_repository(folder: str | os.PathLike) -> None:
             raise FileNotFoundError(f"{folder} has no {path.relative_to(parts.path)}: {advice}.")
 
 
-def fetch_repository(name: str | os.PathLike, *, revision: str | None = None, token: str | bool | None = None) -> Path:
+def fetch_repository(
+    name: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    patterns: Sequence[str] = (*CONTENT, *WITH_USERS),
+) -> Path:
     """The folder of a trained repository, downloaded from the Hub if `name` is not a local folder.
 
     Args:
         name: a folder, or the id of a Hub repository.
         revision: branch, tag or commit of the Hub repository.
         token: Hub token; by default the one that is logged in.
+        patterns: the files to download; by default all of a trained repository.
 
     Raises:
         FileNotFoundError: there is no such folder and no such repository, or the Hub cannot be reached and the repository is not
@@ -420,8 +427,7 @@ def fetch_repository(name: str | os.PathLike, *, revision: str | None = None, to
 
     with hub_errors(str(name), revision):
         try:
-            allowed = [*CONTENT, *WITH_USERS]
-            return Path(snapshot_download(str(name), revision=revision, token=token, allow_patterns=allowed))
+            return Path(snapshot_download(str(name), revision=revision, token=token, allow_patterns=list(patterns)))
         except HFValidationError:
             raise FileNotFoundError(
                 f"there is no folder {name}, and no Hub repository can have that name; train one with `tokenrec train "

@@ -26,11 +26,10 @@ from typing import Any, Protocol, TypeVar, cast
 import huggingface_hub
 import numpy as np
 import torch
-from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .codes import MANIFEST, STORE_FOLDER, IdIndex, atomic_write, check_ids, read_json
+from .codes import MANIFEST, STORE_FOLDER, IdIndex, atomic_write, check_ids, fetch_repository, read_json
 
 KINDS = ("user", "item")
 FORMAT_VERSION = 1
@@ -198,53 +197,26 @@ class EmbeddingStore(Store):
             if (place / MANIFEST).is_file():
                 return cls._load(place)
         raise FileNotFoundError(
-            f"there is no embedding store in {folder} ({MANIFEST} is missing); give the folder of a store or of a trained "
-            "repository, or make one with `tokenrec train`."
+            f"there is no embedding store in {folder} ({MANIFEST} is missing); make one with `tokenrec train`."
         )
 
     @classmethod
     def from_pretrained(
-        cls,
-        repo_or_folder: str | os.PathLike,
-        subfolder: str = STORE_FOLDER,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
+        cls, name: str | os.PathLike, *, revision: str | None = None, token: str | bool | None = None
     ) -> EmbeddingStore:
-        """Loads the store of a trained repository: a local folder or a Hub repository (only `subfolder` is downloaded).
+        """Opens the store of a trained repository: a local folder or a Hub repository, of which only the store is downloaded.
 
         Args:
-            repo_or_folder: a folder (of a repository, or of a store itself), or the id of a Hub repository.
-            subfolder: the folder of the store in the repository.
+            name: a folder (of a repository, or of a store itself), or the id of a Hub repository.
             revision: branch, tag or commit of the Hub repository.
             token: Hub token; by default the one that is logged in.
-            cache_dir: where downloads are kept; by default the Hub's cache.
 
         Raises:
-            FileNotFoundError: there is no such folder, or no store in it.
+            FileNotFoundError: there is no such folder or repository, or no store in it.
+            OSError: the Hub refuses the download.
             ValueError: a file of the store is missing, damaged or of another format version.
         """
-        if Path(repo_or_folder).is_dir():
-            inside = Path(repo_or_folder) / subfolder
-            return cls.open(inside if (inside / MANIFEST).is_file() else repo_or_folder)
-        try:
-            snapshot = huggingface_hub.snapshot_download(
-                str(repo_or_folder),
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                allow_patterns=f"{subfolder}/*",
-            )
-        except HFValidationError as error:
-            raise FileNotFoundError(
-                f"{repo_or_folder} is neither a folder nor the id of a Hub repository; check the path."
-            ) from error
-        if not (Path(snapshot) / subfolder / MANIFEST).is_file():
-            raise FileNotFoundError(
-                f"the Hub repository {repo_or_folder} has no {subfolder}/{MANIFEST}; give the id of a repository with an "
-                "embedding store, or its subfolder."
-            )
-        return cls.open(Path(snapshot) / subfolder)
+        return cls.open(fetch_repository(name, revision=revision, token=token, patterns=(f"{STORE_FOLDER}/*",)))
 
     @_locked
     def save_pretrained(self, folder: str | os.PathLike, include_users: bool = True) -> None:
@@ -489,9 +461,7 @@ class EmbeddingStore(Store):
             ValueError: `queries` has the wrong shape or holds NaN or an infinity, `top_k` is below 1, `exclude` has not
                 one list for each query, or `where` has a wrong name or value.
         """
-        unit = unit_rows(check_queries(self.embedding_dim, queries, top_k))
-        lists = [[]] * len(unit) if exclude is None else exclude
-        lengths = list_lengths(lists, len(unit), "exclude", "query")
+        unit, lists, lengths = check_search(self.embedding_dim, queries, top_k, exclude)
         allowed = self.allowed(where)
         if self._inverse is None:
             self._inverse = inverse_lengths(self._vectors["item"])
@@ -551,31 +521,25 @@ class EmbeddingStore(Store):
                 "install the version that wrote it or rebuild the store by `tokenrec train`."
             )
         try:
-            files = {
-                name: (entry["file"], entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()
-            }
-        except (LookupError, TypeError, AttributeError) as error:
-            raise _damaged(path, f"it does not describe a store: {error!r}") from error
-        tensors = {name: _load_arrays(folder, *entry) for name, entry in files.items()}
-        try:
             store = cls(manifest["embedding_dim"], manifest["space_ids"])
             # Items first: the users' seen items point to their rows.
             for kind in sorted(manifest["counts"]):
-                store._fill(kind, tensors[f"{kind}s"])
+                store._fill(kind, _load_arrays(folder, **manifest["files"][f"{kind}s"]))
                 if store.count(kind) != manifest["counts"][kind]:
-                    raise ValueError(f"there are no {manifest['counts'][kind]} {kind}s with an id and a vector each.")
+                    raise ValueError(f"there are no {manifest['counts'][kind]} {kind}s with an id and a vector each")
+            return store
         except (LookupError, TypeError, AttributeError, ValueError) as error:
-            raise _damaged(path, f"it does not fit its files: {error}") from error
-        return store
+            raise ValueError(
+                f"{path} is damaged or does not fit its files ({error}); restore the store from a copy or rebuild it by "
+                "`tokenrec train`."
+            ) from error
 
     def _fill(self, kind: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Takes over the content of a file of `_arrays`, after checking that it fits together."""
         vectors, arrays = tensors["vectors"], {name: tensor.numpy() for name, tensor in tensors.items()}
         index = IdIndex.from_arrays(arrays)
         if vectors.dtype != torch.float32 or vectors.shape != (len(index), self.embedding_dim):
-            raise ValueError(
-                f"there are no {len(index)} float32 {kind} vectors of {self.embedding_dim} dimensions with an id each."
-            )
+            raise ValueError(f"there are no {len(index)} float32 {kind} vectors of {self.embedding_dim} dimensions")
         self._index[check_kind(kind)], self._vectors[kind] = index, vectors
         if kind == "item":
             known = json.loads(arrays["metadata"].tobytes())
@@ -585,7 +549,7 @@ class EmbeddingStore(Store):
             self._seen = Ragged(arrays["seen_indptr"], arrays["seen_items"])
             fits = len(self._seen) == len(index) and self._seen.is_valid(self.count("item"))
             if not fits or self._seen.values.dtype != np.int32:
-                raise ValueError("the seen items do not fit the users and items.")
+                raise ValueError("the seen items do not fit the users and items")
 
 
 class ItemMetadata:
@@ -678,10 +642,9 @@ class Ragged:
 
     def take(self, rows: np.ndarray) -> Ragged:
         """The lists at `rows` `[m]`, in that order."""
-        lengths = self.indptr[rows + 1] - self.indptr[rows]
-        indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        places = np.arange(indptr[-1]) + np.repeat(self.indptr[rows] - indptr[:-1], lengths)
-        return Ragged(indptr, self.values[places])
+        lengths = self.lengths[rows]
+        starts = Ragged.from_lengths(lengths, np.repeat(self.indptr[rows], lengths))
+        return Ragged(starts.indptr, self.values[starts.values + starts.ranks])
 
     def is_valid(self, bound: int) -> bool:
         """Whether the arrays fit together, with all values in `[0, bound)`."""
@@ -849,14 +812,17 @@ def check_vectors(
     return names, matrix.clone() if isinstance(vectors, torch.Tensor) else matrix
 
 
-def check_queries(embedding_dim: int, queries: Vectors, top_k: int) -> torch.Tensor:
-    """Queries as a float32 CPU tensor `[B, embedding_dim]`, or a ValueError about them or about `top_k`."""
+def check_search(
+    embedding_dim: int, queries: Vectors, top_k: int, exclude: Sequence[Sequence[str]] | None
+) -> tuple[torch.Tensor, Sequence[Sequence[str]], np.ndarray]:
+    """Unit queries, float32 `[B, embedding_dim]`, the ids to exclude for each, and their numbers; errors of `search`."""
     matrix = _checked_matrix(embedding_dim, queries, "queries", "B")
     if top_k < 1:
         raise ValueError(f"top_k is {top_k}; ask for at least 1 item.")
     if (row := _first_not_finite(matrix)) is not None:
         raise ValueError(f"query {row} holds NaN or an infinity; no item can be compared with it.")
-    return matrix
+    lists = [()] * len(matrix) if exclude is None else exclude
+    return unit_rows(matrix), lists, list_lengths(lists, len(matrix), "exclude", "query")
 
 
 def _checked_matrix(embedding_dim: int, vectors: Vectors, role: str, rows: str) -> torch.Tensor:
@@ -865,15 +831,10 @@ def _checked_matrix(embedding_dim: int, vectors: Vectors, role: str, rows: str) 
         matrix = vectors.detach().to("cpu", torch.float32)
     else:
         matrix = torch.from_numpy(np.array(vectors, dtype=np.float32))
-    if matrix.ndim != 2:
+    if matrix.ndim != 2 or matrix.shape[1] != embedding_dim:
         raise ValueError(
             f"{role} have shape {list(matrix.shape)} but the store expects [{rows}, {embedding_dim}]; pass a matrix with a "
-            "row for each."
-        )
-    if matrix.shape[1] != embedding_dim:
-        raise ValueError(
-            f"{role} have {matrix.shape[1]} dimensions but the store holds vectors of {embedding_dim}; pass vectors of "
-            f"{embedding_dim} or make a store with embedding_dim={matrix.shape[1]}."
+            "row for each, or make a store of another embedding_dim."
         )
     return matrix
 
@@ -918,10 +879,8 @@ def check_metadata(metadata: Sequence[Mapping[str, Any]], num_items: int) -> lis
 
 def check_where(where: Mapping[str, Any]) -> dict[str, list[Any]]:
     """A filter with a list of values for every name; errors of [`check_metadata`]."""
-    lists = {
-        name: wanted if isinstance(wanted, (list, tuple, set, frozenset)) else [wanted]
-        for name, wanted in where.items()
-    }
+    several = (list, tuple, set, frozenset)
+    lists = {name: wanted if isinstance(wanted, several) else [wanted] for name, wanted in where.items()}
     return {_checked_name(name): [_checked_value(name, value) for value in wanted] for name, wanted in lists.items()}
 
 
@@ -969,21 +928,21 @@ def _save_arrays(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> d
     return {"file": file, "bytes": size, "sha256": sha256}
 
 
-def _load_arrays(folder: Path, file: str, size: int, sha256: str) -> dict[str, torch.Tensor]:
+def _load_arrays(folder: Path, file: str, bytes: int, sha256: str) -> dict[str, torch.Tensor]:
     """The tensors of a data file: memory maps, copied page by page where they are changed."""
-    path = folder / str(file)
-    if not _DATA_FILE.fullmatch(str(file)):
-        raise _damaged(folder / MANIFEST, f"{file!r} is not the name of a data file")
+    if not _DATA_FILE.fullmatch(file):
+        raise ValueError(f"{file!r} is not the name of a data file")
+    path = folder / file
     if not path.is_file():
-        raise _damaged(path, "it is missing")
-    if path.stat().st_size != size:
-        raise _damaged(path, f"it has {path.stat().st_size} bytes instead of {size}")
+        raise ValueError(f"{file} is missing")
+    if path.stat().st_size != bytes:
+        raise ValueError(f"{file} has {path.stat().st_size} bytes instead of {bytes}")
     if _sha256(path) != sha256:
-        raise _damaged(path, "its content is not the saved one")
+        raise ValueError(f"the content of {file} is not the saved one")
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise _damaged(path, f"it is not a safetensors file: {error}") from error
+        raise ValueError(f"{file} is not a safetensors file: {error}") from error
 
 
 def _sha256(path: Path) -> str:
@@ -992,9 +951,3 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _damaged(path: Path, problem: str) -> ValueError:
-    return ValueError(
-        f"{path} is damaged ({problem}); restore the store from a copy or rebuild it by `tokenrec train`."
-    )

@@ -7,27 +7,29 @@ matters: see docs/scale_out.md for measurements.
 
 from __future__ import annotations
 
-import os
+import functools
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..models.embedding_store import (
-    ITEM_CHUNK,
-    EmbeddingStore,
-    Store,
-    Vectors,
-    check_queries,
-    list_lengths,
-    unit_rows,
-)
+from ..models.embedding_store import ITEM_CHUNK, EmbeddingStore, Store, Vectors, check_search, unit_rows
 
 INDEXES = ("ivf", "hnsw")
 REBUILD_SHARE = 0.1
+
+
+def _of_store(method: Callable[..., Any]) -> Any:
+    """A method that calls the same method of the embedded store."""
+
+    @functools.wraps(method)
+    def call(self: FaissStore, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.store, method.__name__)(*args, **kwargs)
+
+    return call
 
 
 class FaissStore(Store):
@@ -79,9 +81,7 @@ class FaissStore(Store):
     ) -> tuple[list[list[str]], list[list[float]]]:
         """As [`EmbeddingStore.search`], but items may be missed."""
         with self._lock:
-            unit = unit_rows(check_queries(self.embedding_dim, queries, top_k))
-            lists = [[]] * len(unit) if exclude is None else exclude
-            lengths = list_lengths(lists, len(unit), "exclude", "query")
+            unit, lists, lengths = check_search(self.embedding_dim, queries, top_k, exclude)
             if where or not len(unit) or not self.count("item"):
                 return self.store.search(queries, top_k, exclude, where)
             excluded = self.store.rows("item", list(chain.from_iterable(lists)))
@@ -127,53 +127,18 @@ class FaissStore(Store):
     def space_ids(self, space_ids: dict[str, str | None]) -> None:
         self.store.space_ids = space_ids
 
-    def get(self, kind: str, ids: Sequence[str]) -> torch.Tensor:
-        """As [`EmbeddingStore.get`]."""
-        return self.store.get(kind, ids)
-
-    def contains(self, kind: str, ids: Sequence[str]) -> np.ndarray:
-        """As [`EmbeddingStore.contains`]."""
-        return self.store.contains(kind, ids)
-
-    def ids(self, kind: str) -> list[str]:
-        """As [`EmbeddingStore.ids`]."""
-        return self.store.ids(kind)
-
-    def count(self, kind: str) -> int:
-        """As [`EmbeddingStore.count`]."""
-        return self.store.count(kind)
-
-    def vectors(self, kind: str) -> torch.Tensor:
-        """As [`EmbeddingStore.vectors`]."""
-        return self.store.vectors(kind)
-
-    def set_seen(self, user_ids: Sequence[str], item_ids_per_user: Sequence[Sequence[str]]) -> None:
-        """As [`EmbeddingStore.set_seen`]."""
-        self.store.set_seen(user_ids, item_ids_per_user)
-
-    def add_seen(self, user_ids: Sequence[str], item_ids_per_user: Sequence[Sequence[str]]) -> None:
-        """As [`EmbeddingStore.add_seen`]."""
-        self.store.add_seen(user_ids, item_ids_per_user)
-
-    def seen(self, user_ids: Sequence[str]) -> list[list[str]]:
-        """As [`EmbeddingStore.seen`]."""
-        return self.store.seen(user_ids)
-
-    def set_metadata(self, item_ids: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
-        """As [`EmbeddingStore.set_metadata`]."""
-        self.store.set_metadata(item_ids, metadata)
-
-    def metadata(self, item_ids: Sequence[str]) -> list[dict[str, Any]]:
-        """As [`EmbeddingStore.metadata`]."""
-        return self.store.metadata(item_ids)
-
-    def save_pretrained(self, folder: str | os.PathLike, include_users: bool = True) -> None:
-        """As [`EmbeddingStore.save_pretrained`]."""
-        self.store.save_pretrained(folder, include_users)
-
-    def close(self) -> None:
-        """As [`EmbeddingStore.close`]."""
-        self.store.close()
+    get = _of_store(EmbeddingStore.get)
+    contains = _of_store(EmbeddingStore.contains)
+    ids = _of_store(EmbeddingStore.ids)
+    count = _of_store(EmbeddingStore.count)
+    vectors = _of_store(EmbeddingStore.vectors)
+    set_seen = _of_store(EmbeddingStore.set_seen)
+    add_seen = _of_store(EmbeddingStore.add_seen)
+    seen = _of_store(EmbeddingStore.seen)
+    set_metadata = _of_store(EmbeddingStore.set_metadata)
+    metadata = _of_store(EmbeddingStore.metadata)
+    save_pretrained = _of_store(EmbeddingStore.save_pretrained)
+    close = _of_store(EmbeddingStore.close)
 
     def _nearest(
         self, unit: torch.Tensor, top_k: int, excluded: Sequence[np.ndarray]

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, compress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, unquote
 
 import numpy as np
@@ -28,11 +28,10 @@ from ..models.embedding_store import (
     Vectors,
     check_kind,
     check_metadata,
-    check_queries,
+    check_search,
     check_vectors,
     check_where,
     list_lengths,
-    unit_rows,
 )
 
 # Limits of a request: rows found by a search or a query, ids in a filter, rows written.
@@ -44,6 +43,7 @@ ABOUT = "/about"
 # Milvus' error code for a collection that the server has not loaded, `ErrCollectionNotLoaded`.
 NOT_LOADED = 101
 _LEVEL = {"consistency_level": "Session"}
+_Thing = TypeVar("_Thing")
 
 
 class MilvusStore(Store):
@@ -164,7 +164,7 @@ class MilvusStore(Store):
             )
         for kind in KINDS:
             ids = self.ids(kind)
-            self.delete(kind, [name for name, stays in zip(ids, store.contains(kind, ids)) if not stays])
+            self.delete(kind, list(compress(ids, ~store.contains(kind, ids))))
         _copy(store, self)
         self.space_ids = dict(store.space_ids)
 
@@ -181,14 +181,13 @@ class MilvusStore(Store):
     def upsert(self, kind: str, ids: Sequence[str], vectors: Vectors) -> None:
         """As [`EmbeddingStore.upsert`]; 5,000 ids are one request, which happens whole or not at all."""
         names, matrix = check_vectors(self.embedding_dim, kind, ids, vectors)
-        for start in range(0, len(names), MAX_WRITTEN):
-            part = names[start : start + MAX_WRITTEN]
-            self._write_vectors(kind, part, matrix[start : start + MAX_WRITTEN], self._known(kind, part))
+        for part, chunk in zip(_parts(names, MAX_WRITTEN), matrix.split(MAX_WRITTEN)):
+            self._write_vectors(kind, part, chunk, self._known(kind, part))
 
     def delete(self, kind: str, ids: Sequence[str]) -> None:
         """As [`EmbeddingStore.delete`]. Deleting items reads the seen items of all users."""
         names = check_ids(_unique(kind, ids), kind)
-        names = [name for name, is_present in zip(names, self.contains(kind, names)) if is_present]
+        names = list(compress(names, self.contains(kind, names)))
         if not names:
             return
         if kind == "user":
@@ -261,18 +260,13 @@ class MilvusStore(Store):
         for item, values in zip(item_ids, checked):
             # A name that is removed stays, as None, until it is written: Milvus Lite keeps fields that an upsert leaves out.
             known[item] = known[item] | values
-        for start in range(0, len(names), MAX_WRITTEN):
-            part = names[start : start + MAX_WRITTEN]
+        for part in _parts(names, MAX_WRITTEN):
             self._write_vectors("item", part, self.get("item", part), known)
 
     def metadata(self, item_ids: Sequence[str]) -> list[dict[str, Any]]:
         """As [`EmbeddingStore.metadata`]."""
         known = self._known("item", _unique("item", item_ids))
-        missing = next((item for item in item_ids if item not in known), None)
-        if missing is not None:
-            raise ValueError(
-                f"item {missing!r} of the metadata is not in the store; add it first with upsert('item', ...)."
-            )
+        _check_present("item", item_ids, known, "the metadata")
         return [dict(known[item]) for item in item_ids]
 
     # ---- search
@@ -289,9 +283,7 @@ class MilvusStore(Store):
         Milvus returns at most 16,384 items. Where `top_k` and the longest list of excluded items exceed that together, all items
         are fetched and searched here.
         """
-        matrix = unit_rows(check_queries(self.embedding_dim, queries, top_k))
-        lists = [[]] * len(matrix) if exclude is None else exclude
-        list_lengths(lists, len(matrix), "exclude", "query")
+        matrix, lists, _ = check_search(self.embedding_dim, queries, top_k, exclude)
         excluded = [set(map(_encoded, items)) for items in lists]
         expression = _filter_of(check_where(where or {}))
         if not len(matrix) or not self.count("item"):
@@ -380,18 +372,14 @@ class MilvusStore(Store):
     def _write_seen(self, lists: Mapping[str, Sequence[str]]) -> None:
         """Replaces the seen items of users, all encoded. Readers count the parts, so stale parts are ignored."""
         rows = [{**row, "vector": [0.0, 1.0]} for user, items in lists.items() for row in _parted(user, items)]
-        for start in range(0, len(rows), 500):
-            self._ask("upsert", "seen", rows[start : start + 500])
+        for part in _parts(rows, 500):
+            self._ask("upsert", "seen", part)
 
     def _check_seen_ids(self, user_ids: Sequence[str], item_ids_per_user: Sequence[Sequence[str]]) -> None:
         list_lengths(item_ids_per_user, len(user_ids), "item_ids_per_user", "user")
         for kind, ids in (("user", user_ids), ("item", list(chain.from_iterable(item_ids_per_user)))):
             names = _unique(kind, ids)
-            missing = next((name for name, known in zip(names, self.contains(kind, names)) if not known), None)
-            if missing is not None:
-                raise ValueError(
-                    f"{kind} {missing!r} of the seen items is not in the store; add it first with upsert({kind!r}, ...)."
-                )
+            _check_present(kind, names, set(compress(names, self.contains(kind, names))), "the seen items")
 
     def _embedded(self, kinds: Sequence[str]) -> EmbeddingStore:
         """A copy as an embedded store."""
@@ -406,11 +394,8 @@ class MilvusStore(Store):
 
     def _rows(self, kind: str, ids: Sequence[str], fields: Sequence[str], field: str = "id") -> list[dict[str, Any]]:
         """The rows whose `field` is among `ids`, in any order."""
-        rows: list[dict[str, Any]] = []
-        for start in range(0, len(ids), MAX_NAMED):
-            names = list(map(_encoded, ids[start : start + MAX_NAMED]))
-            rows += self._query(kind, f"{field} in {json.dumps(names)}", fields)
-        return rows
+        requests = (f"{field} in {json.dumps(names)}" for names in _parts(list(map(_encoded, ids)), MAX_NAMED))
+        return [row for request in requests for row in self._query(kind, request, fields)]
 
     def _query(self, kind: str, expression: str, fields: Sequence[str]) -> list[dict[str, Any]]:
         return list(self._ask("query", kind, filter=expression, output_fields=["id", *fields], **_LEVEL))
@@ -425,10 +410,9 @@ class MilvusStore(Store):
             iterator.close()
         return [row for row in rows if row["id"] != ABOUT]
 
-    def _delete(self, kind: str, encoded_ids: Sequence[str]) -> None:
-        for start in range(0, len(encoded_ids), MAX_NAMED):
-            names = json.dumps(list(encoded_ids[start : start + MAX_NAMED]))
-            self._ask("delete", kind, filter=f"id in {names}")
+    def _delete(self, kind: str, encoded_ids: list[str]) -> None:
+        for names in _parts(encoded_ids, MAX_NAMED):
+            self._ask("delete", kind, filter=f"id in {json.dumps(names)}")
         # Session shows a client its own upserts, but a Milvus 2.3 server its own deletes only after a strong read.
         self._ask("query", kind, filter="", output_fields=["count(*)"], consistency_level="Strong")
 
@@ -482,9 +466,19 @@ def _copy(source: Store, target: Store, kinds: Sequence[str] = KINDS) -> None:
         target.set_seen(list(seen), list(seen.values()))
 
 
+def _check_present(kind: str, ids: Sequence[str], known: Container[str], place: str) -> None:
+    missing = next((name for name in ids if name not in known), None)
+    if missing is not None:
+        raise ValueError(f"{kind} {missing!r} of {place} is not in the store; add it first with upsert({kind!r}, ...).")
+
+
 def _unique(kind: str, ids: Sequence[str]) -> list[str]:
     check_kind(kind, ids)
     return list(dict.fromkeys(ids))
+
+
+def _parts(things: list[_Thing], size: int) -> Iterator[list[_Thing]]:
+    return (things[start : start + size] for start in range(0, len(things), size))
 
 
 def _encoded(name: str) -> str:
