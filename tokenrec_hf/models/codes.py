@@ -209,9 +209,7 @@ class CodeTable:
 
     def without(self, ids: Sequence[str]) -> CodeTable:
         """A table without `ids`; ids that are not in the table are ignored."""
-        rows = self.index.rows(ids)
-        keep = np.ones(len(self), dtype=bool)
-        keep[rows[rows >= 0]] = False
+        keep = ~np.isin(np.arange(len(self)), self.index.rows(ids))
         return CodeTable(self.kind, self.index.kept(keep), self.codes[keep], self.codebook_size)
 
 
@@ -226,10 +224,8 @@ def load_indexes(path: str | os.PathLike) -> dict[str, IdIndex]:
     Raises:
         ValueError: the file is damaged.
     """
-    try:
+    with damage_named(path, "copy it again"):
         return {kind: IdIndex.from_arrays(arrays) for kind, arrays in _load_parts(path).items()}
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}); copy it again.") from error
 
 
 def save_tables(tables: Mapping[str, CodeTable], path: str | os.PathLike) -> None:
@@ -248,17 +244,13 @@ def load_tables(path: str | os.PathLike, codebooks: Mapping[str, Sequence[int]])
         ValueError: the file is damaged, or does not fit `codebooks`.
     """
     tables = {}
-    try:
+    with damage_named(path, "copy it again, or make the tokenizer again with build_tokenizer"):
         parts = _load_parts(path)
         for kind, (num_codebooks, codebook_size) in codebooks.items():
             codes = parts[kind]["codes"]
             tables[kind] = CodeTable(kind, IdIndex.from_arrays(parts[kind]), codes, codebook_size)
             if codes.shape[1] != num_codebooks:
                 raise ValueError(f"each {kind} has {codes.shape[1]} codes but there are {num_codebooks} codebooks")
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}); copy it again, or make the tokenizer again with build_tokenizer."
-        ) from error
     return tables
 
 
@@ -309,13 +301,20 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged.
     """
-    try:
+    with damage_named(path, "copy it again, or train in another folder"):
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError("it holds no JSON object")
         return content
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); copy it again, or train in another folder.") from error
+
+
+@contextmanager
+def damage_named(path: str | os.PathLike, advice: str) -> Iterator[None]:
+    """Turns an error about the content of a file into a ValueError that names the file and says what to do."""
+    try:
+        yield
+    except (SafetensorError, LookupError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}); {advice}.") from error
 
 
 def _save_parts(parts: Mapping[str, Mapping[str, np.ndarray]], path: str | os.PathLike) -> None:
@@ -387,16 +386,14 @@ def check_repository(folder: str | os.PathLike) -> None:
             f"a change of {folder} was interrupted or is under way; if no other process changes it, open it once with "
             "`Repository(folder)` or any `tokenrec` command to finish the change."
         )
-    unfinished = parts.training.is_dir()
-    # The metrics are written last.
-    needed = [parts.path / name for name in REQUIRED] + [parts.metrics] * unfinished
-    for path in needed:
-        if not path.is_file():
-            if unfinished:
-                advice = "training has not finished; run the same `tokenrec train` again to continue"
-            else:
-                advice = "it is no trained repository; give the --output_dir of `tokenrec train`"
-            raise FileNotFoundError(f"{folder} has no {path.relative_to(parts.path)}: {advice}.")
+    needed, advice = list(REQUIRED), "it is no trained repository; give the --output_dir of `tokenrec train`"
+    if parts.training.is_dir():
+        # The metrics are written last.
+        needed.append(parts.metrics.name)
+        advice = "training has not finished; run the same `tokenrec train` again to continue"
+    for name in needed:
+        if not (parts.path / name).is_file():
+            raise FileNotFoundError(f"{folder} has no {name}: {advice}.")
 
 
 def fetch_repository(

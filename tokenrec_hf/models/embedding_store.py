@@ -29,7 +29,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .codes import MANIFEST, STORE_FOLDER, IdIndex, atomic_write, check_ids, fetch_repository, read_json
+from .codes import MANIFEST, STORE_FOLDER, IdIndex, atomic_write, check_ids, damage_named, fetch_repository, read_json
 
 KINDS = ("user", "item")
 FORMAT_VERSION = 1
@@ -312,11 +312,9 @@ class EmbeddingStore(Store):
     @_locked
     def delete(self, kind: str, ids: Sequence[str]) -> None:
         """Removes ids, their vectors, and their part in the seen items; ids that are not present are ignored."""
-        rows = self.rows(kind, ids)
-        if (rows < 0).all():
+        keep = ~np.isin(np.arange(self.count(kind)), self.rows(kind, ids))
+        if keep.all():
             return
-        keep = np.ones(self.count(kind), dtype=bool)
-        keep[rows[rows >= 0]] = False
         if kind == "user":
             self._seen = self._seen.take(np.flatnonzero(keep))
         else:
@@ -520,7 +518,9 @@ class EmbeddingStore(Store):
                 f"{path} has format version {manifest['format_version']} but this tokenrec_hf reads version {FORMAT_VERSION}; "
                 "install the version that wrote it or rebuild the store by `tokenrec train`."
             )
-        try:
+        with damage_named(
+            path, "it does not fit its files; restore the store from a copy or rebuild it by `tokenrec train`"
+        ):
             store = cls(manifest["embedding_dim"], manifest["space_ids"])
             # Items first: the users' seen items point to their rows.
             for kind in sorted(manifest["counts"]):
@@ -528,11 +528,6 @@ class EmbeddingStore(Store):
                 if store.count(kind) != manifest["counts"][kind]:
                     raise ValueError(f"there are no {manifest['counts'][kind]} {kind}s with an id and a vector each")
             return store
-        except (LookupError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(
-                f"{path} is damaged or does not fit its files ({error}); restore the store from a copy or rebuild it by "
-                "`tokenrec train`."
-            ) from error
 
     def _fill(self, kind: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Takes over the content of a file of `_arrays`, after checking that it fits together."""

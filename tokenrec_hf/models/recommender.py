@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypedDict
 
 import torch
 from safetensors import SafetensorError
@@ -22,14 +22,12 @@ from .modeling_t5_retrieval import T5ForGenerativeRetrieval
 from .prompts import HISTORY_ONLY_TEMPLATE, HISTORY_TEMPLATES, USER_ONLY_TEMPLATES, PromptTemplate, render
 from .tokenization_tokenrec import TokenRecTokenizer
 
-if TYPE_CHECKING:
-    from typing import TypedDict
 
-    class Recommendation(TypedDict):
-        """An item id and the cosine between its vector and the query."""
+class Recommendation(TypedDict):
+    """An item id and the cosine between its vector and the query."""
 
-        item: str
-        score: float
+    item: str
+    score: float
 
 
 def load_model(folder: str | os.PathLike) -> T5ForGenerativeRetrieval:
@@ -148,12 +146,10 @@ class Recommender:
                 does not fit the request.
         """
         shown = self._histories(users, histories)
-        encoded = self.tokenizer(
-            self.prompts(users, shown, template), padding=True, return_tensors="pt", return_entities=True
-        )
+        prompts = self.prompts(users, shown, template)
+        inputs = self.tokenizer(prompts, padding=True, return_tensors="pt", return_entities=True)
         # Whole histories: items that are cut from the prompt have been seen too.
-        inputs = {**encoded, "item_ids": shown}
-        return self.answer(inputs, top_k=top_k, exclude_seen=exclude_seen, where=where)
+        return self.answer({**inputs, "item_ids": shown}, top_k=top_k, exclude_seen=exclude_seen, where=where)
 
     def similar_items(
         self, item_ids: Sequence[str], *, top_k: int = 10, where: Mapping[str, Any] | None = None
@@ -229,11 +225,7 @@ class Recommender:
         return self._search(queries.float().cpu(), top_k, excluded, where)
 
     def _search(
-        self,
-        queries: torch.Tensor,
-        top_k: int,
-        excluded: list[list[str]] | None,
-        where: Mapping[str, Any] | None,
+        self, queries: torch.Tensor, top_k: int, excluded: list[list[str]] | None, where: Mapping[str, Any] | None
     ) -> list[list[Recommendation]]:
         ids, scores = self.store.search(queries, top_k, excluded, where)
         return [[{"item": item, "score": score} for item, score in zip(*row)] for row in zip(ids, scores)]
@@ -242,9 +234,8 @@ class Recommender:
         """The text after `user_` in each prompt: an id, the code tokens of an anonymous user's history, or None."""
         names = list(users)
         rows = [row for row, user in enumerate(users) if user is None]
-        for row in rows:
-            if not histories[row]:
-                raise ValueError(f"request {row} names neither a user nor a history; give one of them.")
+        if (empty := next((row for row in rows if not histories[row]), None)) is not None:
+            raise ValueError(f"request {empty} names neither a user nor a history; give one of them.")
         if rows and self.history_encoder is not None:
             vectors, known = self.history_encoder.encode([histories[row] for row in rows])
             for row, text, is_known in zip(rows, self.tokenizer.code_text("user", vectors), known):

@@ -112,8 +112,7 @@ class FaissStore(Store):
             rows = self.store.rows(kind, ids)
             self.store.delete(kind, ids)
             if kind == "item" and len(self._covered):
-                keep = np.ones(len(self._covered), dtype=bool)
-                keep[rows[rows >= 0]] = False
+                keep = ~np.isin(np.arange(len(self._covered)), rows)
                 moved = np.where(keep, np.cumsum(keep) - 1, -1)
                 self._rows = np.where(self._rows >= 0, moved[self._rows], -1)
                 self._covered = self._covered[keep]

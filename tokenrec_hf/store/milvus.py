@@ -318,24 +318,20 @@ class MilvusStore(Store):
         """Makes the collections of a store that is as `empty` says."""
         from pymilvus import DataType
 
+        text, number = DataType.VARCHAR, DataType.INT64
         fields = {
-            "item": [("metadata", DataType.VARCHAR), (WITHDRAWN, DataType.BOOL)],
+            "item": [("metadata", text), (WITHDRAWN, DataType.BOOL)],
             "user": [],
-            "seen": [
-                ("user", DataType.VARCHAR),
-                ("part", DataType.INT64),
-                ("parts", DataType.INT64),
-                ("items", DataType.VARCHAR),
-            ],
+            "seen": [("user", text), ("part", number), ("parts", number), ("items", text)],
         }
         # `seen` comes last and then gets the facts about the store, so that an unfinished store is recognised.
         for kind, name in self._names.items():
             schema = self._client.create_schema(auto_id=False, enable_dynamic_field=kind == "item")
-            schema.add_field("id", DataType.VARCHAR, is_primary=True, max_length=4_096)
+            schema.add_field("id", text, is_primary=True, max_length=4_096)
             # Milvus has no collection without vectors.
             schema.add_field("vector", DataType.FLOAT_VECTOR, dim=2 if kind == "seen" else empty.embedding_dim)
             for field, data_type in fields[kind]:
-                schema.add_field(field, data_type, **({"max_length": 65_535} if data_type == DataType.VARCHAR else {}))
+                schema.add_field(field, data_type, **({"max_length": 65_535} if data_type == text else {}))
             indexes = self._client.prepare_index_params()
             index_type = index if kind == "item" else "FLAT"
             # Milvus 2.3 has no defaults for these.
