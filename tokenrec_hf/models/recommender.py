@@ -179,7 +179,10 @@ class Recommender:
         shown = self._histories(users, histories)
         written = []
         for user, history, name in zip(users, shown, self._names(users, shown)):
-            wording = template or _default_template(name, history)
+            default = (
+                HISTORY_ONLY_TEMPLATE if name is None else (HISTORY_TEMPLATES if history else USER_ONLY_TEMPLATES)[0]
+            )
+            wording = template or default
             if wording.names_user and name is None:
                 raise ValueError(
                     f"prompt template {wording.text!r} names a user, but the request has no user id and no user tokens can be "
@@ -260,10 +263,3 @@ class Recommender:
         words = sum(map(len, self.tokenizer.split_prompt(template)))
         user, item = (self.tokenizer.entity_token_ids(kind, []).shape[1] for kind in ("user", "item"))
         return min(wanted, (self.tokenizer.model_max_length - words - user * template.names_user) // item)
-
-
-def _default_template(name: str | None, history: Sequence[str]) -> PromptTemplate:
-    """The wording for a request with or without a user name and a history."""
-    if name is None:
-        return HISTORY_ONLY_TEMPLATE
-    return HISTORY_TEMPLATES[0] if history else USER_ONLY_TEMPLATES[0]

@@ -36,6 +36,7 @@ from ..models.embedding_store import (
 
 # Limits of a request: rows found by a search or a query, ids in a filter, rows written.
 MAX_FOUND, MAX_NAMED, MAX_WRITTEN = 16_384, 1_000, 5_000
+SEEN_FIELDS = ("user", "part", "parts", "items")
 # Bytes of seen items in a row; a field holds 65,535.
 SEEN_BYTES = 60_000
 # The row with the facts about the store. No user's row has this id, because a slash within an id is encoded.
@@ -191,10 +192,10 @@ class MilvusStore(Store):
         if not names:
             return
         if kind == "user":
-            self._delete("seen", [row["id"] for row in self._seen_rows(names)])
+            self._delete("seen", [row["id"] for row in self._rows("seen", names, SEEN_FIELDS, "user")])
         else:
             gone = set(map(_encoded, names))
-            for user, items in _joined(self._scan("seen", ["user", "part", "parts", "items"])).items():
+            for user, items in _joined(self._scan("seen", SEEN_FIELDS)).items():
                 left = [item for item in items if item not in gone]
                 if len(left) < len(items):
                     self._write_seen({user: left})
@@ -247,7 +248,7 @@ class MilvusStore(Store):
 
     def seen(self, user_ids: Sequence[str]) -> list[list[str]]:
         """As [`EmbeddingStore.seen`]."""
-        lists = _joined(self._seen_rows(_unique("user", user_ids)))
+        lists = _joined(self._rows("seen", _unique("user", user_ids), SEEN_FIELDS, "user"))
         return [list(map(unquote, lists.get(_encoded(user), ()))) for user in user_ids]
 
     # ---- metadata of items
@@ -362,7 +363,7 @@ class MilvusStore(Store):
                 metadata = known.get(name, {})
                 row["metadata"] = json.dumps({name: value for name, value in metadata.items() if value is not None})
                 row[WITHDRAWN] = metadata.get(WITHDRAWN) is True
-                row |= {_field_of(name): _value_of(value) for name, value in metadata.items()}
+                row |= {f"m_{name}": _value_of(value) for name, value in metadata.items()}
         self._ask("upsert", kind, rows)
 
     def _write_seen(self, lists: Mapping[str, Sequence[str]]) -> None:
@@ -384,9 +385,6 @@ class MilvusStore(Store):
         return store
 
     # ---- requests
-
-    def _seen_rows(self, users: Sequence[str]) -> list[dict[str, Any]]:
-        return self._rows("seen", users, ["user", "part", "parts", "items"], field="user")
 
     def _rows(self, kind: str, ids: Sequence[str], fields: Sequence[str], field: str = "id") -> list[dict[str, Any]]:
         """The rows whose `field` is among `ids`, in any order."""
@@ -482,11 +480,6 @@ def _encoded(name: str) -> str:
     return quote(name, safe="", errors="surrogatepass")
 
 
-def _field_of(name: str) -> str:
-    """The field that holds the values of a name of metadata."""
-    return f"m_{name}"
-
-
 def _value_of(value: Any) -> str:
     """A value of metadata as text that is equal for equal values only; of `None`, text that no value has."""
     if value is None:
@@ -498,8 +491,7 @@ def _value_of(value: Any) -> str:
 
 def _filter_of(where: Mapping[str, Sequence[Any]]) -> str:
     """The expression for items that are not withdrawn and have one of the values of every name."""
-    values = {_field_of(name): [_value_of(value) for value in wanted] for name, wanted in where.items()}
-    conditions = [f"{field} in {json.dumps(wanted)}" for field, wanted in values.items()]
+    conditions = [f"m_{name} in {json.dumps(list(map(_value_of, wanted)))}" for name, wanted in where.items()]
     return " and ".join([f"{WITHDRAWN} == false", *conditions])
 
 
