@@ -116,10 +116,6 @@ class TokenRecTokenizer(TokenizersBackend):
         """All ids of `"user"` or `"item"`, in row order: that of the store, with later additions last."""
         return self._table(kind).index.ids()
 
-    def count(self, kind: str) -> int:
-        """The number of ids of `"user"` or `"item"`."""
-        return len(self._table(kind))
-
     def codes(self, kind: str, ids: Sequence[str] | None = None) -> np.ndarray:
         """The codes of `ids` (default: all, in row order), int64 `[n, K]` of values in `[0, L)`.
 
