@@ -88,42 +88,25 @@ def _register_pipeline() -> None:
     )
 
 
-def _once_imported(register: Callable[[], None], module_name: str, own: tuple[str, ...]) -> None:
-    """Calls `register` once, when a module of transformers is imported and none of our own modules is half imported.
-
-    Args:
-        register: imports classes from the own modules and registers them.
-        module_name: the module of transformers.
-        own: names in `tokenrec_hf.models`. They import transformers, so the first of them may be half imported when that is
-            done; the registration then waits for its end.
-    """
-    names = [f"{__name__}.models.{name}" for name in own]
+def _once_imported(register: Callable[[], None], module_name: str) -> None:
+    """Calls `register` once, when a module of transformers is imported and none of our own modules is half imported."""
+    own = {f"{__name__}.{name}" for name in _NAMES if name.startswith("models.")}
     complete: set[str] = set()
     done = False
 
     def imported(module: ModuleType) -> None:
         nonlocal done
         complete.add(module.__name__)
-        begun = {name for name in names if name in sys.modules}
-        if not done and module_name in complete and begun <= complete:
+        # Our modules import transformers, so the first of them may be half imported when that is done.
+        if not done and module_name in complete and own & set(sys.modules) <= complete:
             done = True
             register()
 
-    for name in (module_name, *names):
+    for name in (module_name, *own):
         when_imported(name)(imported)
 
 
 # Not when an Auto class is imported: transformers imports those in the middle of modules that our classes need, among them
 # `modeling_layers` and `configuration_t5`. Nothing of it is half imported when `import transformers` itself ends.
-_once_imported(
-    _register_classes,
-    "transformers",
-    (
-        "configuration_tokenrec",
-        "modeling_collaborative",
-        "modeling_mq_tokenizer",
-        "modeling_t5_retrieval",
-        "tokenization_tokenrec",
-    ),
-)
-_once_imported(_register_pipeline, "transformers.pipelines", ("pipeline_generative_retrieval",))
+_once_imported(_register_classes, "transformers")
+_once_imported(_register_pipeline, "transformers.pipelines")

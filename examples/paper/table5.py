@@ -41,7 +41,7 @@ from tokenrec_hf import (
 from tokenrec_hf.data.interaction_matrix import InteractionMatrix
 from tokenrec_hf.data.splits import IndexedSplits, index_splits
 from tokenrec_hf.repository.build import build_retrieval_model
-from tokenrec_hf.training.initialization import build_tokenizer
+from tokenrec_hf.training.initialization import build_tokenizer, prepare_mq_tokenizer
 
 TOP_K = BEAMS = 20
 HISTORY = 100
@@ -156,7 +156,7 @@ def tokenrec_methods(data: IndexedSplits, backbone: str, name: str) -> dict[str,
         vectors = torch.randn(len(ids), width)
         store.upsert(kind, ids, vectors)
         mqs[kind] = MQTokenizerModel(recipe.mq_tokenizer.model_configuration(kind, width, len(ids)))
-        mqs[kind].prepare(vectors)
+        prepare_mq_tokenizer(mqs[kind], vectors)
     store.space_ids = {kind: mq.space_id for kind, mq in mqs.items()}
     tokenizer = build_tokenizer(None, user_mq=mqs["user"], item_mq=mqs["item"], store=store)
     model = build_retrieval_model(recipe.retrieval, tokenizer, mqs["user"], mqs["item"])

@@ -1,12 +1,15 @@
 """The MQ-Tokenizer against NumPy: Eq. 2-3 (mask), 4 (encoders), 5-6 (codebooks), 9 (decoder), 10-14 (losses)."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
 from tokenrec_hf.models import modeling_mq_tokenizer
 from tokenrec_hf.models.configuration_tokenrec import MQTokenizerConfig
-from tokenrec_hf.models.modeling_mq_tokenizer import MQTokenizerModel, kmeans
+from tokenrec_hf.models.modeling_mq_tokenizer import MQTokenizerModel
+from tokenrec_hf.training.initialization import kmeans, prepare_mq_tokenizer
 
 SMALL = {"embedding_dim": 6, "num_codebooks": 3, "codebook_size": 8, "codebook_dim": 5, "hidden_dim": 10}
 
@@ -18,7 +21,7 @@ def tiny(**settings):
 
 def prepared(**settings):
     model = tiny(**settings)
-    model.prepare(vectors())
+    prepare_mq_tokenizer(model, vectors())
     return model
 
 
@@ -102,7 +105,7 @@ def test_the_input_tensor_is_never_changed():
     model.eval()(x)
     model.encode(x)
     model.statistics(x)
-    model.prepare(x)
+    prepare_mq_tokenizer(model, x)
     assert torch.equal(x, kept)
 
 
@@ -321,8 +324,8 @@ def test_kmeans_initialisation_can_be_switched_off():
     x = vectors(300)
     plain, model = tiny(kmeans_init=False), tiny()
     before = plain.codebooks.clone()
-    plain.prepare(x)
-    model.prepare(x)
+    prepare_mq_tokenizer(plain, x)
+    prepare_mq_tokenizer(model, x)
     assert torch.equal(plain.codebooks, before)
     outputs = model.quantise((x - model.mean) / model.scale)[0]
     for k in range(3):
@@ -334,8 +337,8 @@ def test_the_last_residual_codebooks_are_fit_to_the_vectors_alone():
     x, others = vectors(60), vectors(500) * 1.5
     config = MQTokenizerConfig(embedding_dim=6, num_codebooks=4, codebook_size=16, residual=True)
     both, model = MQTokenizerModel(config), MQTokenizerModel(config)
-    both.prepare(torch.cat([x, others]))
-    model.prepare(x, others=others)
+    prepare_mq_tokenizer(both, torch.cat([x, others]))
+    prepare_mq_tokenizer(model, x, others=others)
     assert torch.equal(model.mean, both.mean) and torch.equal(model.scale, both.scale)
     assert torch.equal(model.codebooks[:3], both.codebooks[:3])
     # The last one, from the definition: k-means of what the others leave of x.
@@ -346,15 +349,15 @@ def test_the_last_residual_codebooks_are_fit_to_the_vectors_alone():
     assert model.reconstruction_error(x) < both.reconstruction_error(x)
     # Encoders are started from all of them.
     plain, same = tiny(), tiny()
-    plain.prepare(torch.cat([x, others]))
-    same.prepare(x, others=others)
+    prepare_mq_tokenizer(plain, torch.cat([x, others]))
+    prepare_mq_tokenizer(same, x, others=others)
     assert torch.equal(plain.codebooks, same.codebooks)
 
 
 def test_preparation_centres_the_vectors_and_gives_them_unit_scale():
     model = tiny()
     x = vectors(500) * torch.tensor([1.0, 2, 3, 4, 5, 6])
-    model.prepare(x)
+    prepare_mq_tokenizer(model, x)
     z = standardised(model, x)
     assert np.allclose(z.mean(axis=0), 0, atol=1e-4)
     assert np.mean(z**2) == pytest.approx(1, rel=1e-4)
@@ -365,7 +368,7 @@ def test_preparation_centres_the_vectors_and_gives_them_unit_scale():
 def test_constant_vectors_and_a_single_vector_can_be_encoded():
     for x in (torch.full((20, 6), 2.5), vectors(1)):
         model = tiny()
-        model.prepare(x)
+        prepare_mq_tokenizer(model, x)
         assert model.encode(x).shape == (len(x), 3)
         assert model.train()(x).loss.isfinite()
 
@@ -389,7 +392,7 @@ def test_revival_replaces_dead_codewords_only_and_by_encoder_outputs():
 def revive_in_one_of_two_processes(rank, folder):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     model = tiny(mask_ratio=0.0)
-    model.prepare(vectors())
+    prepare_mq_tokenizer(model, vectors())
     model.codebooks.data[1, 3] = 1e6
     model.usage[:, :4] = 0.0
     torch.manual_seed(rank)
@@ -454,7 +457,7 @@ def trained(x, **settings):
     torch.manual_seed(0)
     config = MQTokenizerConfig(embedding_dim=32, codebook_size=64, codebook_dim=64, hidden_dim=128, **settings)
     model = MQTokenizerModel(config)
-    model.prepare(x)
+    prepare_mq_tokenizer(model, x)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     model.train()
     for _ in range(25):
@@ -523,7 +526,7 @@ def test_no_vectors_have_no_codes():
 @pytest.mark.parametrize("codebook_size", [128, 256, 512, 1024])
 def test_all_sizes_of_the_paper_run(num_codebooks, codebook_size):
     model, x = tiny(num_codebooks=num_codebooks, codebook_size=codebook_size), vectors(30)
-    model.prepare(x)
+    prepare_mq_tokenizer(model, x)
     output = model.train()(x)
     output.loss.backward()
     assert output.codes.shape == (30, num_codebooks) and 0 <= output.codes.min() <= output.codes.max() < codebook_size
@@ -578,21 +581,21 @@ def test_vectors_that_are_no_numbers_are_refused_with_their_row():
     x = vectors()
     x[7, 2] = float("nan")
     x[9, 0] = float("inf")
-    for call in (tiny().encode, tiny().prepare, tiny().statistics):
+    for call in (tiny().encode, partial(prepare_mq_tokenizer, tiny()), tiny().statistics):
         with pytest.raises(ValueError, match="vector in row 7 has a value that is not finite"):
             call(x)
 
 
 @pytest.mark.parametrize("shape", [(4, 5), (4, 7), (6,), (2, 3, 6)])
 def test_vectors_of_another_size_are_refused(shape):
-    for call in (tiny().encode, tiny().prepare, tiny().statistics):
+    for call in (tiny().encode, partial(prepare_mq_tokenizer, tiny()), tiny().statistics):
         with pytest.raises(ValueError, match=r"expects \[n, 6\]; train it with embedding_dim=\d or pass vectors of 6"):
             call(torch.zeros(shape))
 
 
 def test_preparing_with_no_vectors_is_refused():
     with pytest.raises(ValueError, match="no vectors to train"):
-        tiny().prepare(torch.empty(0, 6))
+        prepare_mq_tokenizer(tiny(), torch.empty(0, 6))
 
 
 def test_codes_that_do_not_exist_are_refused():
@@ -667,7 +670,7 @@ def test_residual_books_lose_less_with_every_book():
     errors = []
     for count in (1, 2, 4, 8):
         model = tiny(**settings, residual=True, num_codebooks=count)
-        model.prepare(x)
+        prepare_mq_tokenizer(model, x)
         errors.append(model.statistics(x)["reconstruction_error"])
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.5 * errors[0]
 

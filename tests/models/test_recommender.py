@@ -12,7 +12,7 @@ from tokenrec_hf.models.modeling_t5_retrieval import T5ForGenerativeRetrieval
 from tokenrec_hf.models.prompts import HISTORY_TEMPLATES, UNSEEN_TEMPLATE, USER_ONLY_TEMPLATES, render
 from tokenrec_hf.models.recommender import Recommender, RepositoryFolder, check_repository
 from tokenrec_hf.repository.repository import Repository
-from tokenrec_hf.training.initialization import build_tokenizer
+from tokenrec_hf.training.initialization import build_tokenizer, prepare_mq_tokenizer
 
 DIM, NUM_ITEMS = 8, 40
 LONG = [f"i{n}" for n in range(30)]
@@ -34,7 +34,7 @@ def parts(mqs):
     store.upsert("user", list(SEEN), torch.randn(3, DIM))
     store.upsert("item", [f"i{n}" for n in range(NUM_ITEMS)], torch.randn(NUM_ITEMS, DIM))
     for kind, mq in mqs.items():
-        mq.prepare(store.vectors(kind))
+        prepare_mq_tokenizer(mq, store.vectors(kind))
         store.space_ids[kind] = mq.space_id
     store.set_seen(list(SEEN), list(SEEN.values()))
     tokenizer = build_tokenizer(user_mq=mqs["user"], item_mq=mqs["item"], store=store, model_max_length=60)

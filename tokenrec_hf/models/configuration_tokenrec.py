@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, T5Config
 
 
-def _require(
-    config: PreTrainedConfig, *, at_least: dict[str, float] | None = None, above_zero: tuple[str, ...] = ()
-) -> None:
-    """Raises ValueError for a field that is too small; fields that are None are skipped."""
-    for name, least in (at_least or {}).items():
-        if getattr(config, name) < least:
-            raise ValueError(f"{name} is {getattr(config, name)} but must be at least {least}.")
-    for name in above_zero:
-        if getattr(config, name) is not None and getattr(config, name) <= 0:
-            raise ValueError(f"{name} is {getattr(config, name)} but must be above 0.")
+def _require(config: PreTrainedConfig, allowed: str, holds: Callable[[Any], bool], *names: str) -> None:
+    """Raises ValueError for a field that is not as `allowed`; fields that are None are skipped."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not holds(value):
+            raise ValueError(f"{name} is {value!r} but must be {allowed}.")
 
 
 @strict
@@ -46,7 +43,8 @@ class CollaborativeConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        _require(self, at_least={"embedding_dim": 1}, above_zero=("temperature",))
+        _require(self, "at least 1", lambda value: value >= 1, "embedding_dim")
+        _require(self, "above 0", lambda value: value > 0, "temperature")
 
 
 @strict
@@ -65,8 +63,7 @@ class MatrixFactorizationConfig(CollaborativeConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        if self.loss_type not in ("bpr", "softmax"):
-            raise ValueError(f"loss_type is {self.loss_type!r} but must be 'bpr' or 'softmax'.")
+        _require(self, "'bpr' or 'softmax'", lambda value: value in ("bpr", "softmax"), "loss_type")
 
 
 @strict
@@ -83,7 +80,7 @@ class LightGCNConfig(MatrixFactorizationConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        _require(self, at_least={"num_layers": 0})
+        _require(self, "at least 0", lambda value: value >= 0, "num_layers")
 
 
 @strict
@@ -111,12 +108,9 @@ class FISMConfig(CollaborativeConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        _require(self, above_zero=("half_life", "recent_half_life"))
-        for name in ("history_smoothing", "item_smoothing"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)} but must be from 0 to 1.")
-        if not 0 <= self.dropout_rate < 1:
-            raise ValueError(f"dropout_rate is {self.dropout_rate} but must be at least 0 and below 1.")
+        _require(self, "above 0", lambda value: value > 0, "half_life", "recent_half_life")
+        _require(self, "between 0 and 1", lambda value: 0 <= value <= 1, "history_smoothing", "item_smoothing")
+        _require(self, "at least 0 and below 1", lambda value: 0 <= value < 1, "dropout_rate")
 
 
 @strict
@@ -157,9 +151,9 @@ class MQTokenizerConfig(PreTrainedConfig):
         if self.residual:
             self.codebook_dim = self.embedding_dim
         sizes = ("embedding_dim", "num_codebooks", "codebook_size", "codebook_dim", "hidden_dim")
-        _require(self, at_least={**dict.fromkeys(sizes, 1), "commitment_weight": 0})
-        if not 0 <= self.mask_ratio <= 1:
-            raise ValueError(f"mask_ratio is {self.mask_ratio} but must be between 0 and 1.")
+        _require(self, "at least 1", lambda value: value >= 1, *sizes)
+        _require(self, "at least 0", lambda value: value >= 0, "commitment_weight")
+        _require(self, "between 0 and 1", lambda value: 0 <= value <= 1, "mask_ratio")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as they are saved."""
@@ -207,11 +201,12 @@ class T5GenerativeRetrievalConfig(T5Config):
         if self.projection_dim is None:
             self.projection_dim = 2 * self.d_model
         super().__post_init__(**kwargs)
-        _require(self, at_least={"embedding_dim": 1, "alignment_weight": 0}, above_zero=("temperature",))
-        if self.pooling not in ("decoder", "mean"):
-            raise ValueError(f"pooling is {self.pooling!r} but must be 'decoder' or 'mean'.")
-        if self.loss_type not in ("cosine_ranking", "softmax"):
-            raise ValueError(f"loss_type is {self.loss_type!r} but must be 'cosine_ranking' or 'softmax'.")
+        losses = ("cosine_ranking", "softmax")
+        _require(self, "at least 1", lambda value: value >= 1, "embedding_dim")
+        _require(self, "at least 0", lambda value: value >= 0, "alignment_weight")
+        _require(self, "above 0", lambda value: value > 0, "temperature")
+        _require(self, "'decoder' or 'mean'", lambda value: value in ("decoder", "mean"), "pooling")
+        _require(self, "'cosine_ranking' or 'softmax'", lambda value: value in losses, "loss_type")
 
     @property
     def custom_pipelines(self) -> dict[str, dict[str, str]]:

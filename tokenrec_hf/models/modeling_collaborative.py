@@ -12,7 +12,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
@@ -66,6 +68,8 @@ class CollaborativeModel(PreTrainedModel):
     keeps_interactions: ClassVar[bool] = True
     # Whether users have no rows of their own in the tables, and `history_vectors` computes their vectors.
     users_are_histories: ClassVar[bool] = False
+    # Whether the order of a history changes the vector of its user.
+    ordered_histories = False
 
     config_class: type[CollaborativeConfig] = CollaborativeConfig
     config: CollaborativeConfig
@@ -108,17 +112,16 @@ class CollaborativeModel(PreTrainedModel):
         Args:
             keep: whether to keep each user, bool `[num_users]`. The others lose their rows in the tables and their interactions.
         """
-        kept = torch.from_numpy(keep)
         users, items = self.interactions() or (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
         inside = keep[users]
-        settings = {"num_users": int(keep.sum()), "num_interactions": int(inside.sum())}
-        model = type(self)(type(self.config).from_dict({**self.config.to_dict(), **settings}))
-        if self.keeps_interactions:
-            model.edge_users.copy_(torch.from_numpy((np.cumsum(keep) - 1)[users[inside]]))
-            model.edge_items.copy_(torch.from_numpy(items[inside]))
+        rows = (np.cumsum(keep) - 1)[users[inside]]
+        left: Any = SimpleNamespace(
+            num_users=int(keep.sum()), num_items=self.config.num_items, users=rows, items=items[inside]
+        )
+        model = self.resized(left)
         with torch.no_grad():
             for (kind, table), (_, former) in zip(model.tables(), self.tables()):
-                table.weight.copy_(former.weight[kept] if kind == "user" else former.weight)
+                table.weight.copy_(former.weight[torch.from_numpy(keep)] if kind == "user" else former.weight)
         return model.eval()
 
     def interactions(self) -> tuple[np.ndarray, np.ndarray] | None:
@@ -144,11 +147,6 @@ class CollaborativeModel(PreTrainedModel):
     def item_embeddings(self) -> torch.Tensor:
         """A copy of the item representations q, detached, `[num_items, d]`."""
         return self.representations()[1].clone()
-
-    @property
-    def ordered_histories(self) -> bool:
-        """Whether the order of a history changes the vector of its user."""
-        return False
 
     def history_vectors(
         self, rows: torch.Tensor, items: torch.Tensor, ages: torch.Tensor, count: int, dropout_rate: float = 0.0
@@ -216,7 +214,9 @@ class MatrixFactorizationModel(CollaborativeModel):
             return CollaborativeOutput(user_embeds=user)
         loss = self._loss(user, items, labels, negative_ids)
         if self.training and self.config.l2_weight:
-            loss = loss + self.config.l2_weight * self._squared_norm(user_ids, labels, negative_ids)
+            rows = labels if negative_ids is None else torch.cat([labels, negative_ids.flatten()])
+            squares = self.user_table(user_ids).square().sum() + self.item_table(rows).square().sum()
+            loss = loss + self.config.l2_weight * (squares / (2 * len(user_ids)))
         return CollaborativeOutput(loss=loss, user_embeds=user)
 
     def _loss(
@@ -237,25 +237,10 @@ class MatrixFactorizationModel(CollaborativeModel):
         scores = torch.einsum("bd,bmd->bm", user, F.embedding(candidates, items)) / self.config.temperature
         return F.cross_entropy(scores, torch.zeros_like(labels))
 
-    def _squared_norm(
-        self, user_ids: torch.Tensor, labels: torch.Tensor, negative_ids: torch.Tensor | None
-    ) -> torch.Tensor:
-        rows = labels if negative_ids is None else torch.cat([labels, negative_ids.flatten()])
-        squares = self.user_table(user_ids).square().sum() + self.item_table(rows).square().sum()
-        return squares / (2 * len(user_ids))
-
 
 @dataclass(frozen=True)
 class _SparseMatrix:
-    """A sparse matrix for products with dense ones.
-
-    The product is a weighted `embedding_bag`, which takes a CPU about a third of the time of a sparse CSR tensor.
-
-    Args:
-        columns: column of each entry, in the order of the rows, int32 `[n]`.
-        offsets: first entry of each row, and the number of entries, int32 `[num_rows + 1]`.
-        values: value of each entry, `[n]`.
-    """
+    """A sparse matrix in CSR form: the `columns` and `values` `[n]` of its entries, and the `offsets` of its rows in them."""
 
     columns: torch.Tensor
     offsets: torch.Tensor
@@ -272,14 +257,9 @@ class _SparseMatrix:
 
     def __matmul__(self, dense: torch.Tensor) -> torch.Tensor:
         """The product with `dense` `[num_columns, d]`, `[num_rows, d]`; always float32, also under mixed precision."""
-        return F.embedding_bag(
-            self.columns,
-            dense.float(),
-            self.offsets,
-            mode="sum",
-            per_sample_weights=self.values,
-            include_last_offset=True,
-        )
+        # A CPU needs about a third of the time of a sparse CSR tensor.
+        bag = partial(F.embedding_bag, mode="sum", include_last_offset=True)
+        return bag(self.columns, dense.float(), self.offsets, per_sample_weights=self.values)
 
 
 class _Propagation(torch.autograd.Function):
@@ -358,14 +338,10 @@ class FISMModel(CollaborativeModel):
         self.history_table = nn.Embedding(config.num_items, config.embedding_dim)
         self.item_table = nn.Embedding(config.num_items, config.embedding_dim)
         self.recent_table = None
+        self.ordered_histories = config.half_life is not None
         if config.half_life is not None and config.recent_half_life is not None:
             self.recent_table = nn.Embedding(config.num_items, config.embedding_dim)
         self.post_init()
-
-    @property
-    def ordered_histories(self) -> bool:
-        """Whether the order of a history changes the vector of its user: only with a `half_life`."""
-        return self.config.half_life is not None
 
     def tables(self) -> list[tuple[str, nn.Embedding]]:
         """The tables of a, of q and, with a `recent_half_life`, of b; all have a row per item."""
@@ -489,10 +465,10 @@ def collaborative_class(folder: str | os.PathLike) -> type[CollaborativeModel]:
     """
     path = Path(folder) / "config.json"
     model_type = read_json(path).get("model_type")
-    for model_class in COLLABORATIVE_MODELS.values():
-        if model_class.config_class.model_type == model_type:
-            return model_class
-    raise ValueError(f"{path} has the model_type {model_type!r}, which is none of the COLLABORATIVE_MODELS.")
+    found = [model for model in COLLABORATIVE_MODELS.values() if model.config_class.model_type == model_type]
+    if not found:
+        raise ValueError(f"{path} has the model_type {model_type!r}, which is none of the COLLABORATIVE_MODELS.")
+    return found[0]
 
 
 def load_collaborative(folder: str | os.PathLike) -> tuple[CollaborativeModel, dict[str, IdIndex]]:

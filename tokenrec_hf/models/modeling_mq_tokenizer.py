@@ -21,8 +21,6 @@ from .configuration_tokenrec import MQTokenizerConfig
 
 ENCODE_CHUNK = 8192
 USAGE_DECAY = 0.95
-# Share of the residual codebooks that is also fitted to the further vectors of `prepare`.
-SHARED_BOOKS = 0.75
 # A codeword is dead if its running share of assignments is below this fraction of an equal share.
 DEAD_BELOW = 0.03
 
@@ -59,8 +57,8 @@ class MLP(nn.Sequential):
 class MQTokenizerModel(PreTrainedModel):
     """Masked vector-quantised tokenizer of collaborative vectors.
 
-    Call [`~MQTokenizerModel.prepare`] with all vectors before training: it stores their mean and scale in the model and, with
-    `kmeans_init`, starts the codebooks from them.
+    The mean and the scale of the training vectors are part of the model. `training.initialization.prepare_mq_tokenizer` sets
+    them and starts the codebooks.
 
     Args:
         config: a [`MQTokenizerConfig`].
@@ -99,9 +97,8 @@ class MQTokenizerModel(PreTrainedModel):
         Raises:
             ValueError: wrong shape, or a value that is not finite.
         """
-        vectors = self._checked(vectors)
-        chunks = [self.quantise(self._standardise(part))[1] for part in vectors.split(ENCODE_CHUNK)]
-        return torch.cat(chunks) if chunks else torch.empty(0, self.config.num_codebooks, dtype=torch.long)
+        parts = self.checked(vectors).split(ENCODE_CHUNK)
+        return torch.cat([self.quantise(self.standardise(part))[1] for part in parts])
 
     @torch.no_grad()
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
@@ -137,38 +134,6 @@ class MQTokenizerModel(PreTrainedModel):
         return digest.hexdigest()[:16]
 
     @torch.no_grad()
-    def prepare(self, vectors: torch.Tensor, seed: int = 0, others: torch.Tensor | None = None) -> None:
-        """Fits the input standardisation to the vectors and starts the codebooks by k-means of the encoder outputs.
-
-        Args:
-            vectors: the vectors to give codes to, `[n, d]`.
-            seed: seed of the k-means.
-            others: further vectors of the same space that may get codes later, `[m, d]`. With `residual`, the last quarter of the
-                codebooks is fitted to the residuals of `vectors` alone.
-
-        Raises:
-            ValueError: there are no vectors, or they have a wrong shape or a value that is not finite.
-        """
-        vectors = self._checked(vectors)
-        if not len(vectors):
-            raise ValueError("there are no vectors to train the MQ-Tokenizer on.")
-        count, known = self.config.num_codebooks, len(vectors)
-        if others is not None:
-            vectors = torch.cat([vectors, self._checked(others)])
-        self.mean.copy_(vectors.mean(dim=0))
-        # One scale for all dimensions, so that distances keep their proportions; a constant input keeps scale 1.
-        spread = (vectors - self.mean).square().mean().sqrt()
-        self.scale.copy_(spread if spread > 0 else torch.ones(()))
-        if self.config.kmeans_init:
-            x = self._standardise(vectors)
-            for k in range(count):
-                if self.config.residual and k >= SHARED_BOOKS * count:
-                    x = x[:known]
-                # With `residual`, the input of book k depends on the centres of the books before it.
-                outputs, _ = self.quantise(x)  # [n, K, d_c]
-                self.codebooks[k] = kmeans(outputs[:, k], self.config.codebook_size, seed=seed + k)
-
-    @torch.no_grad()
     def statistics(self, vectors: torch.Tensor) -> dict[str, float]:
         """Measures how well the codes describe `vectors` `[n, d]`.
 
@@ -178,11 +143,9 @@ class MQTokenizerModel(PreTrainedModel):
             distinct tuples over the number of rows. `reconstruction_error`: sum ||x - r||^2 over sum ||x - mean(x)||^2, the
             share of variance that is lost.
         """
-        vectors = self._checked(vectors)
+        vectors = self.checked(vectors)
         codes = self.encode(vectors)
-        counts = torch.stack(
-            [torch.bincount(column, minlength=self.config.codebook_size) for column in codes.T]
-        ).float()
+        counts = self._counts(codes).float()
         share = counts / counts.sum(dim=1, keepdim=True)
         entropy = -(share * share.clamp(min=1e-12).log()).sum(dim=1)
         _, occurrences = codes.unique(dim=0, return_counts=True)
@@ -202,7 +165,7 @@ class MQTokenizerModel(PreTrainedModel):
         For the training vectors this is the `reconstruction_error` of `statistics`. A larger value for others shows that the
         codes describe them worse.
         """
-        vectors = self._checked(vectors)
+        vectors = self.checked(vectors)
         return float(self._squared_error(vectors) / (vectors.numel() * self.scale.square()))
 
     def forward(self, vectors: torch.Tensor, labels: torch.Tensor | None = None) -> MQTokenizerOutput:
@@ -210,7 +173,7 @@ class MQTokenizerModel(PreTrainedModel):
 
         `labels` is ignored. It exists because `Trainer` evaluates a loss only with labels.
         """
-        x = self._standardise(vectors)
+        x = self.standardise(vectors)
         outputs, codes = self.quantise(self.mask(x) if self.training else x)  # a: [B, K, d_c], w: [B, K]
         if self.training and self.config.revive_dead:
             self._revive_dead(outputs.detach(), codes)
@@ -229,6 +192,30 @@ class MQTokenizerModel(PreTrainedModel):
             codebook_loss=codebook_loss,
             commitment_loss=commitment_loss,
         )
+
+    def standardise(self, vectors: torch.Tensor) -> torch.Tensor:
+        """The input x of the encoders, with the training vectors' mean removed and in their scale: `[n, d]` to `[n, d]`."""
+        return (vectors - self.mean) / self.scale
+
+    def checked(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Raw vectors in the type and on the device of the model.
+
+        Raises:
+            ValueError: they are not `[n, d]`, or a value is not finite.
+        """
+        vectors = torch.as_tensor(vectors, dtype=self.mean.dtype, device=self.mean.device)
+        d = self.config.embedding_dim
+        if vectors.dim() != 2 or vectors.shape[1] != d:
+            raise ValueError(
+                f"vectors have shape {list(vectors.shape)} but the MQ-Tokenizer expects [n, {d}]; "
+                f"train it with embedding_dim={vectors.shape[-1] if vectors.dim() else 1} or pass vectors of {d}."
+            )
+        bad = (~vectors.isfinite()).any(dim=1).nonzero()
+        if len(bad):
+            raise ValueError(
+                f"the vector in row {int(bad[0])} has a value that is not finite; remove it or train again."
+            )
+        return vectors
 
     def mask(self, x: torch.Tensor) -> torch.Tensor:
         """A copy of `x` `[B, d]` with each element zeroed with probability rho, drawn anew at every call (Eq. 2-3)."""
@@ -253,9 +240,16 @@ class MQTokenizerModel(PreTrainedModel):
 
     def codewords(self, codes: torch.Tensor) -> torch.Tensor:
         """c^k_{w^k}: LongTensor `[B, K]` to `[B, K, d_c]`."""
-        # One table of K * L rows. F.embedding, because the gradient of indexing depends on the order in which threads add.
-        offsets = torch.arange(self.config.num_codebooks, device=codes.device) * self.config.codebook_size
-        return nn.functional.embedding(codes + offsets, self.codebooks.flatten(0, 1))
+        # F.embedding, because the gradient of indexing depends on the order in which threads add.
+        return nn.functional.embedding(self._flat(codes), self.codebooks.flatten(0, 1))
+
+    def _flat(self, codes: torch.Tensor) -> torch.Tensor:
+        """The rows of codes `[n, K]` in one table of K * L codewords."""
+        return codes + torch.arange(self.config.num_codebooks, device=codes.device) * self.config.codebook_size
+
+    def _counts(self, codes: torch.Tensor) -> torch.Tensor:
+        """How many of the codes `[n, K]` name each codeword, `[K, L]`."""
+        return torch.bincount(self._flat(codes).flatten(), minlength=self.usage.numel()).view(self.usage.shape)
 
     def _combined(self, words: torch.Tensor) -> torch.Tensor:
         """The decoder's input, `[B, d_c]`: the mean of the codewords `[B, K, d_c]` (Eq. 9), or with `residual` their sum."""
@@ -266,29 +260,9 @@ class MQTokenizerModel(PreTrainedModel):
         errors = [(x - self.decode(self.encode(x))).square().sum() for x in vectors.split(ENCODE_CHUNK)]
         return torch.stack(errors).sum()
 
-    def _standardise(self, vectors: torch.Tensor) -> torch.Tensor:
-        return (vectors - self.mean) / self.scale
-
-    def _checked(self, vectors: torch.Tensor) -> torch.Tensor:
-        vectors = torch.as_tensor(vectors, dtype=self.mean.dtype, device=self.mean.device)
-        d = self.config.embedding_dim
-        if vectors.dim() != 2 or vectors.shape[1] != d:
-            raise ValueError(
-                f"vectors have shape {list(vectors.shape)} but the MQ-Tokenizer expects [n, {d}]; "
-                f"train it with embedding_dim={vectors.shape[-1] if vectors.dim() else 1} or pass vectors of {d}."
-            )
-        bad = (~vectors.isfinite()).any(dim=1).nonzero()
-        if len(bad):
-            raise ValueError(
-                f"the vector in row {int(bad[0])} has a value that is not finite; remove it or train again."
-            )
-        return vectors
-
     @torch.no_grad()
     def _revive_dead(self, outputs: torch.Tensor, codes: torch.Tensor) -> None:
-        count, size = self.config.num_codebooks, self.config.codebook_size
-        offsets = torch.arange(count, device=codes.device) * size
-        assigned = torch.bincount((codes + offsets).flatten(), minlength=count * size).view(count, size)
+        assigned, size = self._counts(codes), self.config.codebook_size
         processes = dist.get_world_size() if dist.is_initialized() else 1
         if processes > 1:
             dist.all_reduce(assigned)
@@ -319,39 +293,6 @@ def _nearest(points: torch.Tensor, codebooks: torch.Tensor) -> torch.Tensor:
     # ||a||^2 does not change the argmin, so the distance is one matrix product.
     squares = codebooks.square().sum(-1)[:, None, :]
     return torch.baddbmm(squares, points, codebooks.transpose(1, 2), alpha=-2).argmin(dim=-1)
-
-
-def kmeans(points: torch.Tensor, num_clusters: int, num_iterations: int = 20, seed: int = 0) -> torch.Tensor:
-    """Lloyd's k-means that handles empty clusters.
-
-    Args:
-        points: `[n, d]`.
-        num_clusters: number of centres; may exceed n.
-        num_iterations: passes over the points.
-        seed: seed of the initial centres and of the replacements of empty clusters.
-
-    Returns:
-        Centres `[num_clusters, d]`. An empty cluster restarts at a random point; with fewer points than clusters, the
-        surplus centres are points with a little noise.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(points), generator=generator)
-    picks = order.repeat(-(-num_clusters // len(points)))[:num_clusters].to(points.device)
-    centres = points[picks].clone()
-    if num_clusters > len(points):
-        noise = torch.randn(centres.shape, generator=generator).to(centres) * (1e-3 * points.std(correction=0) + 1e-6)
-        centres[len(points) :] += noise[len(points) :]
-    for _ in range(num_iterations):
-        nearest = torch.cat(
-            [(centres.square().sum(-1) - 2 * part @ centres.T).argmin(-1) for part in points.split(ENCODE_CHUNK)]
-        )
-        counts = torch.bincount(nearest, minlength=num_clusters)
-        sums = torch.zeros_like(centres).index_add_(0, nearest, points)
-        centres = torch.where((counts > 0)[:, None], sums / counts.clamp(min=1)[:, None], centres)
-        empty = (counts == 0).nonzero().flatten()
-        if len(empty) and num_clusters <= len(points):
-            centres[empty] = points[torch.randint(len(points), (len(empty),), generator=generator).to(points.device)]
-    return centres
 
 
 MQTokenizerConfig.register_for_auto_class()

@@ -75,21 +75,14 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
             self.transformer = T5EncoderModel(config)
             self._keys_to_ignore_on_load_unexpected = [r"lm_head\.weight", r"decoder\."]
         width = cast(int, config.projection_dim)
-        self.projection = nn.Sequential(
-            ProjectionLinear(config.d_model, width),
-            nn.ReLU(),
-            nn.Dropout(config.dropout_rate),
-            ProjectionLinear(width, width),
-            nn.ReLU(),
-            nn.Dropout(config.dropout_rate),
-            ProjectionLinear(width, config.embedding_dim),
-        )
+        layers: list[nn.Module] = []
+        for size in (config.d_model, width):
+            layers += [ProjectionLinear(size, width), nn.ReLU(), nn.Dropout(config.dropout_rate)]
+        self.projection = nn.Sequential(*layers, ProjectionLinear(width, config.embedding_dim))
         self.register_buffer("item_embeddings", torch.zeros(0, config.embedding_dim), persistent=False)
         if config.user_shortcut:
             if config.user_code_tokens is None:
-                raise ValueError(
-                    "user_shortcut needs user_code_tokens, the range [first, end) of the users' code tokens."
-                )
+                raise ValueError("user_shortcut needs user_code_tokens, the range [first, end) of the code tokens.")
             first, end = config.user_code_tokens
             self.register_buffer("user_codewords", torch.zeros(end - first, config.embedding_dim))
         self.post_init()
@@ -139,19 +132,23 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
         if self.config.pooling == "mean":
             states = self.transformer(**inputs).last_hidden_state  # [B, T, d_model]
-            weights = (
-                torch.ones_like(states[..., :1]) if attention_mask is None else attention_mask[..., None].to(states)
-            )
-            hidden = (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+            mask = states.new_ones(states.shape[:2]) if attention_mask is None else attention_mask.to(states)
+            hidden = (states * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
         else:
             batch = len(cast(torch.Tensor, inputs_embeds if input_ids is None else input_ids))
             # A configuration made from scratch may lack the field; T5 starts with the padding token.
             first = getattr(self.config, "decoder_start_token_id", self.config.pad_token_id) or 0
             start = torch.full((batch, 1), first, dtype=torch.long, device=self.device)
             hidden = self.transformer(**inputs, decoder_input_ids=start, use_cache=False).last_hidden_state[:, 0]
-        if self.config.user_shortcut:
-            return self.projection(hidden) + self._user_vectors(input_ids).to(hidden)
-        return self.projection(hidden)
+        queries = self.projection(hidden)
+        if not self.config.user_shortcut:
+            return queries
+        if input_ids is None:
+            raise ValueError("a model with user_shortcut reads token ids; give input_ids, not inputs_embeds.")
+        first, end = cast(list, self.config.user_code_tokens)
+        prompts, places = ((input_ids >= first) & (input_ids < end)).nonzero(as_tuple=True)  # [n] each
+        words = self.user_codewords[input_ids[prompts, places] - first]  # [n, d]
+        return queries + words.new_zeros(len(input_ids), words.shape[1]).index_add(0, prompts, words).to(hidden)
 
     @torch.inference_mode()
     def encode_by_length(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -171,15 +168,6 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
             queries[rows.to(self.device)] = self.encode_queries(ids, mask).to(queries)
         self.train(was_training)
         return queries
-
-    def _user_vectors(self, input_ids: torch.Tensor | None) -> torch.Tensor:
-        """The sum of the codewords of the user tokens in each prompt, `[B, d]`."""
-        if input_ids is None:
-            raise ValueError("a model with user_shortcut reads token ids; give input_ids, not inputs_embeds.")
-        first, end = cast(list, self.config.user_code_tokens)
-        prompts, places = ((input_ids >= first) & (input_ids < end)).nonzero(as_tuple=True)  # [n] each
-        words = self.user_codewords[input_ids[prompts, places] - first]  # [n, d]
-        return words.new_zeros(len(input_ids), words.shape[1]).index_add(0, prompts, words)
 
     def forward(
         self,
@@ -220,7 +208,12 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
         else:
             terms = self._softmax_terms(unit, labels, negative_ids, seen_items)  # [B, P]
         if self.config.alignment_weight:
-            terms = terms + self.config.alignment_weight * self._alignment_terms(unit, user_embeds)
+            if user_embeds is None:
+                raise ValueError(
+                    "alignment_weight needs user_embeds; give the data collator user_vectors, or set it to 0."
+                )
+            aligned = (unit * F.normalize(user_embeds.to(unit), dim=-1)).sum(dim=-1, keepdim=True)  # [B, 1]
+            terms = terms + self.config.alignment_weight * (1 - aligned)
         valid = labels >= 0
         count = valid.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return GenerativeRetrievalOutput(loss=(terms * valid).sum() / count, query_embeds=queries)
@@ -228,23 +221,13 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
     def _cosine_ranking_terms(
         self, unit: torch.Tensor, labels: torch.Tensor, negative_ids: torch.Tensor | None
     ) -> torch.Tensor:
-        """Eq. 20 for each positive: 1 - cos(z, q_j) plus max(0, cos(z, q_j') - gamma) of its negative."""
+        """Eq. 20 for each positive: 1 - cos(z, q_j) plus max(0, cos(z, q_j') - gamma) of its negative, `[B, P]`."""
         if negative_ids is None:
             raise ValueError("the cosine_ranking loss needs negative_ids, one per label; the data collator draws them.")
-        positive = self._cosines(unit, labels.clamp(min=0))  # [B, P]
         # In evaluation a prompt has one label but the number of negatives of a training prompt.
         negative_ids = negative_ids.view(len(labels), -1)[:, : labels.shape[1]].reshape(labels.shape)
         negative = self._cosines(unit, negative_ids)  # [B, P]
-        return 1 - positive + F.relu(negative - self.config.margin)
-
-    @staticmethod
-    def _alignment_terms(unit: torch.Tensor, user_embeds: torch.Tensor | None) -> torch.Tensor:
-        """1 - cos(z, p_i), `[B, 1]`: the same for all positives of a prompt."""
-        if user_embeds is None:
-            raise ValueError(
-                "alignment_weight needs user_embeds; give the data collator user_vectors, or set the weight to 0."
-            )
-        return 1 - (unit * F.normalize(user_embeds.to(unit), dim=-1)).sum(dim=-1, keepdim=True)
+        return 1 - self._cosines(unit, labels.clamp(min=0)) + F.relu(negative - self.config.margin)
 
     def _softmax_terms(
         self,
@@ -258,27 +241,20 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
         if negative_ids is not None:
             competitors = self._cosines(unit, negative_ids) / self.config.temperature  # [B, m]
             # A positive competes with the sampled negatives and itself.
-            total = torch.logaddexp(positive, competitors.logsumexp(dim=-1, keepdim=True))
-        else:
-            scores = unit @ self.item_embeddings.to(unit).T / self.config.temperature  # [B, n]
-            if seen_items is not None:
-                scores = self._without(scores, seen_items)
-            total = scores.logsumexp(dim=-1, keepdim=True)
-        return total - positive
+            return torch.logaddexp(positive, competitors.logsumexp(dim=-1, keepdim=True)) - positive
+        scores = unit @ self.item_embeddings.to(unit).T / self.config.temperature  # [B, n]
+        if seen_items is not None:
+            # Padding goes to an extra column, which is cut off.
+            width = scores.shape[1]
+            banned = torch.zeros(len(scores), width + 1, dtype=torch.bool, device=scores.device)
+            banned.scatter_(1, torch.where(seen_items >= 0, seen_items, width), True)
+            scores = scores.masked_fill(banned[:, :width], float("-inf"))
+        return scores.logsumexp(dim=-1, keepdim=True) - positive
 
     def _cosines(self, unit: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """cos(z, q_j) (Eq. 19) of unit queries `[B, d]` and item rows `[B, m]`: `[B, m]`."""
         # Casting the model, for example to bfloat16, casts the bound items too.
         return torch.einsum("bd,bmd->bm", unit, self.item_embeddings[rows].to(unit))
-
-    @staticmethod
-    def _without(scores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """`scores` `[B, n]` with minus infinity at `rows` `[B, S]`; -100 is padding."""
-        # Padding goes to an extra column, which is cut off.
-        width = scores.shape[1]
-        banned = torch.zeros(len(scores), width + 1, dtype=torch.bool, device=scores.device)
-        banned.scatter_(1, torch.where(rows >= 0, rows, width), True)
-        return scores.masked_fill(banned[:, :width], float("-inf"))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import Pipeline
 from transformers.dynamic_module_utils import custom_object_save
@@ -19,9 +19,6 @@ from .modeling_t5_retrieval import T5ForGenerativeRetrieval
 from .prompts import PromptTemplate
 from .recommender import Recommender
 from .tokenization_tokenrec import TokenRecTokenizer
-
-if TYPE_CHECKING:
-    pass
 
 
 class GenerativeRetrievalPipeline(Pipeline):
@@ -53,11 +50,7 @@ class GenerativeRetrievalPipeline(Pipeline):
     tokenizer: TokenRecTokenizer  # type: ignore[assignment]
 
     def __init__(
-        self,
-        model: T5ForGenerativeRetrieval,
-        tokenizer: TokenRecTokenizer,
-        store: Store | None = None,
-        **kwargs: Any,
+        self, model: T5ForGenerativeRetrieval, tokenizer: TokenRecTokenizer, store: Store | None = None, **kwargs: Any
     ):
         super().__init__(model=model, tokenizer=tokenizer, **kwargs)  # type: ignore[arg-type]
         folder = None
@@ -133,7 +126,11 @@ class GenerativeRetrievalPipeline(Pipeline):
             text = request
         else:
             users, history = self._read(request)
-            text = self._write(users, history, prompt)
+            if prompt is None or {"{", "}"} & set(prompt):
+                template = None if prompt is None else PromptTemplate(prompt)
+                text = self.recommender.prompts(users or [None], [history], template)[0]
+            else:
+                text = prompt
         encoded = self.tokenizer([text], return_tensors="pt", return_entities=True)
         return {
             "input_ids": encoded["input_ids"],
@@ -170,26 +167,17 @@ class GenerativeRetrievalPipeline(Pipeline):
             or not all(isinstance(item, str) for item in history)
         ):
             raise ValueError(f"'history' is {_short(history)} but must be a list of item ids, which are strings.")
-        if user is None:
-            if not history:
-                raise ValueError(f"the request {_short(request)} names neither a user nor a history; give one of them.")
-            return [], self._known("item", history)
-        if not isinstance(user, str):
+        if user is None and not history:
+            raise ValueError(f"the request {_short(request)} names neither a user nor a history; give one of them.")
+        if user is not None and not isinstance(user, str):
             raise ValueError(f"'user' is {_short(user)} but must be a user id, which is a string.")
-        users = self._known("user", [user])
-        return users, self.recommender.store.seen(users)[0] if history is None else self._known("item", history)
-
-    def _known(self, kind: str, ids: Iterable[str]) -> list[str]:
-        """`ids` as a list. They are checked here because in a text the beginning of an unknown id may be a known id."""
-        ids = list(ids)
-        self.tokenizer.codes(kind, ids)
-        return ids
-
-    def _write(self, users: list[str], history: list[str], prompt: str | None) -> str:
-        if prompt is not None and not {"{", "}"} & set(prompt):
-            return prompt
-        template = None if prompt is None else PromptTemplate(prompt)
-        return self.recommender.prompts(users or [None], [history], template)[0]
+        # Ids are checked here, because in a text the beginning of an unknown id may be a known id.
+        users = [] if user is None else [user]
+        self.tokenizer.codes("user", users)
+        if history is None:
+            return users, self.recommender.store.seen(users)[0]
+        self.tokenizer.codes("item", list(history))
+        return users, list(history)
 
 
 def _short(thing: Any) -> str:

@@ -116,10 +116,6 @@ class TokenRecTokenizer(TokenizersBackend):
         """All ids of `"user"` or `"item"`, in row order: that of the store, with later additions last."""
         return self._table(kind).index.ids()
 
-    def count(self, kind: str) -> int:
-        """The number of ids of `"user"` or `"item"`."""
-        return len(self._table(kind))
-
     def codes(self, kind: str, ids: Sequence[str] | None = None) -> np.ndarray:
         """The codes of `ids` (default: all, in row order), int64 `[n, K]` of values in `[0, L)`.
 
@@ -229,25 +225,18 @@ class TokenRecTokenizer(TokenizersBackend):
         return {**self.__dict__, "_mqs": {}}
 
     def _encode_plus(  # type: ignore[override]
-        self,
-        text: Any,
-        text_pair: Any = None,
-        is_split_into_words: bool = False,
-        return_tensors: Any = None,
-        return_entities: bool = False,
-        **kwargs: Any,
+        self, text: Any, text_pair: Any = None, return_entities: bool = False, **kwargs: Any
     ) -> BatchEncoding:
         expanded, named = self._expand([*_strings(text), *_strings(text_pair)])
         remaining = iter(expanded)
         text, text_pair = _replaced(text, remaining), _replaced(text_pair, remaining)
         with self._lock:
-            encoding = super()._encode_plus(
-                text, text_pair, is_split_into_words=is_split_into_words, return_tensors=return_tensors, **kwargs
-            )
+            encoding = super()._encode_plus(text, text_pair, **kwargs)
         if not return_entities:
             return encoding
 
-        batched = isinstance(text, (list, tuple)) and not (is_split_into_words and text and isinstance(text[0], str))
+        is_words = kwargs.get("is_split_into_words") and text and isinstance(text[0], str)
+        batched = isinstance(text, (list, tuple)) and not is_words
         parts = (text, text_pair or ()) if batched else ([text], [text_pair])
         owners = [row for part in parts for row, example in enumerate(part) for _ in _strings(example)]
         for kind in LETTERS:
@@ -256,40 +245,33 @@ class TokenRecTokenizer(TokenizersBackend):
                 found[row] += [name for entity_kind, name in entities if entity_kind == kind]
             if kwargs.get("return_overflowing_tokens"):
                 found = [found[row] for row in encoding["overflow_to_sample_mapping"]]
-            flat = not batched and return_tensors is None and not kwargs.get("return_overflowing_tokens")
+            flat = not batched and kwargs.get("return_tensors") is None and not kwargs.get("return_overflowing_tokens")
             encoding[f"{kind}_ids"] = found[0] if flat else found
         return encoding
 
-    def _decode(
-        self,
-        token_ids: int | list[int],
-        skip_special_tokens: bool = False,
-        clean_up_tokenization_spaces: bool | None = None,
-        resolve_ids: bool = True,
-        **kwargs: Any,
+    def _decode(  # type: ignore[override]
+        self, token_ids: int | list[int], *args: Any, resolve_ids: bool = True, **kwargs: Any
     ) -> str:
-        text = super()._decode(token_ids, skip_special_tokens, clean_up_tokenization_spaces, **kwargs)
-        text = _SPACE_AFTER_CODE.sub(r"\1", text)
-        if resolve_ids:
-            for kind in LETTERS:
-                text = self._resolve(kind, text)
+        text = _SPACE_AFTER_CODE.sub(r"\1", super()._decode(token_ids, *args, **kwargs))
+        for kind, vocabulary in self._vocabularies.items() if resolve_ids else ():
+            if found := vocabulary.pattern.findall(text):
+                table = self._tables[kind]
+                rows = table.owners(np.array(found, dtype=np.int64).reshape(len(found), -1) - 1)
+                names = iter([f"{kind}_{table.index[row]}" if row >= 0 else None for row in rows])
+                text = vocabulary.pattern.sub(lambda match: next(names) or match[0], text)  # noqa: B023
         return text
 
-    def _save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        file_names: tuple[str, ...],
-        legacy_format: bool | None = None,
-        filename_prefix: str | None = None,
+    def _save_pretrained(  # type: ignore[override]
+        self, save_directory: str | os.PathLike, file_names: tuple[str, ...], **kwargs: Any
     ) -> tuple[str, ...]:
-        prefix = f"{filename_prefix}-" if filename_prefix else ""
+        prefix = f"{kwargs['filename_prefix']}-" if kwargs.get("filename_prefix") else ""
         path = os.path.join(save_directory, prefix + self.vocab_files_names["codes_file"])
         save_tables(self._tables, path)
         with self._lock:
             # Padding and truncation of the last call are not part of the tokenizer.
             self.backend_tokenizer.no_padding()
             self.backend_tokenizer.no_truncation()
-            return (*super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix), path)
+            return (*super()._save_pretrained(save_directory, file_names, **kwargs), path)
 
     def _table(self, kind: str) -> CodeTable:
         if kind not in self._tables:
@@ -316,17 +298,15 @@ class TokenRecTokenizer(TokenizersBackend):
         if kind not in self._mqs:
             from .modeling_mq_tokenizer import MQTokenizerModel
 
+            name, folder = self.name_or_path, MQ_FOLDERS[kind]
             try:
-                if not self.name_or_path:
+                if not name:
                     raise OSError("this tokenizer was not loaded from a folder or repository")
-                mq = MQTokenizerModel.from_pretrained(
-                    self.name_or_path, subfolder=MQ_FOLDERS[kind], revision=self._revision or "main"
-                )
+                mq = MQTokenizerModel.from_pretrained(name, subfolder=folder, revision=self._revision or "main")
             except OSError as error:
                 raise ValueError(
-                    f"no MQ-Tokenizer to make {kind} codes with: there is none in {MQ_FOLDERS[kind]} of "
-                    f"{self.name_or_path or 'the tokenizer'!r}; give the one that made this tokenizer's codes with "
-                    f"attach({kind}_mq=...)."
+                    f"no MQ-Tokenizer to make {kind} codes with: there is none in {folder} of {name or 'the tokenizer'!r}; give "
+                    f"the one that made this tokenizer's codes with attach({kind}_mq=...)."
                 ) from error
             self.attach(**{f"{kind}_mq": mq})
         return self._mqs[kind]
@@ -345,7 +325,11 @@ class TokenRecTokenizer(TokenizersBackend):
                     continue
                 kind, run = match.groups()
                 if (kind, run) not in found:
-                    self._check_ordinary(kind, run)
+                    if self.on_unknown == "error" and (name := _without_end(run)):
+                        raise KeyError(
+                            f"the text names {kind} {name!r}, which is unknown to this tokenizer; add it with `tokenrec add`, give "
+                            f"it codes with add_{kind}s, or set on_unknown='keep' to leave such words as they are."
+                        )
                     continue
                 name, tokens = found[kind, run]
                 entities.append((kind, name))
@@ -354,27 +338,6 @@ class TokenRecTokenizer(TokenizersBackend):
             expanded.append("".join([*pieces, text[end:]]))
             named.append(entities)
         return expanded, named
-
-    def _resolve(self, kind: str, text: str) -> str:
-        """Replaces the codes of one kind by ids, where they belong to a single id."""
-        pattern, table = self._vocabularies[kind].pattern, self._tables[kind]
-        found = pattern.findall(text)
-        if not found:
-            return text
-        rows = table.owners(np.array(found, dtype=np.int64).reshape(len(found), -1) - 1)
-        names = iter([f"{kind}_{table.index[row]}" if row >= 0 else None for row in rows])
-        return pattern.sub(lambda match: next(names) or match[0], text)
-
-    def _check_ordinary(self, kind: str, run: str) -> None:
-        """Raises KeyError for a run of characters that names an unknown id, unless unknown ids are kept."""
-        name = run
-        while name and _may_follow(name[-1]):
-            name = name[:-1]
-        if name and self.on_unknown == "error":
-            raise KeyError(
-                f"the text names {kind} {name!r}, which is unknown to this tokenizer; add it with `tokenrec add`, "
-                f"give it codes with add_{kind}s, or set on_unknown='keep' to leave such words as they are."
-            )
 
     def _find(self, mentions: set[tuple[str, str]]) -> dict[tuple[str, str], tuple[str, str]]:
         """Finds the known id that begins each run of characters: (kind, run) to (id, its expansion)."""
@@ -424,27 +387,26 @@ def code_table(kind: str, ids: Sequence[str], vectors: torch.Tensor, mq: MQToken
     like_code = next((name for name in ids if _CODE_TOKEN.match(name)), None)
     if like_code is not None:
         raise ValueError(f"{kind} {like_code[:60]!r} begins like a code token, so no text could name it; rename it.")
-    expected = mq.config.embedding_dim
-    if vectors.shape[1] != expected:
-        raise ValueError(
-            f"{kind} embeddings have {vectors.shape[1]} dimensions but the MQ-Tokenizer expects {expected}; train it with "
-            f"embedding_dim={vectors.shape[1]} or pass vectors of {expected}."
-        )
     finite = vectors.isfinite().all(dim=1)
     if not finite.all():
         name = ids[int(finite.long().argmin())]
         raise ValueError(f"the embedding of {kind} {name!r} holds NaN or infinity; give it a vector of finite numbers.")
-    codes = mq.encode(vectors).cpu().numpy() if len(ids) else np.empty((0, mq.config.num_codebooks), dtype=np.int64)
+    codes = mq.encode(vectors).cpu().numpy()
     return CodeTable(kind, IdIndex(ids, kind), codes, mq.config.codebook_size)
 
 
 def _beginnings(run: str, longest: int) -> list[str]:
     """The beginnings of `run` that may be an id, longest first: all of it, or up to a punctuation mark or symbol."""
     whole = [run] if len(run) <= longest else []
-    if run.isalnum():
-        return whole
     cuts = [match.start() for match in _NON_WORD.finditer(run, 1, longest + 1)]
     return whole + [run[:cut] for cut in reversed(cuts) if _may_follow(run[cut])]
+
+
+def _without_end(run: str) -> str:
+    """`run` without the punctuation and symbols at its end."""
+    while run and _may_follow(run[-1]):
+        run = run[:-1]
+    return run
 
 
 def _may_follow(character: str) -> bool:

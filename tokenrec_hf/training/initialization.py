@@ -1,7 +1,7 @@
-"""Starting points of step 2 (section II-E1 of TokenRec, arXiv 2406.10450): the tokenizer of a store, and T5 with its code tokens.
+"""Starting points of training (section II-E1 of TokenRec, arXiv 2406.10450): codebooks, the tokenizer of a store, and T5.
 
-A T5 starts from a checkpoint or from scratch, and the embeddings of code tokens start from the codewords. The functions are only
-needed to train, so they do not travel with a trained repository.
+Codebooks start from k-means. A T5 starts from a checkpoint or from scratch, and the embeddings of its code tokens start from the
+codewords. The functions are only needed to train, so they do not travel with a trained repository.
 """
 
 from __future__ import annotations
@@ -26,6 +26,78 @@ from ..models.tokenization_tokenrec import LETTERS, TokenRecTokenizer, code_tabl
 from .recipe import RetrievalSettings, Setting
 
 T5_MAX_LENGTH = 512
+KMEANS_CHUNK = 8192
+# Share of the residual codebooks that is also fitted to the further vectors of `prepare_mq_tokenizer`.
+SHARED_BOOKS = 0.75
+
+
+@torch.no_grad()
+def prepare_mq_tokenizer(
+    model: MQTokenizerModel, vectors: torch.Tensor, seed: int = 0, others: torch.Tensor | None = None
+) -> None:
+    """Fits the input standardisation to the vectors and starts the codebooks by k-means of the encoder outputs.
+
+    Args:
+        model: changed in place.
+        vectors: the vectors to give codes to, `[n, d]`.
+        seed: seed of the k-means.
+        others: further vectors of the same space that may get codes later, `[m, d]`. With `residual`, the last quarter of the
+            codebooks is fitted to the residuals of `vectors` alone.
+
+    Raises:
+        ValueError: there are no vectors, or they have a wrong shape or a value that is not finite.
+    """
+    vectors = model.checked(vectors)
+    if not len(vectors):
+        raise ValueError("there are no vectors to train the MQ-Tokenizer on.")
+    count, known = model.config.num_codebooks, len(vectors)
+    if others is not None:
+        vectors = torch.cat([vectors, model.checked(others)])
+    model.mean.copy_(vectors.mean(dim=0))
+    # One scale for all dimensions, so that distances keep their proportions; a constant input keeps scale 1.
+    spread = (vectors - model.mean).square().mean().sqrt()
+    model.scale.copy_(spread if spread > 0 else torch.ones(()))
+    if model.config.kmeans_init:
+        x = model.standardise(vectors)
+        for k in range(count):
+            if model.config.residual and k >= SHARED_BOOKS * count:
+                x = x[:known]
+            # With `residual`, the input of book k depends on the centres of the books before it.
+            outputs, _ = model.quantise(x)  # [n, K, d_c]
+            model.codebooks[k] = kmeans(outputs[:, k], model.config.codebook_size, seed=seed + k)
+
+
+def kmeans(points: torch.Tensor, num_clusters: int, num_iterations: int = 20, seed: int = 0) -> torch.Tensor:
+    """Lloyd's k-means that handles empty clusters.
+
+    Args:
+        points: `[n, d]`.
+        num_clusters: number of centres; may exceed n.
+        num_iterations: passes over the points.
+        seed: seed of the initial centres and of the replacements of empty clusters.
+
+    Returns:
+        Centres `[num_clusters, d]`. An empty cluster restarts at a random point; with fewer points than clusters, the
+        surplus centres are points with a little noise.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(points), generator=generator)
+    picks = order.repeat(-(-num_clusters // len(points)))[:num_clusters].to(points.device)
+    centres = points[picks].clone()
+    if num_clusters > len(points):
+        noise = torch.randn(centres.shape, generator=generator).to(centres) * (1e-3 * points.std(correction=0) + 1e-6)
+        centres[len(points) :] += noise[len(points) :]
+    for _ in range(num_iterations):
+        nearest = torch.cat(
+            [(centres.square().sum(-1) - 2 * part @ centres.T).argmin(-1) for part in points.split(KMEANS_CHUNK)]
+        )
+        counts = torch.bincount(nearest, minlength=num_clusters)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, points)
+        centres = torch.where((counts > 0)[:, None], sums / counts.clamp(min=1)[:, None], centres)
+        empty = (counts == 0).nonzero().flatten()
+        if len(empty) and num_clusters <= len(points):
+            centres[empty] = points[torch.randint(len(points), (len(empty),), generator=generator).to(points.device)]
+    return centres
 
 
 def build_tokenizer(

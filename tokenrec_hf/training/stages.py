@@ -42,6 +42,7 @@ from ..models.modeling_mq_tokenizer import MQTokenizerModel
 from ..models.modeling_t5_retrieval import T5ForGenerativeRetrieval
 from .closed_forms import smooth_tables
 from .datasets import HistoryDataset, InteractionDataset, LengthGroupedSampler, VectorDataset
+from .initialization import prepare_mq_tokenizer
 from .recipe import (
     CollaborativeSettings,
     MQTokenizerSettings,
@@ -227,13 +228,13 @@ def train_mq_tokenizer(
         settings: the recipe's section.
         folder: for checkpoints.
         kind: of the vectors, `"user"` or `"item"`.
-        others: further vectors to learn from, `[m, d]`, see [`MQTokenizerModel.prepare`].
+        others: further vectors to learn from, `[m, d]`, see [`prepare_mq_tokenizer`].
         seed: of everything random.
     """
     set_seed(seed)
     trained_on = vectors if others is None else torch.cat([vectors, others])
     model = MQTokenizerModel(settings.model_configuration(kind, vectors.shape[1], len(trained_on)))
-    model.prepare(vectors, seed, others)
+    prepare_mq_tokenizer(model, vectors, seed, others)
     if model.config.residual:
         return StageResult(model.eval(), 0, model.statistics(vectors))
     dataset = VectorDataset(trained_on)
