@@ -30,6 +30,8 @@ from .repository import REFIT, SELECTION, Repository
 TOLERANCE = 1e-3
 # Prompts that are decoded at once.
 BATCH = 1024
+# Whether a check has passed, and its finding.
+Result = tuple[bool | None, str]
 
 
 @dataclass(frozen=True)
@@ -65,30 +67,30 @@ def audit(repository: Repository) -> list[Check]:
     check_repository(repository.folder)
     data, run = _Data(repository.splits()), read_json(repository.record("run"))
     users_removed = len(data.index["user"]) < repository.metrics["users"]
-    checks = [_splits(data), _order(data), _fingerprint(data, run["data"], users_removed)]
+    checks = [
+        Check("data", "splits", *_splits(data)),
+        Check("data", "order", *_order(data)),
+        Check("data", "fingerprint", *_fingerprint(data, run["data"], users_removed)),
+    ]
     parts = [(SELECTION, repository, ["validation", "test"])]
     if run["refit"]:
         parts = [(SELECTION, Repository(repository.selection), ["validation"]), (REFIT, repository, ["test"])]
     for name, place, evaluated in parts:
-        record = read_json(repository.record(name))[COLLABORATIVE].get("trained_on")
+        recorded = read_json(repository.record(name))[COLLABORATIVE].get("trained_on")
         # The recipe of the repository has no `auto` any more, that of the run may.
-        files = _RunFiles(name, place, data, augmented=repository.recipe.collaborative.augment_norm)
+        files = _RunFiles(name, place, data, repository.recipe, users_removed)
         checks += [
-            files.collaborative(record, users_removed),
-            files.seen(),
-            files.vectors(users_removed),
-            files.codes(),
+            Check(name, COLLABORATIVE, *files.collaborative(recorded)),
+            Check(name, "seen", *files.seen()),
+            Check(name, "vectors", *files.vectors()),
+            Check(name, "codes", *files.codes()),
+            *(Check(name, "prompts", *files.prompts(split)) for split in evaluated),
         ]
-        checks += [files.prompts(split, repository.recipe) for split in evaluated]
     return checks
 
 
 class _Data:
-    """The splits in rows; a pair is one number, user row * number of items + item row.
-
-    Args:
-        splits: the three splits.
-    """
+    """The splits in rows; a pair is one number, user row * number of items + item row."""
 
     def __init__(self, splits: DatasetDict):
         self.splits = splits
@@ -121,159 +123,131 @@ class _Data:
 # The data -------------------------------------------------------------------------------------------------------------
 
 
-def _splits(data: _Data) -> Check:
+def _splits(data: _Data) -> Result:
     """Whether each user has one validation and one test item, and no pair is in two splits."""
-    pairs, users = data.pairs(*SPLITS), {name: data.rows[name]["user"] for name in SPLITS}
+    pairs, (train, validation, test) = data.pairs(*SPLITS), (data.rows[name]["user"] for name in SPLITS)
     unique, counts = np.unique(pairs, return_counts=True)
-    untrained = np.setdiff1d(users["test"], users["train"])
-    one_of_each = all(
-        np.array_equal(np.sort(users[name]), np.union1d(users["validation"], users["test"]))
-        for name in ("validation", "test")
+    if len(repeated := unique[counts > 1]):
+        return False, (
+            f"of the {len(unique)} pairs of the three splits, {len(repeated)} are there more than once, such as "
+            f"{data.named(repeated[0])}."
+        )
+    held_out = np.union1d(validation, test)
+    if not all(np.array_equal(np.sort(users), held_out) for users in (validation, test)):
+        return False, (
+            f"not every user has one validation item and one test item: there are {len(validation)} and {len(test)} of them."
+        )
+    if len(untrained := np.setdiff1d(test, train)):
+        return (
+            False,
+            f"{len(untrained)} of {len(test)} users, such as {data.user(untrained[0])}, have only held-out items.",
+        )
+    return True, (
+        f"of {len(test)} users one item each is held out for validation and one for test, and none of the {len(pairs)} "
+        "(user, item) pairs is in two splits."
     )
-    if (counts > 1).any():
-        finding = (
-            f"of the {len(unique)} pairs of the three splits, {(counts > 1).sum()} are there more than once, such as "
-            f"{data.named(unique[counts > 1][0])}."
-        )
-    elif not one_of_each:
-        finding = (
-            f"not every user has one validation item and one test item: there are {len(users['validation'])} and "
-            f"{len(users['test'])} of them."
-        )
-    elif len(untrained):
-        finding = f"{len(untrained)} of {len(users['test'])} users, such as {data.user(untrained[0])}, have only held-out items."
-    else:
-        finding = (
-            f"of {len(users['test'])} users one item each is held out for validation and one for test, and none of the "
-            f"{len(pairs)} (user, item) pairs is in two splits."
-        )
-        return Check("data", "splits", True, finding)
-    return Check("data", "splits", False, finding)
 
 
-def _order(data: _Data) -> Check:
+def _order(data: _Data) -> Result:
     """Whether the test item is a user's last, the validation item the last but one, and the rest in order."""
     users = np.concatenate([data.rows[name]["user"] for name in SPLITS])
     if "timestamp" not in data.splits["train"].column_names:
-        finding = (
+        return None, (
             f"the {len(users)} interactions have no timestamps: they were taken to be in time order, which the files cannot "
             "confirm."
         )
-        return Check("data", "order", None, finding)
     times = np.concatenate([np.asarray(data.splits[name]["timestamp"][:]) for name in SPLITS])
     order = np.argsort(users, kind="stable")
     users, times = users[order], times[order]
     back = np.flatnonzero((users[1:] == users[:-1]) & (times[1:] < times[:-1]))
     if len(back):
-        finding = (
+        return False, (
             f"the timestamps of {len(users)} interactions, in the order train, validation, test of each user, go back "
             f"{len(back)} times, first for {data.user(users[back[0]])}."
         )
-    else:
-        finding = (
-            f"by the timestamps of {len(users)} interactions, every user's test item is the last, the validation item the last "
-            "but one, and the training interactions are in order."
-        )
-    return Check("data", "order", not len(back), finding)
-
-
-def _fingerprint(data: _Data, expected: str, users_removed: bool) -> Check:
-    """Whether the splits are those of the training."""
-    passed: bool | None = data.fingerprint == expected
-    finding = "have the fingerprint that was taken before the training"
-    if not passed and users_removed:
-        passed, finding = None, "cannot be compared with those of the training, because users have been removed"
-    elif not passed:
-        finding = "have another fingerprint than those of the training"
-    return Check(
-        "data", "fingerprint", passed, f"the {len(data.pairs(*SPLITS))} interactions of the three splits {finding}."
+    return True, (
+        f"by the timestamps of {len(users)} interactions, every user's test item is the last, the validation item the last but "
+        "one, and the training interactions are in order."
     )
+
+
+def _fingerprint(data: _Data, expected: str, users_removed: bool) -> Result:
+    """Whether the splits are those of the training."""
+    interactions = f"the {len(data.pairs(*SPLITS))} interactions of the three splits"
+    if data.fingerprint == expected:
+        return True, f"{interactions} have the fingerprint that was taken before the training."
+    if users_removed:
+        return None, f"{interactions} cannot be compared with those of the training, because users have been removed."
+    return False, f"{interactions} have another fingerprint than those of the training."
 
 
 # The files of a run ---------------------------------------------------------------------------------------------------
 
 
 class _RunFiles:
-    """The files of one run of the training.
+    """The files of one run of the training, `SELECTION` or `REFIT`, with the interactions that they are compared to."""
 
-    Args:
-        run: `SELECTION` or `REFIT`.
-        repository: its model, tokenizer and store.
-        data: all interactions.
-        augmented: whether the vectors have the coordinate of `augment_norm`.
-    """
-
-    def __init__(self, run: str, repository: Repository, data: _Data, augmented: bool):
-        self.run, self.parts, self.data, self.augmented = run, repository.parts, data, augmented
+    def __init__(self, run: str, repository: Repository, data: _Data, recipe: Recipe, users_removed: bool):
+        self.parts, self.data, self.recipe, self.users_removed = repository.parts, data, recipe, users_removed
         self.added = self.parts.additions.is_file()
         self.trained = SPLITS[: 1 if run == SELECTION else 2]
         self.held_out = SPLITS[len(self.trained) :]
-        self.store, self.tokenizer = (
-            EmbeddingStore.open(self.parts.store),
-            TokenRecTokenizer.from_pretrained(self.parts.path),
-        )
+        self.store = EmbeddingStore.open(self.parts.store)
+        self.tokenizer = TokenRecTokenizer.from_pretrained(self.parts.path)
         self.model, self.ids = load_collaborative(self.parts.collaborative)
 
-    def _check(self, name: str, passed: bool | None, finding: str) -> Check:
-        return Check(self.run, name, passed, finding)
-
-    def collaborative(self, recorded: str | None, users_removed: bool) -> Check:
-        """Whether the collaborative model was trained on exactly the training interactions.
-
-        Args:
-            recorded: the fingerprint of the interactions in the record of the training.
-            users_removed: whether users have been removed since.
-        """
+    def collaborative(self, recorded: str | None) -> Result:
+        """Whether the model was trained on exactly the training interactions, by its edges or their `recorded` fingerprint."""
         if (edges := self.model.interactions()) is not None:
-            rows = {kind: self.data.index[kind].rows(self.ids[kind].ids()) for kind in KINDS}
-            pairs = self.data.keys(rows["user"][edges[0]], rows["item"][edges[1]])
-            return self._same_pairs(COLLABORATIVE, "the edges of the model", pairs)
+            users, items = (self.data.index[kind].rows(self.ids[kind].ids(rows)) for kind, rows in zip(KINDS, edges))
+            return self._same_pairs("the edges of the model", self.data.keys(users, items))
         # By user as in the training, each user's in time order.
         users, items = (np.concatenate([self.data.rows[split][kind] for split in self.trained]) for kind in KINDS)
         order = np.argsort(users, kind="stable")
         mine = fingerprint(self.data.index["user"].ids(users[order]), self.data.index["item"].ids(items[order]))
         known = f"the model keeps no edges; its training on the {len(users)} pairs of {' + '.join(self.trained)}"
         if recorded == mine:
-            return self._check(COLLABORATIVE, True, f"{known} is what the record of the training says.")
-        if recorded is None or users_removed:
-            return self._check(
-                COLLABORATIVE, None, f"{known} cannot be confirmed, because there is no record of these pairs."
-            )
-        return self._check(COLLABORATIVE, False, f"{known} is not what the record of the training says.")
+            return True, f"{known} is what the record of the training says."
+        if recorded is None or self.users_removed:
+            return None, f"{known} cannot be confirmed, because there is no record of these pairs."
+        return False, f"{known} is not what the record of the training says."
 
-    def seen(self) -> Check:
+    def seen(self) -> Result:
         """Whether the seen items, which are never recommended, are exactly the training interactions."""
         users = self.store.ids("user")
         lists = self.store.seen(users)
         rows = np.repeat(self.data.index["user"].rows(users), [len(items) for items in lists])
         items = self.data.index["item"].rows([item for items in lists for item in items])
-        return self._same_pairs("seen", "the seen items of the store", self.data.keys(rows, items))
+        return self._same_pairs("the seen items of the store", self.data.keys(rows, items))
 
-    def _same_pairs(self, name: str, source: str, found: np.ndarray) -> Check:
+    def _same_pairs(self, source: str, found: np.ndarray) -> Result:
         """Whether `found` `[n]` are the training pairs, each once; further pairs are allowed after an addition."""
         expected, held_out = self.data.pairs(*self.trained), self.data.pairs(*self.held_out)
         trained, never = " + ".join(self.trained), " and ".join(self.held_out)
-        leaked, missing = np.intersect1d(found, held_out), np.setdiff1d(expected, found)
-        more = len(found) - len(np.intersect1d(found, expected))
-        if len(leaked):
-            finding = (
-                f"{source} hold {len(leaked)} of the {len(held_out)} pairs of {never}, such as {self.data.named(leaked[0])}"
-                f"{', perhaps added after the training: then earlier measurements still hold' * self.added}."
+        if len(leaked := np.intersect1d(found, held_out)):
+            since = ", perhaps added after the training: then earlier measurements still hold" * self.added
+            return False, (
+                f"{source} hold {len(leaked)} of the {len(held_out)} pairs of {never}, such as {self.data.named(leaked[0])}{since}."
             )
-        elif len(missing):
-            finding = f"{source} lack {len(missing)} of the {len(expected)} pairs of {trained}, such as {self.data.named(missing[0])}."
-        elif more and not self.added:
-            finding = f"{source} are {len(found)} pairs, {more} more than the {len(expected)} of {trained}, and nothing was added since."
-        else:
-            others = f" and {more} that were added after the training" if more else ", no more and no fewer"
-            finding = f"{source} are the {len(expected)} pairs of {trained}{others}, and none of the {len(held_out)} of {never}."
-            return self._check(name, True, finding)
-        return self._check(name, False, finding)
+        if len(missing := np.setdiff1d(expected, found)):
+            example = self.data.named(missing[0])
+            return False, f"{source} lack {len(missing)} of the {len(expected)} pairs of {trained}, such as {example}."
+        more = len(found) - len(np.intersect1d(found, expected))
+        if more and not self.added:
+            return (
+                False,
+                f"{source} are {len(found)} pairs, {more} more than the {len(expected)} of {trained}; nothing was added since.",
+            )
+        others = f" and {more} that were added after the training" if more else ", no more and no fewer"
+        return (
+            True,
+            f"{source} are the {len(expected)} pairs of {trained}{others}, and none of the {len(held_out)} of {never}.",
+        )
 
-    def vectors(self, users_removed: bool) -> Check:
+    def vectors(self) -> Result:
         """Whether the vectors of the store are those of the collaborative model."""
         vectors = self.model.user_embeddings(), self.model.item_embeddings()
-        if self.augmented:
+        if self.recipe.collaborative.augment_norm:
             vectors = augment_norm(*vectors)
         compared, wrong, foreign = 0, [], []
         for kind, expected in zip(KINDS, vectors):
@@ -287,55 +261,48 @@ class _RunFiles:
             wrong += [f"{kind} {ids[row]!r}" for row in known[far.numpy()]]
             compared += len(expected)
         if wrong:
-            finding = (
-                f"the vectors of {len(wrong)} of {compared} users and items, such as {wrong[0]}, are not those of the "
-                "collaborative model"
-            )
+            finding = f"the vectors of {len(wrong)} of {compared} users and items, such as {wrong[0]}, are not those of the model"
         elif foreign and not self.added:
-            finding = f"{len(foreign)} users and items of the store, such as {foreign[0]}, are unknown to the collaborative model"
+            finding = f"{len(foreign)} users and items of the store, such as {foreign[0]}, are unknown to the model"
         else:
             others = f"; {len(foreign)} were added after the training" if foreign else ""
-            finding = f"the vectors of {compared} users and items are those of the collaborative model{others}."
-            return self._check("vectors", True, finding)
+            return True, f"the vectors of {compared} users and items are those of the collaborative model{others}."
         if self.added:
-            return self._check("vectors", None, f"{finding}; vectors were added after the training.")
-        if users_removed:
-            return self._check("vectors", None, f"{finding}; users were removed after the training, with their edges.")
-        return self._check("vectors", False, f"{finding}, and nothing was added since.")
+            return None, f"{finding}; vectors were added after the training."
+        if self.users_removed:
+            return None, f"{finding}; users were removed after the training, with their edges."
+        return False, f"{finding}, and nothing was added since."
 
-    def codes(self) -> Check:
+    def codes(self) -> Result:
         """Whether the codes of the tokenizer are those of the MQ-Tokenizers for the vectors of the store."""
         t5_spaces = read_json(self.parts.path / "config.json")["space_ids"]
         compared, wrong = 0, []
         for kind in KINDS:
-            mq = MQTokenizerModel.from_pretrained(self.parts.mq(kind))
-            spaces = {self.tokenizer.space_ids[kind], self.store.space_ids[kind], t5_spaces[kind]}
-            ids = self.store.ids(kind)
-            if spaces != {mq.space_id}:
-                finding = (
-                    f"tokenizer, store and T5 do not all have the space_id {mq.space_id} of the {kind} MQ-Tokenizer."
+            mq, ids = MQTokenizerModel.from_pretrained(self.parts.mq(kind)), self.store.ids(kind)
+            if {self.tokenizer.space_ids[kind], self.store.space_ids[kind], t5_spaces[kind]} != {mq.space_id}:
+                return (
+                    False,
+                    f"tokenizer, store and T5 do not all have the space_id {mq.space_id} of the {kind} MQ-Tokenizer.",
                 )
-                return self._check("codes", False, finding)
-            if different := set(ids) ^ set(self.tokenizer.ids(kind)):
-                finding = (
-                    f"{len(different)} {kind}s, such as {min(different)!r}, are in one of tokenizer and store only."
-                )
-                return self._check("codes", False, finding)
+            if other := set(ids) ^ set(self.tokenizer.ids(kind)):
+                return False, f"{len(other)} {kind}s, such as {min(other)!r}, are in one of tokenizer and store only."
             codes = torch.from_numpy(self.tokenizer.codes(kind, ids))
             unlike = (codes != mq.encode(self.store.vectors(kind))).any(dim=1).nonzero()[:, 0]
             wrong += [f"{kind} {ids[row]!r}" for row in unlike.tolist()]
             compared += len(ids)
-        gives = "those of the vectors by the MQ-Tokenizers, which have the space_id of tokenizer, store and T5"
-        if wrong:
-            finding = f"the codes of {len(wrong)} of {compared} users and items, such as {wrong[0]}, are not {gives}."
-        else:
-            finding = f"the codes of {compared} users and items are {gives}."
-        return self._check("codes", not wrong, finding)
+        subject = (
+            f"{len(wrong)} of {compared} users and items, such as {wrong[0]}, are not"
+            if wrong
+            else (f"{compared} users and items are")
+        )
+        return not wrong, (
+            f"the codes of {subject} those of the vectors by the MQ-Tokenizers, which have the space_id of tokenizer, store and T5."
+        )
 
-    def prompts(self, split: str, recipe: Recipe) -> Check:
+    def prompts(self, split: str) -> Result:
         """Whether the evaluation prompts name only items of the user's history before the held-out item."""
         asked, before = self.data.rows[split], SPLITS[: SPLITS.index(split)]
-        prompts, users, codes = self._prompted(split, recipe)
+        prompts, users, codes = self._prompted(split)
         own = self.tokenizer.codes("item", self.data.index["item"].ids())
         # A prompt names codes, which several items may share: as often as there are such items in the history.
         _, group = np.unique(np.concatenate([own, codes]), axis=0, return_inverse=True)
@@ -352,27 +319,26 @@ class _RunFiles:
             f"{len(VARIANTS)} kinds of prompts for {len(asked['user'])} users, made by the collator and decoded, name"
         )
         if len(leaked):
-            finding = (
-                f"{asks} the {split} items of {len(leaked)} of them, such as {self.data.user(leaked[0] // groups)}."
+            user = self.data.user(leaked[0] // groups)
+            return False, f"{asks} the {split} items of {len(leaked)} of them, such as {user}."
+        if len(foreign):
+            user = self.data.user(foreign[0] // groups)
+            return (
+                False,
+                f"{asks} {len(foreign)} items that were not in the history before the {split} item, such as for {user}.",
             )
-        elif len(foreign):
-            finding = (
-                f"{asks} {len(foreign)} items that were not in the history before the {split} item, such as for "
-                f"{self.data.user(foreign[0] // groups)}."
-            )
-        else:
-            finding = (
-                f"{asks} {len(codes)} items, all from the user's history before the {split} item, and never this item."
-            )
-        return self._check("prompts", not len(foreign), finding)
+        return (
+            True,
+            f"{asks} {len(codes)} items, all from the user's history before the {split} item, and never this item.",
+        )
 
-    def _prompted(self, split: str, recipe: Recipe) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _prompted(self, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The items in the prompts of all variants: number of the prompt, user row, int64 `[n]`, and codes `[n, K]`."""
         given = index_splits(self.data.splits, split)
         holdout, token_ids = given.holdout, self.tokenizer.code_token_ids("item")
         found: list[tuple[np.ndarray, np.ndarray]] = []
         for number, variant in enumerate(VARIANTS.values()):
-            collator = evaluation_collator(self.tokenizer, given, recipe.collator_arguments, variant.templates)
+            collator = evaluation_collator(self.tokenizer, given, self.recipe.collator_arguments, variant.templates)
             examples = PromptDataset(holdout.users, holdout.targets)
             for start in range(0, len(examples), BATCH):
                 rows = range(start, min(start + BATCH, len(examples)))

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 
 from ..models.modeling_collaborative import FISMModel
 
-Kind = str
-Vectors = dict[Kind, torch.Tensor]
+# By kind, `"user"` or `"item"`, and the two sides of each interaction.
+Tensors = dict[str, torch.Tensor]
+SIDES = (("user", "item"), ("item", "user"))
 
 # Of the mean eigenvalue of X^T X. On LastFM with a fifth of the users, or of the items, left out, 1e-4 to 3e-2 were alike.
 RIDGE = 1e-2
@@ -36,7 +37,7 @@ class UnreachedError(ValueError):
         row: its row.
     """
 
-    def __init__(self, kind: Kind, row: int):
+    def __init__(self, kind: str, row: int):
         super().__init__(
             f"the cold-start {kind} in row {row} has no interaction that leads to a known user or item; supply a vector or "
             "leave it out."
@@ -78,7 +79,7 @@ def fold_in(
         links = ready["user"][rows["user"]] & ready["item"][rows["item"]]
         degree = {kind: torch.bincount(rows[kind][links], minlength=len(vectors[kind])) for kind in rows}
         found = {}
-        for kind, other in (("user", "item"), ("item", "user")):
+        for kind, other in SIDES:
             # Interactions of cold-start rows with rows that have a vector already.
             usable = ~ready[kind][rows[kind]] & ready[other][rows[other]]
             mine, theirs = rows[kind][usable], rows[other][usable]
@@ -120,11 +121,7 @@ def fold_in_items(model: FISMModel, users: np.ndarray, items: np.ndarray, num_tr
     """
     user, item = (torch.from_numpy(np.asarray(one, dtype=np.int64)) for one in (users, items))
     count = max(num_trained, int(item.max()) + 1 if len(item) else 0)
-    tables = []
-    for _, module in model.tables():
-        rows = module.weight.detach().cpu()[:num_trained]
-        rows = F.normalize(rows, dim=-1) if module is model.item_table else rows
-        tables.append(torch.cat([rows, rows.new_zeros(count - num_trained, rows.shape[1])]))
+    tables = [F.pad(rows[:num_trained], (0, 0, 0, count - num_trained)) for rows in _rows(model)]
     maps: list[list[torch.Tensor]] = []
     basis = torch.empty(0)
     unknown = torch.arange(count) >= num_trained
@@ -170,15 +167,9 @@ def smooth_tables(model: FISMModel, users: np.ndarray, items: np.ndarray) -> boo
     if not (model.config.history_smoothing or model.config.item_smoothing):
         return False
     user, item = (torch.from_numpy(np.asarray(one, dtype=np.int64)) for one in (users, items))
-    tables = [
-        F.normalize(module.weight.detach().cpu(), dim=-1)
-        if module is model.item_table
-        else module.weight.detach().cpu()
-        for _, module in model.tables()
-    ]
-    everything = torch.ones(len(tables[0]), dtype=torch.bool)
-    features, numbers, _ = _features(model, tables, everything, user, item)
-    both = torch.cat(features, dim=1)  # [num_items, 2d]
+    tables = _rows(model)
+    features, numbers, _ = _features(model, tables, torch.ones(len(tables[0]), dtype=torch.bool), user, item)
+    both = torch.cat([*features], dim=1)  # [num_items, 2d]
     had = (numbers[0] + numbers[1]) > 0
     with torch.no_grad():
         for table, (_, module) in zip(tables, model.tables()):
@@ -229,6 +220,12 @@ def augment_norm(
     return torch.cat([users, torch.zeros_like(users[:, :1])], dim=1), torch.cat([items, rest], dim=1)
 
 
+def _rows(model: FISMModel) -> list[torch.Tensor]:
+    """The rows of `model.tables()`; q has length 1."""
+    tables = ((module is model.item_table, module.weight.detach().cpu()) for _, module in model.tables())
+    return [F.normalize(rows, dim=-1) if is_target else rows for is_target, rows in tables]
+
+
 def _sides(
     model: FISMModel, tables: Sequence[torch.Tensor], known: torch.Tensor, users: torch.Tensor, items: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -261,11 +258,7 @@ def _rests(rows: torch.Tensor, users: torch.Tensor) -> torch.Tensor:
 def _decayed_sums(rows: torch.Tensor, users: torch.Tensor, inside: torch.Tensor, half_life: float) -> torch.Tensor:
     """For each interaction the sum of the rows before it, the n-th last with weight 2^(-(n - 1) / half_life): `[n, d]`.
 
-    Args:
-        rows: of the interactions that are `inside`, in their order, `[m, d]`.
-        users: of all interactions, ascending, `[n]`.
-        inside: True where an interaction has a row, bool `[n]`.
-        half_life: in rows.
+    `rows` `[m, d]` are those of the interactions that are `inside` (bool `[n]`); `users` `[n]` are ascending.
     """
     owners = users[inside]
     places = torch.arange(len(owners)) - torch.searchsorted(owners, owners)
@@ -288,18 +281,15 @@ def _features(
     known: torch.Tensor,
     users: torch.Tensor,
     items: torch.Tensor,
-) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The features x_i and y_i of [`fold_in_items`] of all items, from the `known` items (bool `[num_items]`).
 
     Returns:
-        x and y, `[num_items, d]`; for each the number of interactions of an item with something on this side, `[num_items]`;
-        and the second moments `[d, d]` of the vectors of the histories before the interactions.
+        x and y, `[2, num_items, d]`; the number of an item's interactions with something on these sides, `[2, num_items]`; and
+        the second moments `[d, d]` of the vectors of the histories before the interactions.
     """
     count, width = tables[0].shape
-    totals, numbers = (
-        [torch.zeros(count, width) for _ in range(2)],
-        [torch.zeros(count, dtype=torch.long) for _ in range(2)],
-    )
+    totals, numbers = torch.zeros(2, count, width), torch.zeros(2, count, dtype=torch.long)
     gram = torch.zeros(width, width)
     # Chunks end between users.
     firsts = torch.searchsorted(users, users[::CHUNK].contiguous())
@@ -311,15 +301,13 @@ def _features(
         for side, total, number in zip(sides, totals, numbers):
             total.index_add_(0, part, side)
             number += torch.bincount(part[(side != 0).any(dim=1)], minlength=count)
-    return [total / number.clamp(min=1).sqrt()[:, None] for total, number in zip(totals, numbers)], numbers, gram
+    return totals / numbers.clamp(min=1).sqrt()[..., None], numbers, gram
 
 
 def _lengthened(vectors: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    """Vectors `[n, d]` of length 1 with about the same products with users.
+    """Vectors `[n, d]` of length 1, or longer ones unchanged, with about the same products with users.
 
-    Args:
-        vectors: longer vectors are returned unchanged.
-        basis: orthonormal columns `[d, d]`, sorted by how much users differ along them, ascending.
+    The columns of the orthonormal `basis` `[d, d]` are sorted by how much users differ along them, ascending.
     """
     # The mirror image moves the large coordinates to the directions in which users differ least; similar items stay similar.
     mirrored = (vectors @ basis).flip(1) @ basis.T
@@ -328,20 +316,20 @@ def _lengthened(vectors: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
     return vectors + (1 - vectors.square().sum(dim=1, keepdim=True)).clamp(min=0).sqrt() * away
 
 
-def _calibrate(vectors: Vectors, rows: Vectors, ready: Vectors) -> Vectors:
+def _calibrate(vectors: Tensors, rows: Tensors, ready: Tensors) -> Tensors:
     """W of users and of items `[d, d]`, from the interactions of known users with known items."""
     links = ready["user"][rows["user"]] & ready["item"][rows["item"]]
     pairs = {kind: rows[kind][links] for kind in rows}
     degree = {kind: torch.bincount(pairs[kind], minlength=len(vectors[kind])) for kind in rows}
     features = {
         kind: _propagate(vectors[other], pairs[kind], pairs[other], degree[kind], degree[other])
-        for kind, other in (("user", "item"), ("item", "user"))
+        for kind, other in SIDES
     }
     raw = {kind: _ridge(features[kind], vectors[kind], degree[kind]) for kind in rows}
     # The contribution of each link to a node's features through the node itself: 1 / (d_u d_i) of its own vector, mapped.
     share = 1 / (degree["user"][pairs["user"]] * degree["item"][pairs["item"]]).float()
     weights = {}
-    for kind, other in (("user", "item"), ("item", "user")):
+    for kind, other in SIDES:
         own = torch.zeros(len(vectors[kind])).index_add_(0, pairs[kind], share)
         left = features[kind] - own[:, None] * (vectors[kind] @ raw[other])
         weights[kind] = _ridge(left, vectors[kind], degree[kind])

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar, cast
+from typing import Generic, TypeVar, cast
 
 import numpy as np
 import torch
@@ -48,7 +48,6 @@ from .recipe import (
     MQTokenizerSettings,
     RetrievalSettings,
     SelectedStageSettings,
-    Setting,
     StageSettings,
 )
 
@@ -81,22 +80,13 @@ class _Trainer(Trainer):
         return LengthGroupedSampler(lengths, self.args.train_batch_size, self.args.seed)
 
 
-class EpochDataset(Protocol):
-    """A data set that draws anew in every epoch."""
-
-    def set_epoch(self, epoch: int) -> None:
-        """Makes the next pass that of this epoch."""
-
-
 class SetEpoch(TrainerCallback):
     """Tells the training set which epoch begins, for its stateless random draws."""
 
-    def __init__(self, dataset: EpochDataset):
+    def __init__(self, dataset: HistoryDataset | InteractionDataset | PromptDataset):
         self.dataset = dataset
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, *_: object, **__: object) -> None:
         """Passes the epoch on, also after a resumption in mid-epoch."""
         self.dataset.set_epoch(int((state.epoch or 0) + 1e-6))
 
@@ -121,29 +111,19 @@ class Progress(TrainerCallback):
     def __init__(self, name: str, shown: Sequence[str]):
         self.name, self.shown = name, shown
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: object, **__: object) -> None:
         """Opens the bar at the first step of this process."""
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.name, unit="step", mininterval=1.0)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: object, **__: object) -> None:
         """Advances the bar."""
         self.bar.update(state.global_step - self.bar.n)
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float] | None = None,
-        **kwargs: object,
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, *_: object, **__: object) -> None:
         """Shows the latest metrics."""
-        found = {name: value for name in self.shown if (value := (metrics or {}).get(f"eval_{name}")) is not None}
-        self.bar.set_postfix({name: f"{value:.4f}" for name, value in found.items()})
+        self.bar.set_postfix({name: f"{state.log_history[-1][f'eval_{name}']:.4f}" for name in self.shown})
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+    def on_train_end(self, *_: object, **__: object) -> None:
         """Closes the bar."""
         self.bar.close()
 
@@ -170,34 +150,29 @@ def train_collaborative(
         start: a model of these users and items to continue with, instead of a fresh one.
     """
     set_seed(seed)
-    if start is not None:
-        model = start
-    else:
-        model_class = COLLABORATIVE_MODELS[settings.model]
-        model = model_class.from_interactions(settings.model_configuration(), interactions)
-    dataset: HistoryDataset | InteractionDataset
+    model = start or COLLABORATIVE_MODELS[settings.model].from_interactions(
+        settings.model_configuration(), interactions
+    )
+    negatives = 0 if model.users_are_histories else settings.num_negatives
+    dataset: HistoryDataset | InteractionDataset = InteractionDataset(interactions, negatives, seed)
     if model.users_are_histories:
-        dataset, evaluation_negatives = HistoryDataset(interactions, model.ordered_histories, seed), 0
-    else:
-        evaluation_negatives = settings.num_negatives
-        dataset = InteractionDataset(interactions, settings.num_negatives, seed)
+        dataset = HistoryDataset(interactions, model.ordered_histories, seed)
 
-    def metrics(prediction: EvalPrediction) -> dict[str, float]:
+    def metrics(users: torch.Tensor) -> dict[str, float]:
         assert holdout is not None
-        users = torch.from_numpy(prediction.predictions)
-        return _dot_product_metrics(users, model.item_embeddings().cpu(), holdout, interactions)
+        items, seen = model.item_embeddings().cpu(), interactions.of_users(holdout.users)
+        return evaluate_embeddings(users, items, holdout.targets, *seen, cosine=False)
 
     result = _fit(
         model,
         settings,
         folder,
         dataset,
-        _as_is,
         name="collaborative model",
-        evaluation=InteractionDataset(interactions, evaluation_negatives, seed, holdout) if holdout else None,
-        compute_metrics=metrics,
+        evaluation=InteractionDataset(interactions, negatives, seed, holdout) if holdout else None,
+        compute_metrics=lambda prediction: metrics(torch.from_numpy(prediction.predictions)),
         # All users in one batch, so that the graph is propagated once.
-        eval_batch_size=len(holdout.users) if holdout else 1,
+        eval_batch_size=len(holdout.users) if holdout else None,
         epochs=epochs,
         seed=seed,
     )
@@ -205,8 +180,7 @@ def train_collaborative(
         cast(FISMModel, model), interactions.users, interactions.items
     )
     if smoothed and holdout is not None:
-        users = model.user_embeddings().cpu()[holdout.users]
-        result.metrics |= _dot_product_metrics(users, model.item_embeddings().cpu(), holdout, interactions)
+        result.metrics |= metrics(model.user_embeddings().cpu()[holdout.users])
     return result
 
 
@@ -243,7 +217,6 @@ def train_mq_tokenizer(
         settings,
         folder,
         dataset,
-        _as_is,
         name=f"{kind} MQ-Tokenizer",
         shown=("usage", "unique", "reconstruction_error"),
         evaluation=dataset,
@@ -292,7 +265,7 @@ def train_retrieval(
         settings,
         folder,
         PromptDataset.for_training(interactions),
-        collator,
+        collator=collator,
         name="T5 retrieval",
         evaluation=evaluation,
         compute_metrics=metrics,
@@ -307,17 +280,7 @@ def by_history_length(holdout: Holdout, interactions: InteractionMatrix) -> Hold
     return Holdout(holdout.users[order], holdout.targets[order])
 
 
-def _dot_product_metrics(
-    users: torch.Tensor, items: torch.Tensor, holdout: Holdout, interactions: InteractionMatrix
-) -> dict[str, float]:
-    """Metrics of the users `[n, d]` of a holdout, with all items `[num_items, d]` ranked by the dot product."""
-    return evaluate_embeddings(users, items, holdout.targets, *interactions.of_users(holdout.users), cosine=False)
-
-
-Batch = dict[str, torch.Tensor]
-
-
-def _as_is(batch: Batch) -> Batch:
+def _as_is(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return batch
 
 
@@ -326,9 +289,9 @@ def _fit(
     settings: StageSettings,
     folder: Path,
     dataset: HistoryDataset | InteractionDataset | VectorDataset | PromptDataset,
-    collator: Callable[..., Batch],
     *,
     name: str,
+    collator: Callable[..., dict[str, torch.Tensor]] = _as_is,
     shown: Sequence[str] = ("hr@20", SELECT_BY),
     evaluation: Dataset | None = None,
     compute_metrics: Callable[[EvalPrediction], dict[str, float]],
@@ -339,47 +302,21 @@ def _fit(
 ) -> StageResult[Model]:
     """Trains a model with `Trainer`; see the stages for the arguments."""
     steps_per_epoch = math.ceil(len(dataset) / _examples_per_step(settings))
-    selects = isinstance(settings, SelectedStageSettings) and evaluation is not None
-    arguments = _training_arguments(
-        settings, folder, steps_per_epoch, evaluates=evaluation is not None, selects=selects
-    )
-    if eval_batch_size is not None:
-        arguments["per_device_eval_batch_size"] = eval_batch_size
+    chosen, evaluates, selects = {"seed": seed, **settings.training}, evaluation is not None, False
     callbacks: list[TrainerCallback] = [Progress(name, shown)]
-    if hasattr(dataset, "set_epoch"):
+    if not isinstance(dataset, VectorDataset):
         callbacks.append(SetEpoch(dataset))
-    if isinstance(settings, SelectedStageSettings) and selects:
-        callbacks.append(EarlyStoppingCallback(settings.patience))
-    callbacks.append(StopAt(max(1, round(epochs * steps_per_epoch)) if epochs is not None else math.inf))
-    trainer = _Trainer(
-        model=model,
-        args=TrainingArguments(**{"seed": seed, **arguments}),
-        data_collator=collator,
-        train_dataset=dataset,
-        eval_dataset=evaluation,
-        compute_metrics=compute_metrics if evaluation is not None else None,
-        preprocess_logits_for_metrics=preprocess_logits,
-        callbacks=callbacks,
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=_last_whole_checkpoint(folder))
-    metrics = _evaluations(trainer, selects)
-    model.eval()
-    best = trainer.state.best_global_step if selects else None
-    return StageResult(model, (best or trainer.state.global_step) / steps_per_epoch, metrics)
-
-
-def _training_arguments(
-    settings: StageSettings, folder: Path, steps_per_epoch: int, *, evaluates: bool, selects: bool
-) -> dict[str, Setting]:
-    """The `TrainingArguments` of a stage; those of the recipe come last and win."""
-    chosen = dict(settings.training)
-    if isinstance(settings, SelectedStageSettings) and settings.most_steps and "num_train_epochs" in chosen:
-        most = max(1, round(settings.most_steps / steps_per_epoch))
-        chosen["num_train_epochs"] = min(chosen["num_train_epochs"], most)
-    unit = 1 if "max_steps" in chosen else steps_per_epoch
-    every = max(1, round(settings.evaluate_every * unit))
-    return {
+    if isinstance(settings, SelectedStageSettings):
+        selects = evaluates
+        callbacks += [EarlyStoppingCallback(settings.patience)] * selects
+        if settings.most_steps and "num_train_epochs" in chosen:
+            most = max(1, round(settings.most_steps / steps_per_epoch))
+            chosen["num_train_epochs"] = min(chosen["num_train_epochs"], most)
+    callbacks.append(StopAt(math.inf if epochs is None else max(1, round(epochs * steps_per_epoch))))
+    if eval_batch_size is not None:
+        chosen["per_device_eval_batch_size"] = eval_batch_size
+    every = max(1, round(settings.evaluate_every * (1 if "max_steps" in chosen else steps_per_epoch)))
+    arguments = {
         "output_dir": str(folder),
         "eval_strategy": "steps" if evaluates else "no",
         "eval_steps": every,
@@ -400,6 +337,29 @@ def _training_arguments(
         "ddp_find_unused_parameters": False,
         **chosen,
     }
+    trainer = _Trainer(
+        model=model,
+        args=TrainingArguments(**arguments),
+        data_collator=collator,
+        train_dataset=dataset,
+        eval_dataset=evaluation,
+        compute_metrics=compute_metrics if evaluates else None,
+        preprocess_logits_for_metrics=preprocess_logits,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=_last_whole_checkpoint(folder))
+    model.eval()
+    state = trainer.state
+    best = state.best_global_step if selects else None
+    evaluations = [entry for entry in state.log_history if "eval_runtime" in entry and best in (None, entry["step"])]
+    timings = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+    metrics = {
+        key.removeprefix("eval_"): value
+        for key, value in (evaluations[-1] if evaluations else {}).items()
+        if key.startswith("eval_") and key not in timings
+    }
+    return StageResult(model, (best or state.global_step) / steps_per_epoch, metrics)
 
 
 def _examples_per_step(settings: StageSettings) -> int:
@@ -417,14 +377,3 @@ def _last_whole_checkpoint(folder: Path) -> str | None:
             return last
         shutil.rmtree(last)
     return None
-
-
-def _evaluations(trainer: Trainer, selects: bool) -> dict[str, float]:
-    """The metrics logged at the step of the best model (or of the last evaluation)."""
-    found = [entry for entry in trainer.state.log_history if any(key.startswith("eval_") for key in entry)]
-    if selects:
-        found = [entry for entry in found if entry["step"] == trainer.state.best_global_step]
-    if not found:
-        return {}
-    timings = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
-    return {key[5:]: value for key, value in found[-1].items() if key.startswith("eval_") and key not in timings}
