@@ -165,15 +165,21 @@ class DataCollatorForGenerativeRetrieval:
             shown = _latest(past, np.where(self.uses_history[template], self._fitting(template), 0))
             labels[wanted.rows, wanted.ranks] = wanted.values
             if self.pool_history is not None and self.user_mq is not None:
-                vectors = self._pooled(past)
-                user_tokens = self._with_codes(user_tokens, vectors, past.lengths)
+                ages = past.lengths[past.rows] - 1 - past.ranks
+                rows, items, ages = (torch.from_numpy(values) for values in (past.rows, past.values, ages))
+                with torch.no_grad():
+                    vectors = self.pool_history(rows, items, ages, len(past))  # [B, d]
+                known = past.lengths[:, None] > 0
+                codes = self.user_mq.encode(vectors).numpy()  # [B, K]
+                count = codes.shape[1]
+                fresh = self.user_code_tokens[np.arange(count), codes]
+                user_tokens[:, -count:] = np.where(known, fresh, user_tokens[:, -count:])
                 if embeds is not None:
-                    embeds = torch.where(torch.from_numpy(past.lengths > 0)[:, None], vectors, embeds)
+                    embeds = torch.where(torch.from_numpy(known), vectors, embeds)
         else:
             past = shown = self._whole_history(users, epoch, template)
             labels[:, 0] = targets
-        batch = self._assemble(user_tokens, template, shown)
-        batch["labels"] = torch.from_numpy(labels)
+        batch = self._assemble(user_tokens, template, shown) | {"labels": torch.from_numpy(labels)}
         if self.num_negatives:
             negatives = self.interactions.sample_negatives(
                 users, self.num_negatives, seed=self.seed, epoch=epoch, examples=users, first_draw=_NEGATIVES
@@ -230,25 +236,6 @@ class DataCollatorForGenerativeRetrieval:
             order = shuffled_order(users, kept.rows, positions, self.seed, epoch, _HISTORY_ORDER)
             kept.values = kept.values[order]
         return kept
-
-    @torch.no_grad()
-    def _pooled(self, past: Ragged) -> torch.Tensor:
-        """Collaborative vectors of the pasts, `[B, d]`."""
-        assert self.pool_history is not None
-        ages = past.lengths[past.rows] - 1 - past.ranks
-        rows, items, ages = (torch.from_numpy(values) for values in (past.rows, past.values, ages))
-        return self.pool_history(rows, items, ages, len(past))
-
-    def _with_codes(self, user_tokens: np.ndarray, vectors: torch.Tensor, lengths: np.ndarray) -> np.ndarray:
-        """`user_tokens` `[B, E_u]` with the codes of `vectors` `[B, d]` for users with a past."""
-        assert self.user_mq is not None
-        codes = self.user_mq.encode(vectors).numpy()  # [B, K]
-        count = codes.shape[1]
-        tokens = user_tokens.copy()
-        tokens[:, -count:] = np.where(
-            lengths[:, None] > 0, self.user_code_tokens[np.arange(count), codes], tokens[:, -count:]
-        )
-        return tokens
 
     def _assemble(self, user_tokens: np.ndarray, template: np.ndarray, history: Ragged) -> dict[str, torch.Tensor]:
         """`input_ids` and `attention_mask` of the prompts, `[B, T]`."""
