@@ -149,7 +149,8 @@ class DataCollatorForGenerativeRetrieval:
         self.capacity = np.minimum((max_length - self.static) // self.item_tokens.shape[1], max_history)
         if (self.capacity[self.uses_history] < 1).any():
             raise ValueError(f"max_length={max_length} leaves no room for a single history item; raise it.")
-        self.train_history = min(train_history or max_history, max_history)
+        # Items of the longest history that a training prompt shows, [templates].
+        self.training_capacity = np.minimum(train_history or max_history, self.capacity)
 
     def __call__(self, features: Sequence[dict[str, int]]) -> dict[str, torch.Tensor]:
         """Makes a batch, see the class."""
@@ -162,7 +163,7 @@ class DataCollatorForGenerativeRetrieval:
         labels = np.full((len(users), self.targets_per_prompt), IGNORED)
         if targets is None:
             past, _, wanted = self._split(users, epoch, template)
-            shown = _latest(past, np.where(self.uses_history[template], self._fitting(template), 0))
+            shown = _latest(past, np.where(self.uses_history[template], self.training_capacity[template], 0))
             labels[wanted.rows, wanted.ranks] = wanted.values
             if self.pool_history is not None and self.user_mq is not None:
                 ages = past.lengths[past.rows] - 1 - past.ranks
@@ -203,16 +204,12 @@ class DataCollatorForGenerativeRetrieval:
         plain = self.plain_pool[bounded(random, len(self.plain_pool))]
         return np.where(short & self.uses_history[template], plain, template)
 
-    def _fitting(self, template: np.ndarray) -> np.ndarray:
-        """Items of the longest history that a training prompt shows, `[B]`."""
-        return np.minimum(self.train_history, self.capacity[template])
-
     def _split(self, users: np.ndarray, epoch: int, template: np.ndarray) -> HistorySplit:
         """The interactions of each user, split into past and targets."""
         histories = self.interactions.histories.take(users)
         longest = histories.lengths - 1
         if self.shuffle_history:
-            longest = np.minimum(longest, self._fitting(template))
+            longest = np.minimum(longest, self.training_capacity[template])
         # Without an MQ-Tokenizer for the past, only a template with a history has one.
         known = (histories.lengths > 1) & (self.uses_history[template] | (self.user_mq is not None))
         return split_histories(
