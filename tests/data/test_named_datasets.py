@@ -122,7 +122,7 @@ def test_a_file_with_a_wrong_checksum_is_deleted_from_the_cache(publish, tmp_pat
     publish("ml-100k", MOVIES, md5="0" * 32)
     with pytest.raises(
         ValueError,
-        match=f"has the MD5 checksum {hashlib.md5(MOVIES).hexdigest()} instead of 0000.* and was deleted; try again",
+        match=rf"ml-100k.zip\) does not match the known hash: expected md5:0000.* got {hashlib.md5(MOVIES).hexdigest()}",
     ):
         locate("ml-100k")
     assert os.listdir(tmp_path / "cache") == []

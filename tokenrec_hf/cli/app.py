@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from ..models.recommender import Recommendation, Recommender
     from ..repository.repository import Repository
 
-# Data sets with item titles.
-TITLED = ("demo", "ml-100k")
+    Found = Sequence[Recommendation]
+
 # The value of a setting or a metadata filter.
 Scalar = Any
 
@@ -83,9 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     commands: Any = typer.main.get_command(app)
     command = commands.commands.get(arguments[0]) if arguments else None
-    name = "tokenrec" if command is None else f"tokenrec {command.name}"
+    name = "tokenrec"
     if command is not None:
-        arguments = _repeat_options(arguments, command)
+        name, arguments = f"tokenrec {command.name}", _repeat_options(arguments, command)
     try:
         status = commands.main(arguments, prog_name="tokenrec", standalone_mode=False)
     except typer.TyperException as error:
@@ -104,13 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(*examples: str, show: Callable[[Document], Blocks], **settings: Any) -> Callable:
-    """Registers a command with the name, the docstring and the options of a function, and with `--json`.
-
-    Args:
-        examples: command lines at the end of the help.
-        show: makes text of the document that the function returns.
-        settings: further arguments of `typer.Typer.command`.
-    """
+    """Registers a function as a command, with `--json`, and with `show` to make text of the document that it returns."""
 
     def register(function: Callable[..., Document]) -> Callable[..., Document]:
         def run(as_json: bool, **arguments: Any) -> int:
@@ -170,7 +164,9 @@ def quickstart(
 
     _quiet()
     splits = leave_one_out(load_interactions("demo"))
-    finished = _is_finished(output_dir)
+    finished = False
+    with contextlib.suppress(FileNotFoundError):
+        finished = _open_local(output_dir).info()["finished"]
     if not finished:
         note(
             "training on the demo data set: a collaborative model (LightGCN), two MQ-Tokenizers and a T5, first to select the "
@@ -242,18 +238,18 @@ def train(
     from ..repository import build
 
     _quiet()
-    interactions = load_interactions(
-        dataset,
-        user_column=user_column,
-        item_column=item_column,
-        rating_column=rating_column,
-        timestamp_column=timestamp_column,
-        min_rating=min_rating,
-        k_core=k_core,
+    splits = leave_one_out(
+        load_interactions(
+            dataset,
+            user_column=user_column,
+            item_column=item_column,
+            rating_column=rating_column,
+            timestamp_column=timestamp_column,
+            min_rating=min_rating,
+            k_core=k_core,
+        )
     )
-    trained = build.train(
-        leave_one_out(interactions), loaded, output_dir, dataset_name=name, refit=not no_refit, log=note
-    )
+    trained = build.train(splits, loaded, output_dir, dataset_name=name, refit=not no_refit, log=note)
     return {"repository": output_dir, **trained.metrics}
 
 
@@ -452,11 +448,7 @@ def _repeat_options(arguments: Sequence[str], command: TyperCommand) -> list[str
 
 
 def read_settings(arguments: Sequence[str]) -> dict[str, Scalar]:
-    """`--a.b 1 --c=x --flag` as settings by dotted name; names without dots are fields of T5's `TrainingArguments`.
-
-    Raises:
-        UsageError: a value without a name.
-    """
+    """`--a.b 1 --c=x --flag` as settings by dotted name; names without dots are fields of T5's `TrainingArguments`."""
     settings: dict[str, Scalar] = {}
     pending = ""
     for argument in arguments:
@@ -483,11 +475,7 @@ def read_scalar(text: str) -> Scalar:
 
 
 def read_where(pairs: Iterable[str]) -> dict[str, list[Scalar]]:
-    """`genre=jazz genre=folk in_stock=true` as `{"genre": ["jazz", "folk"], "in_stock": [True]}`.
-
-    Raises:
-        UsageError: a filter is not NAME=VALUE.
-    """
+    """`genre=jazz genre=folk in_stock=true` as `{"genre": ["jazz", "folk"], "in_stock": [True]}`."""
     where: dict[str, list[Scalar]] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
@@ -498,11 +486,7 @@ def read_where(pairs: Iterable[str]) -> dict[str, list[Scalar]]:
 
 
 def _dataset_name(dataset: str) -> str:
-    """The name to record: without the local path, and with a slash for a folder, which may be named like a data set.
-
-    Raises:
-        FileNotFoundError: there is no such data set.
-    """
+    """The name to record: without the local path, and with a slash for a folder, which may be named like a data set."""
     from ..data.interactions import HUB, load_interactions
     from ..data.named_datasets import DATA_SOURCES
 
@@ -550,13 +534,6 @@ def _open_local(name: str) -> Repository:
     return _open(name)
 
 
-def _is_finished(folder: str) -> bool:
-    try:
-        return _open_local(folder).info()["finished"]
-    except FileNotFoundError:
-        return False
-
-
 def _recommender(name: str, revision: str | None, store: str | None) -> tuple[Recommender, dict[str, str]]:
     """The recommender of a repository, and the titles of its items."""
     repository = _open(name, revision)
@@ -572,11 +549,7 @@ def _store(uri: str | None) -> Store | None:
 
 
 def _recommendations(
-    recommender: Recommender,
-    titles: Mapping[str, str],
-    user: str | None,
-    history: list[str] | None,
-    found: Sequence[Recommendation],
+    recommender: Recommender, titles: dict[str, str], user: str | None, history: list[str] | None, found: Found
 ) -> Document:
     return {
         "user": user,
@@ -586,7 +559,7 @@ def _recommendations(
     }
 
 
-def _ranked(recommender: Recommender, titles: Mapping[str, str], found: Sequence[Recommendation]) -> list[Document]:
+def _ranked(recommender: Recommender, titles: dict[str, str], found: Found) -> list[Document]:
     """Items with rank, tokens and title."""
     tokens = _tokens(recommender, "item", [row["item"] for row in found])
     return [
@@ -606,7 +579,7 @@ def _titles(dataset: str | None) -> dict[str, str]:
     from ..data.named_datasets import load_item_titles
 
     try:
-        return load_item_titles(dataset) if dataset in TITLED else {}
+        return load_item_titles(dataset) if dataset in ("demo", "ml-100k") else {}
     except OSError:
         return {}
 

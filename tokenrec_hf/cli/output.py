@@ -72,26 +72,18 @@ def show_train(document: Document) -> Blocks:
 
 
 def show_evaluation(document: Document) -> Blocks:
-    """A row for each metric and a column for each method; or the checks of an audit."""
+    """A row for each metric and a column for each method; or a row for each check of an audit, and the verdict."""
     if "checks" in document:
-        yield from _checks(document)
+        checks = document["checks"]
+        yield _table((), [[_VERDICTS[one["passed"]], one["run"], one["name"], one["finding"]] for one in checks])
+        passed = [check["passed"] for check in checks]
+        counts = [f"{passed.count(outcome)} {word}" for outcome, word in _VERDICTS.items() if outcome in passed]
+        yield f"{'No leak was found' if document['passed'] else 'The audit has FAILED'}: {', '.join(counts)}."
         return
     metrics = document["metrics"]
     yield f"{document['split']}, {document['users']} users"
-    yield _table(
-        ["", *(LABELS[name] for name in metrics)],
-        [[key, *(_number(values.get(key)) for values in metrics.values())] for key in metrics[document["variant"]]],
-    )
-
-
-def _checks(document: Document) -> Blocks:
-    """A row for each check, and the verdict."""
-    checks = document["checks"]
-    yield _table((), [[_VERDICTS[one["passed"]], one["run"], one["name"], one["finding"]] for one in checks])
-    passed = [check["passed"] for check in checks]
-    counts = [f"{passed.count(outcome)} {word}" for outcome, word in _VERDICTS.items() if outcome in passed]
-    verdict = "No leak was found" if document["passed"] else "The audit has FAILED"
-    yield f"{verdict}: {', '.join(counts)}."
+    rows = [[key, *(_number(own.get(key)) for own in metrics.values())] for key in metrics[document["variant"]]]
+    yield _table(["", *(LABELS[name] for name in metrics)], rows)
 
 
 def show_recommendations(document: Document, held_out: str | None = None) -> Blocks:
@@ -119,14 +111,13 @@ def show_push(document: Document) -> Blocks:
 
 def show_addition(document: Document) -> Blocks:
     """The number of added users and items, and the reconstruction errors of their codes."""
-    lines = [
-        f"{document['users']} users and {document['items']} items are new, {document['users_changed']} users and "
-        f"{document['items_changed']} items have new vectors, {document['interactions']} interactions were recorded "
-        f"({document['seconds']:.1f} s)."
-    ]
-    for kind, error in document["reconstruction_error"].items():
-        lines.append(f"The codes of these {kind}s lose {error:.1%} of the variance.")
-    yield "\n".join([*lines, f"Next:\n  tokenrec info {document['repository']}"])
+    counts = (
+        "{users} users and {items} items are new, {users_changed} users and {items_changed} items have new vectors, "
+        "{interactions} interactions were recorded ({seconds:.1f} s)."
+    ).format(**document)
+    errors = document["reconstruction_error"].items()
+    lost = (f"The codes of these {kind}s lose {error:.1%} of the variance." for kind, error in errors)
+    yield "\n".join([counts, *lost, f"Next:\n  tokenrec info {document['repository']}"])
 
 
 def show_removal(document: Document) -> Blocks:
@@ -170,23 +161,20 @@ def _facts(document: Document) -> Iterable[tuple[str, str]]:
 
 def _items(rows: Sequence[Document], held_out: str | None = None) -> Table:
     titled = any(row["title"] for row in rows)
-    cells = [
-        [str(row["rank"]), row["item"], _number(row["score"]), row["tokens"], *[row["title"] or ""] * titled]
-        for row in rows
-    ]
-    for row, line in zip(rows, cells):
-        line[-1] += " *" * (row["item"] == held_out)
-    return _table(["rank", "item", "score", "tokens", *["title"] * titled], cells)
+    table = _table(["rank", "item", "score", "tokens", *["title"] * titled], ())
+    for row in rows:
+        cells = [str(row["rank"]), row["item"], _number(row["score"]), row["tokens"], *[row["title"] or ""] * titled]
+        cells[-1] += " *" * (row["item"] == held_out)
+        table.add_row(*cells)
+    return table
 
 
 def _results(metrics: Mapping[str, Any], names: Iterable[str]) -> Table:
     """A row for each method and a column for each metric of each split."""
     splits = [split for split in ("validation", "test") if metrics.get(split)]
     header = [f"{split if key is SHOWN[0] else ''}\n{key.upper()}" for split in splits for key in SHOWN]
-    rows = [
-        [LABELS[name], *(_number(metrics[split][name][key]) for split in splits for key in SHOWN)] for name in names
-    ]
-    return _table(["", *header], rows)
+    values = {name: [_number(metrics[split][name][key]) for split in splits for key in SHOWN] for name in names}
+    return _table(["", *header], [[LABELS[name], *row] for name, row in values.items()])
 
 
 def _code_statistics(codes: Mapping[str, Mapping[str, float]]) -> Table:

@@ -149,7 +149,8 @@ class DataCollatorForGenerativeRetrieval:
         self.capacity = np.minimum((max_length - self.static) // self.item_tokens.shape[1], max_history)
         if (self.capacity[self.uses_history] < 1).any():
             raise ValueError(f"max_length={max_length} leaves no room for a single history item; raise it.")
-        self.train_history = min(train_history or max_history, max_history)
+        # Items of the longest history that a training prompt shows, [templates].
+        self.training_capacity = np.minimum(train_history or max_history, self.capacity)
 
     def __call__(self, features: Sequence[dict[str, int]]) -> dict[str, torch.Tensor]:
         """Makes a batch, see the class."""
@@ -162,18 +163,24 @@ class DataCollatorForGenerativeRetrieval:
         labels = np.full((len(users), self.targets_per_prompt), IGNORED)
         if targets is None:
             past, _, wanted = self._split(users, epoch, template)
-            shown = _latest(past, np.where(self.uses_history[template], self._fitting(template), 0))
+            shown = _latest(past, np.where(self.uses_history[template], self.training_capacity[template], 0))
             labels[wanted.rows, wanted.ranks] = wanted.values
             if self.pool_history is not None and self.user_mq is not None:
-                vectors = self._pooled(past)
-                user_tokens = self._with_codes(user_tokens, vectors, past.lengths)
+                ages = past.lengths[past.rows] - 1 - past.ranks
+                rows, items, ages = (torch.from_numpy(values) for values in (past.rows, past.values, ages))
+                with torch.no_grad():
+                    vectors = self.pool_history(rows, items, ages, len(past))  # [B, d]
+                known = past.lengths[:, None] > 0
+                codes = self.user_mq.encode(vectors).numpy()  # [B, K]
+                count = codes.shape[1]
+                fresh = self.user_code_tokens[np.arange(count), codes]
+                user_tokens[:, -count:] = np.where(known, fresh, user_tokens[:, -count:])
                 if embeds is not None:
-                    embeds = torch.where(torch.from_numpy(past.lengths > 0)[:, None], vectors, embeds)
+                    embeds = torch.where(torch.from_numpy(known), vectors, embeds)
         else:
             past = shown = self._whole_history(users, epoch, template)
             labels[:, 0] = targets
-        batch = self._assemble(user_tokens, template, shown)
-        batch["labels"] = torch.from_numpy(labels)
+        batch = self._assemble(user_tokens, template, shown) | {"labels": torch.from_numpy(labels)}
         if self.num_negatives:
             negatives = self.interactions.sample_negatives(
                 users, self.num_negatives, seed=self.seed, epoch=epoch, examples=users, first_draw=_NEGATIVES
@@ -197,16 +204,12 @@ class DataCollatorForGenerativeRetrieval:
         plain = self.plain_pool[bounded(random, len(self.plain_pool))]
         return np.where(short & self.uses_history[template], plain, template)
 
-    def _fitting(self, template: np.ndarray) -> np.ndarray:
-        """Items of the longest history that a training prompt shows, `[B]`."""
-        return np.minimum(self.train_history, self.capacity[template])
-
     def _split(self, users: np.ndarray, epoch: int, template: np.ndarray) -> HistorySplit:
         """The interactions of each user, split into past and targets."""
         histories = self.interactions.histories.take(users)
         longest = histories.lengths - 1
         if self.shuffle_history:
-            longest = np.minimum(longest, self._fitting(template))
+            longest = np.minimum(longest, self.training_capacity[template])
         # Without an MQ-Tokenizer for the past, only a template with a history has one.
         known = (histories.lengths > 1) & (self.uses_history[template] | (self.user_mq is not None))
         return split_histories(
@@ -230,25 +233,6 @@ class DataCollatorForGenerativeRetrieval:
             order = shuffled_order(users, kept.rows, positions, self.seed, epoch, _HISTORY_ORDER)
             kept.values = kept.values[order]
         return kept
-
-    @torch.no_grad()
-    def _pooled(self, past: Ragged) -> torch.Tensor:
-        """Collaborative vectors of the pasts, `[B, d]`."""
-        assert self.pool_history is not None
-        ages = past.lengths[past.rows] - 1 - past.ranks
-        rows, items, ages = (torch.from_numpy(values) for values in (past.rows, past.values, ages))
-        return self.pool_history(rows, items, ages, len(past))
-
-    def _with_codes(self, user_tokens: np.ndarray, vectors: torch.Tensor, lengths: np.ndarray) -> np.ndarray:
-        """`user_tokens` `[B, E_u]` with the codes of `vectors` `[B, d]` for users with a past."""
-        assert self.user_mq is not None
-        codes = self.user_mq.encode(vectors).numpy()  # [B, K]
-        count = codes.shape[1]
-        tokens = user_tokens.copy()
-        tokens[:, -count:] = np.where(
-            lengths[:, None] > 0, self.user_code_tokens[np.arange(count), codes], tokens[:, -count:]
-        )
-        return tokens
 
     def _assemble(self, user_tokens: np.ndarray, template: np.ndarray, history: Ragged) -> dict[str, torch.Tensor]:
         """`input_ids` and `attention_mask` of the prompts, `[B, T]`."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from datasets import Dataset, IterableDataset, load_dataset
 
 from ..models.codes import check_ids
 from .demo import demo_interactions
-from .named_datasets import DATA_SOURCES, DataSource, locate
+from .named_datasets import DATA_SOURCES, locate
 from .reading import RawFile, read_table
 
 logger = logging.getLogger(__name__)
@@ -76,7 +75,7 @@ def load_interactions(
         raise ValueError(f"k_core is {k_core}; it must be 1 (drop no user and no item) or more.")
     asked = {"user": user_column, "item": item_column, "rating": rating_column, "timestamp": timestamp_column}
     known = DATA_SOURCES.get(source) if isinstance(source, str) else None
-    raw = source if isinstance(source, (Dataset, IterableDataset)) else _find(source)
+    raw = _find(source)
     origin = str(raw) if isinstance(raw, RawFile) else "the data set"
     table = read_table(raw, asked, origin)
     if min_rating is not None and "rating" not in table.column_names:
@@ -87,14 +86,19 @@ def load_interactions(
     standard = known.k_core if known and isinstance(raw, RawFile) and not raw.path.is_dir() else 1
     interactions = _clean(table, origin, min_rating, k_core or standard)
     if known and min_rating is None and k_core is None:
-        _compare_counts(interactions, known, origin)
+        found = len(interactions.unique("user_id")), len(interactions.unique("item_id")), len(interactions)
+        if found != known.counts:
+            text = "%s gives %d users, %d items and %d interactions, but %s is known to have %d, %d and %d."
+            logger.warning(text, origin, *found, known.name, *known.counts)
     return interactions
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _find(source: str | os.PathLike) -> RawFile | Dataset:
+def _find(source: str | os.PathLike | Dataset | IterableDataset) -> RawFile | Dataset | IterableDataset:
+    if isinstance(source, (Dataset, IterableDataset)):
+        return source
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(
             f"interactions come from a name, a path or one datasets.Dataset, not from a {type(source).__name__}."
@@ -104,7 +108,15 @@ def _find(source: str | os.PathLike) -> RawFile | Dataset:
     if isinstance(source, str) and source in DATA_SOURCES:
         return locate(source)
     if isinstance(source, str) and source.startswith(HUB):
-        return _from_hub(source)
+        name, _, revision = source.removeprefix(HUB).partition("@")
+        try:
+            return load_dataset(name, revision=revision or None, split="train")
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().split("\n")[0].rstrip(".")
+            raise FileNotFoundError(
+                f"{source} could not be read ({reason}); check the name and the connection, and log in with "
+                "`hf auth login` if it is private."
+            ) from error
     path = Path(source).expanduser()
     if not path.exists():
         names = ", ".join(["demo", *DATA_SOURCES])
@@ -115,30 +127,20 @@ def _find(source: str | os.PathLike) -> RawFile | Dataset:
     return RawFile(path)
 
 
-def _from_hub(uri: str) -> Dataset:
-    name, _, revision = uri.removeprefix(HUB).partition("@")
-    try:
-        return load_dataset(name, revision=revision or None, split="train")
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise FileNotFoundError(
-            f"{uri} could not be read ({reason}); check the name and the connection, and log in with `hf auth login` if "
-            "it is private."
-        ) from error
-
-
 def _clean(table: pa.Table, origin: str, min_rating: float | None, k_core: int) -> Dataset:
     if not table.num_rows:
         raise ValueError(f"{origin} holds no interactions.")
     users, user_ids = _ids(table["user"], "user id", origin)
     items, item_ids = _ids(table["item"], "item id", origin)
-    timestamps = _timestamps(table["timestamp"], origin) if "timestamp" in table.column_names else None
-    ratings = _ratings(table["rating"], origin) if "rating" in table.column_names else None
+    ratings, timestamps = (
+        _numbers(table[name], name, origin) if name in table.column_names else None for name in ("rating", "timestamp")
+    )
 
     order = time_order(users, timestamps)
     if min_rating is not None and ratings is not None:
         order = order[ratings[order] >= min_rating]
-    order = order[_first_of_each(users[order], items[order])]
+    pairs = users[order] * len(item_ids) + items[order]
+    order = order[np.sort(np.unique(pairs, return_index=True)[1])]  # the first of each pair
     order = order[_in_k_core(users[order], items[order], k_core)]
     if not len(order):
         filters = [f"min_rating={min_rating}"] * (min_rating is not None) + [f"k_core={k_core}"] * (k_core > 1)
@@ -187,38 +189,39 @@ def _ids(column: pa.ChunkedArray, kind: str, origin: str) -> tuple[np.ndarray, p
     return codes, values
 
 
-def _ratings(column: pa.ChunkedArray, origin: str) -> np.ndarray:
-    return _finite(_parsed(column, [pa.float64()], "rating", "a number", origin), "rating", origin)
-
-
-def _timestamps(column: pa.ChunkedArray, origin: str) -> np.ndarray:
-    """Times as int64, or as float64 if some have fractions."""
-    kinds = [pa.int64(), pa.float64(), *_TIMES]
-    column = _parsed(column, kinds, "timestamp", "a number or an ISO 8601 date such as 2024-05-17T09:30:00", origin)
-    if pa.types.is_date(column.type) or pa.types.is_timestamp(column.type):
+def _numbers(column: pa.ChunkedArray, name: str, origin: str) -> np.ndarray:
+    """Ratings or timestamps `[n]`: int64 if all are whole, else float64. Text is read as the first type that fits all of it."""
+    kinds, expected = [pa.int64(), pa.float64()], "a number"
+    if name == "timestamp":
+        kinds, expected = kinds + _TIMES, "a number or an ISO 8601 date such as 2024-05-17T09:30:00"
+    if _is_text(column.type):
+        kind = next((kind for kind in kinds if _fits(column, kind)), None)
+        if kind is None:
+            for row, value in enumerate(column, 1):
+                if not any(_fits(value, kind) for kind in kinds):
+                    raise ValueError(f"{origin}: the {name} {value.as_py()!r} of row {row} is not {expected}.")
+            raise ValueError(
+                f"{origin}: the {name}s are written in more than one way; each must be {expected}, all alike."
+            )
+        column = column.cast(kind)
+    if name == "timestamp" and (pa.types.is_date(column.type) or pa.types.is_timestamp(column.type)):
         # float64 holds microseconds of our time; nanoseconds are cut off.
         unit = pa.timestamp("us", getattr(column.type, "tz", None))
         microseconds = column.cast(options=pc.CastOptions(unit, allow_time_truncate=True)).cast(pa.int64())
         column = pc.divide(microseconds.cast(pa.float64()), 1e6)
-    values = _finite(column, "timestamp", origin)
+    try:
+        values = column.to_numpy() if pa.types.is_integer(column.type) else column.cast(pa.float64()).to_numpy()
+    except pa.ArrowException as error:
+        raise ValueError(f"{origin}: the {name}s are of type {column.type}, not numbers.") from error
+    bad = ~np.isfinite(values)
+    if bad.any():
+        raise ValueError(
+            f"{origin}: {bad.sum()} of {len(values)} rows have no finite {name}, the first of them row "
+            f"{np.argmax(bad) + 1}; remove or complete them."
+        )
     if values.dtype.kind == "f" and (values == np.floor(values)).all() and np.abs(values).max() < 2**53:
         return values.astype(np.int64)
     return values
-
-
-def _parsed(
-    column: pa.ChunkedArray, kinds: Sequence[pa.DataType], name: str, expected: str, origin: str
-) -> pa.ChunkedArray:
-    """Text as the first of the Arrow types `kinds` that fits all of it; other columns unchanged."""
-    if not _is_text(column.type):
-        return column
-    for kind in kinds:
-        if _fits(column, kind):
-            return column.cast(kind)
-    for row, value in enumerate(column, 1):
-        if not any(_fits(value, kind) for kind in kinds):
-            raise ValueError(f"{origin}: the {name} {value.as_py()!r} of row {row} is not {expected}.")
-    raise ValueError(f"{origin}: the {name}s are written in more than one way; each must be {expected}, all alike.")
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -233,26 +236,6 @@ def _fits(text: pa.ChunkedArray | pa.Scalar, kind: pa.DataType) -> bool:
     return True
 
 
-def _finite(column: pa.ChunkedArray, name: str, origin: str) -> np.ndarray:
-    try:
-        values = column.to_numpy() if pa.types.is_integer(column.type) else column.cast(pa.float64()).to_numpy()
-    except pa.ArrowException as error:
-        raise ValueError(f"{origin}: the {name}s are of type {column.type}, not numbers.") from error
-    bad = ~np.isfinite(values)
-    if bad.any():
-        raise ValueError(
-            f"{origin}: {bad.sum()} of {len(values)} rows have no finite {name}, the first of them row "
-            f"{np.argmax(bad) + 1}; remove or complete them."
-        )
-    return values
-
-
-def _first_of_each(users: np.ndarray, items: np.ndarray) -> np.ndarray:
-    """The positions of the first of each (user, item) pair, ascending."""
-    pairs = users * (items.max(initial=0) + 1) + items
-    return np.sort(np.unique(pairs, return_index=True)[1])
-
-
 def _in_k_core(users: np.ndarray, items: np.ndarray, k: int) -> np.ndarray:
     """The positions of the interactions in the k-core. To drop a user may push an item below k, and so on."""
     rows = np.arange(len(users))
@@ -262,12 +245,3 @@ def _in_k_core(users: np.ndarray, items: np.ndarray, k: int) -> np.ndarray:
         if keep.all():
             return rows
         rows = rows[keep]
-
-
-def _compare_counts(interactions: Dataset, known: DataSource, origin: str) -> None:
-    found = len(interactions.unique("user_id")), len(interactions.unique("item_id")), len(interactions)
-    if found != known.counts:
-        logger.warning(
-            "%s gives %d users, %d items and %d interactions, but %s is known to have %d, %d and %d.",
-            origin, *found, known.name, *known.counts,
-        )  # fmt: skip

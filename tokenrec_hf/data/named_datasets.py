@@ -10,8 +10,8 @@ import gzip
 import logging
 import os
 import zlib
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pooch
 from requests.exceptions import ChunkedEncodingError, RequestException
@@ -55,20 +55,6 @@ class DataSource:
     def file_name(self) -> str:
         """The name of the downloaded file."""
         return self.url.rsplit("/", 1)[-1]
-
-    def downloaded(self, path: Path) -> RawFile:
-        """The file of interactions in the owner's file at `path`."""
-        return RawFile(path, self.member, self.delimiter, self.columns)
-
-    def places(self, folder: Path) -> list[RawFile]:
-        """The possible files of the set in its own folder: prepared, atomic, unpacked, or as downloaded."""
-        unpacked = PurePosixPath(self.member or self.file_name).name
-        return [
-            RawFile(folder / "train.txt"),
-            RawFile(folder / f"{self.name}.inter"),
-            RawFile(folder / unpacked, delimiter=self.delimiter, columns=self.columns),
-            self.downloaded(folder / self.file_name),
-        ]
 
 
 _RATING_COLUMNS = ("user_id", "item_id", "rating", "timestamp")
@@ -118,7 +104,7 @@ _SOURCES = (
         "clothing", f"{_AMAZON}/reviews_Clothing_Shoes_and_Jewelry_5.json.gz", (39_387, 23_033, 278_677), _AMAZON_TERMS
     ),
 )
-DATA_SOURCES: dict[str, DataSource] = {source.name: source for source in _SOURCES}
+DATA_SOURCES = {source.name: source for source in _SOURCES}
 
 
 def locate(name: str) -> RawFile:
@@ -138,17 +124,22 @@ def locate(name: str) -> RawFile:
         ValueError: the downloaded file is not the expected file.
     """
     source = DATA_SOURCES[name]
-    if folder := os.environ.get("TOKENREC_DATA_DIR"):
-        if not Path(folder).expanduser().is_dir():
-            raise FileNotFoundError(f"TOKENREC_DATA_DIR is {folder!r}, which is not a folder; correct or unset it.")
-        for raw in source.places(Path(folder).expanduser() / name):
-            if raw.path.is_file():
-                return RawFile(raw.path.parent) if raw.path.name == "train.txt" else raw
+    downloaded = RawFile(Path(source.file_name), source.member, source.delimiter, source.columns)
+    if data := os.environ.get("TOKENREC_DATA_DIR"):
+        if not Path(data).expanduser().is_dir():
+            raise FileNotFoundError(f"TOKENREC_DATA_DIR is {data!r}, which is not a folder; correct or unset it.")
+        folder = Path(data).expanduser() / name
+        if (folder / "train.txt").is_file():
+            return RawFile(folder)
+        unpacked = replace(downloaded, path=Path(Path(source.member or source.file_name).name), member=None)
+        for raw in (RawFile(Path(f"{name}.inter")), unpacked, downloaded):
+            if (folder / raw.path).is_file():
+                return replace(raw, path=folder / raw.path)
     cache = os.environ.get("TOKENREC_CACHE") or "~/.cache/tokenrec_hf/datasets"
     target = Path(cache).expanduser() / source.file_name
     if not target.is_file():
         _download(source, target)
-    return source.downloaded(target)
+    return replace(downloaded, path=target)
 
 
 def load_item_titles(source: str | os.PathLike) -> dict[str, str]:
@@ -163,11 +154,12 @@ def load_item_titles(source: str | os.PathLike) -> dict[str, str]:
     if source == "demo":
         return demo_titles()
     raw = locate(source) if source == "ml-100k" else RawFile(Path(source))
-    if raw.path.suffix in (".inter", ".item"):
-        raw, delimiter, encoding, header = RawFile(raw.path.with_suffix(".item")), "\t", "utf-8", True
+    header = raw.path.suffix in (".inter", ".item")
+    if header:
+        raw, delimiter, encoding = RawFile(raw.path.with_suffix(".item")), "\t", "utf-8"
     else:
         raw = RawFile(raw.path, "ml-100k/u.item") if raw.member else RawFile(raw.path.with_name("u.item"))
-        delimiter, encoding, header = "|", "latin-1", False
+        delimiter, encoding = "|", "latin-1"
     if not raw.path.is_file():
         return {}
     with raw.open() as stream:
@@ -190,31 +182,20 @@ def _download(source: DataSource, target: Path) -> None:
             # Without "identity", requests unpacks a file that the server sends packed, and the checksum would differ.
             headers = {"User-Agent": "tokenrec-hf", "Accept-Encoding": "identity"}
             pooch.HTTPDownloader(progressbar=bar, chunk_size=_CHUNK, headers=headers)(url, output_file, None)
-        _check(source, Path(output_file))
+        if source.md5 is None:
+            try:
+                with gzip.open(output_file) as stream:
+                    while stream.read(_CHUNK):
+                        pass
+            except (OSError, EOFError, zlib.error) as error:
+                raise ValueError(f"the file at {url} is not a whole gzip file ({error}); try again.") from error
 
     logger.warning("Terms of use of %s: %s", source.name, source.terms)
     pooch.get_logger().setLevel(logging.WARNING)
     try:
-        pooch.retrieve(source.url, known_hash=None, fname=target.name, path=target.parent, downloader=fetch)
+        known = source.md5 and f"md5:{source.md5}"
+        pooch.retrieve(source.url, known_hash=known, fname=target.name, path=target.parent, downloader=fetch)
     except ChunkedEncodingError as error:
         raise ConnectionError(f"the download of {source.url} stopped early ({error}); try again.") from error
     except RequestException as error:
         raise FileNotFoundError(absent % f"does not give it ({error})") from error
-
-
-def _check(source: DataSource, path: Path) -> None:
-    """Raises if a downloaded file has the wrong checksum or, without a published checksum, is not a whole gzip file."""
-    problem = None
-    if source.md5 is not None:
-        md5 = pooch.file_hash(str(path), alg="md5")
-        if md5 != source.md5:
-            problem = f"has the MD5 checksum {md5} instead of {source.md5}"
-    else:
-        try:
-            with gzip.open(path) as stream:
-                while stream.read(_CHUNK):
-                    pass
-        except (OSError, EOFError, zlib.error) as error:
-            problem = f"is not a whole gzip file ({error})"
-    if problem:
-        raise ValueError(f"the file at {source.url} {problem} and was deleted; try again, or see its owner's page.")

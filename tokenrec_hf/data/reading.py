@@ -98,7 +98,7 @@ def read_table(source: RawFile | Dataset | IterableDataset, asked: Mapping[str, 
         chosen = _choose_columns(names, asked, origin)
         arrow = source.select_columns(list(chosen.values())).with_format("arrow")
         table = arrow[:] if isinstance(arrow, Dataset) else pa.concat_tables(arrow.iter(batch_size=_BATCH_ROWS))
-        return _by_role(table, chosen)
+        return pa.table({role: table[name] for role, name in chosen.items()})
     if source.path.is_dir():
         return _read_sequences(source.path)
     delimiter = source.delimiter or _DELIMITERS.get(source.suffix)
@@ -110,7 +110,8 @@ def read_table(source: RawFile | Dataset | IterableDataset, asked: Mapping[str, 
         if source.suffix == ".parquet":
             file = pa_parquet.ParquetFile(source.path)
             chosen = _choose_columns(file.schema_arrow.names, asked, origin)
-            return _by_role(file.read(columns=list(chosen.values())), chosen)
+            table = file.read(columns=list(chosen.values()))
+            return pa.table({role: table[name] for role, name in chosen.items()})
     except UnicodeError as error:
         raise ValueError(f"{origin} is not UTF-8 text ({error}); save it as UTF-8.") from error
     except (pa.ArrowException, pd.errors.ParserError) as error:
@@ -252,11 +253,10 @@ def _match_columns(names: Sequence[str], asked: Mapping[str, str | None]) -> dic
     loose = {re.sub(r"[\W_]", "", name.split(":")[0].lower()): name for name in reversed(names)}
     found = {}
     for role, aliases in _ALIASES.items():
-        wanted = asked[role]
-        found[role] = (
-            next((loose[alias] for alias in aliases if alias in loose), None) if wanted is None else exact.get(wanted)
-        )
-    return {role: name for role, name in found.items() if name is not None}
+        wanted, known = (aliases, loose) if asked[role] is None else ((asked[role],), exact)
+        if name := next((known[name] for name in wanted if name in known), None):
+            found[role] = name
+    return found
 
 
 def _choose_columns(names: Sequence[str], asked: Mapping[str, str | None], origin: str) -> dict[str, str]:
@@ -273,7 +273,3 @@ def _choose_columns(names: Sequence[str], asked: Mapping[str, str | None], origi
                 f"Name the right one by {role}_column."
             )
     return chosen
-
-
-def _by_role(table: pa.Table, chosen: Mapping[str, str]) -> pa.Table:
-    return pa.table({role: table[name] for role, name in chosen.items()})

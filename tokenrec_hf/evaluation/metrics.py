@@ -14,12 +14,11 @@ import torch
 
 from ..models.embedding_store import stable_topk, unit_rows
 
-SeenPairs = tuple[torch.Tensor | np.ndarray, torch.Tensor | np.ndarray]
+Array = torch.Tensor | np.ndarray
+SeenPairs = tuple[Array, Array]
 
 
-def target_ranks(
-    scores: torch.Tensor | np.ndarray, targets: torch.Tensor | np.ndarray, seen: SeenPairs | None = None
-) -> torch.Tensor:
+def target_ranks(scores: Array, targets: Array, seen: SeenPairs | None = None) -> torch.Tensor:
     """The rank of each user's held-out item among the items that the user has not seen.
 
     The rank is pessimistic: an item that ties with the target is ranked above it, so a model that gives all items the same
@@ -37,23 +36,20 @@ def target_ranks(
     Raises:
         ValueError: the shapes do not fit, a score is NaN, or an item does not exist.
     """
-    scores, targets = _masked(_copied(scores), targets, seen)
-    # The maximum of a row that contains NaN is NaN, and costs a tenth of a look at each score.
-    _check_no_nan(scores.amax(dim=1))
-    return _ranks(scores, scores.gather(1, targets))
+    return _ranks(*_masked(_copied(scores), targets, seen))
 
 
-def hit_rate(ranks: torch.Tensor | np.ndarray, k: int) -> float:
+def hit_rate(ranks: Array, k: int) -> float:
     """HR@K: the share of users with the target among the first `k`; `ranks` is int64 `[B]`, from 0."""
     return _metric("hr", _histogram(ranks, k), k)
 
 
-def ndcg(ranks: torch.Tensor | np.ndarray, k: int) -> float:
+def ndcg(ranks: Array, k: int) -> float:
     """NDCG@K: the mean of 1 / log2(rank + 2) where rank < `k`, else 0; with a single target the ideal gain is 1."""
     return _metric("ndcg", _histogram(ranks, k), k)
 
 
-def mrr(ranks: torch.Tensor | np.ndarray, k: int) -> float:
+def mrr(ranks: Array, k: int) -> float:
     """MRR@K: the mean of 1 / (rank + 1) where rank < `k`, else 0."""
     return _metric("mrr", _histogram(ranks, k), k)
 
@@ -80,18 +76,11 @@ class RankingMetrics:
         ValueError: there is no K, or `popularity` has another length than `num_items`.
     """
 
-    def __init__(
-        self,
-        num_items: int,
-        top_ks: Sequence[int] = (10, 20, 30),
-        popularity: torch.Tensor | np.ndarray | None = None,
-    ):
+    def __init__(self, num_items: int, top_ks: Sequence[int] = (10, 20, 30), popularity: Array | None = None):
         if not top_ks or min(top_ks) < 1:
             raise ValueError(f"top_ks is {list(top_ks)}; give at least one K, each at least 1.")
         if popularity is not None and len(popularity) != num_items:
-            raise ValueError(
-                f"popularity has {len(popularity)} entries for {num_items} items; pass one count for each item."
-            )
+            raise ValueError(f"popularity has {len(popularity)} entries for {num_items} items; pass one for each item.")
         self.num_items, self.top_ks = num_items, tuple(top_ks)
         self._popularity = None if popularity is None else torch.as_tensor(popularity, dtype=torch.float64)
         # A histogram of ranks is exact and does not depend on the batches.
@@ -99,29 +88,24 @@ class RankingMetrics:
         self._recommended = torch.zeros(len(self.top_ks), num_items, dtype=torch.bool)
         self._popularity_sums = torch.zeros(len(self.top_ks), dtype=torch.float64)
 
-    def update(
-        self, scores: torch.Tensor | np.ndarray, targets: torch.Tensor | np.ndarray, seen: SeenPairs | None = None
-    ) -> None:
+    def update(self, scores: Array, targets: Array, seen: SeenPairs | None = None) -> None:
         """Adds a batch of users; arguments and errors as in [`target_ranks`]."""
         self._add(_copied(scores), targets, seen)
 
-    def _add(self, scores: torch.Tensor, targets: torch.Tensor | np.ndarray, seen: SeenPairs | None) -> None:
+    def _add(self, scores: torch.Tensor, targets: Array, seen: SeenPairs | None) -> None:
         """`update` with scores that may be overwritten."""
-        scores, targets = _masked(scores, targets, seen)
+        scores, own = _masked(scores, targets, seen)
         if scores.shape[1] != self.num_items:
             raise ValueError(
                 f"scores are given for {scores.shape[1]} items but the catalogue has {self.num_items}; score them all."
             )
         longest = max(self.top_ks)
         if self._popularity is None:
-            _check_no_nan(scores.amax(dim=1))
-            self._histogram += _histogram(_ranks(scores, scores.gather(1, targets)), longest)
+            self._histogram += _histogram(_ranks(scores, own), longest)
             return
         # One more item than the longest list decides every rank up to its end, without the other scores.
         items, values = stable_topk(scores, longest + 1)
-        # NaN sorts above everything else.
-        _check_no_nan(values[:, 0])
-        self._histogram += _histogram(_ranks(values.clone(), scores.gather(1, targets)), longest)
+        self._histogram += _histogram(_ranks(values.clone(), own), longest)
         items, values = items[:, :longest].cpu(), values[:, :longest].cpu()
         # A masked item fills the list if fewer than K are left, but it is not recommended.
         listed = values > -torch.inf
@@ -149,14 +133,14 @@ class RankingMetrics:
 def evaluate_embeddings(
     queries: torch.Tensor,
     items: torch.Tensor,
-    targets: torch.Tensor | np.ndarray,
+    targets: Array,
     seen_indptr: np.ndarray,
     seen_indices: np.ndarray,
     *,
     cosine: bool,
     top_ks: Sequence[int] = (10, 20, 30),
     batch_size: int = 512,
-    popularity: torch.Tensor | np.ndarray | None = None,
+    popularity: Array | None = None,
 ) -> dict[str, float]:
     """The metrics of vectors: each query ranks all items by cosine (Eq. 19) or dot product.
 
@@ -181,8 +165,7 @@ def evaluate_embeddings(
     if len(targets) != len(queries) or len(indptr) != len(queries) + 1 or indptr[-1] != len(seen_indices):
         raise ValueError(
             f"there are {len(queries)} queries, {len(targets)} targets, {len(indptr)} entries of seen_indptr and "
-            f"{len(seen_indices)} of seen_indices; pass one target for each query, and seen_indptr with one entry more than "
-            "queries, the last entry being the number of seen_indices."
+            f"{len(seen_indices)} of seen_indices; pass a target for each query, and the seen items of each query as CSR."
         )
     if queries.shape[1] != items.shape[1]:
         raise ValueError(
@@ -199,44 +182,29 @@ def evaluate_embeddings(
     return metrics.compute()
 
 
-def _copied(scores: torch.Tensor | np.ndarray) -> torch.Tensor:
+def _copied(scores: Array) -> torch.Tensor:
     """A floating-point copy of the scores."""
     scores = torch.as_tensor(scores)
     return scores.detach().clone() if scores.is_floating_point() else scores.to(torch.float64)
 
 
-def _masked(
-    scores: torch.Tensor, targets: torch.Tensor | np.ndarray, seen: SeenPairs | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Writes `-inf` to seen items other than the target; returns scores and targets `[B, 1]`, int64, checked."""
+def _masked(scores: torch.Tensor, targets: Array, seen: SeenPairs | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Writes `-inf` to the scores of seen items other than the target; returns them and the targets' scores `[B, 1]`."""
     targets = torch.as_tensor(targets, dtype=torch.int64, device=scores.device)
     if scores.ndim != 2 or targets.shape != scores.shape[:1]:
         raise ValueError(
-            f"scores have shape {list(scores.shape)} and targets {list(targets.shape)}; pass [B, n] and [B], one "
-            "target for each user."
+            f"scores have shape {list(scores.shape)} and targets {list(targets.shape)}; pass [B, n] and [B]."
         )
     rows, items = (torch.as_tensor(one, dtype=torch.int64, device=scores.device) for one in (seen or ((), ())))
     if rows.shape != items.shape:
-        raise ValueError(
-            f"seen has {len(rows)} rows but {len(items)} items; pass pairs as two vectors of equal length."
-        )
+        raise ValueError(f"seen has {len(rows)} rows but {len(items)} items; pass two vectors of equal length.")
     for numbers, name in ((targets, "targets"), (items, "seen")):
         if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < scores.shape[1]:
             raise ValueError(f"{name} names an item outside 0..{scores.shape[1] - 1}; score all items that occur.")
     targets = targets[:, None]
     own = scores.gather(1, targets)
     scores[rows, items] = -torch.inf
-    return scores.scatter_(1, targets, own), targets
-
-
-def _check_no_nan(best: torch.Tensor) -> None:
-    """Raises if the best score of a row, `[B]`, is NaN."""
-    nan = best.isnan().nonzero()
-    if len(nan):
-        raise ValueError(
-            f"the scores of row {int(nan[0])} hold NaN, which has no rank; look for a division by zero or an overflow in "
-            "the model."
-        )
+    return scores.scatter_(1, targets, own), own
 
 
 def _ranks(scores: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
@@ -245,18 +213,21 @@ def _ranks(scores: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     Overwrites `scores`: a comparison in place and a sum of floating-point ones take a third of the time of a boolean mask.
     The result is exact up to 2^24 items.
     """
+    # The maximum of a row that contains NaN is NaN, and costs a tenth of a look at each score.
+    nan = scores.amax(dim=1).isnan().nonzero()
+    if len(nan):
+        raise ValueError(
+            f"the scores of row {int(nan[0])} hold NaN, which has no rank; look for a division by zero or an overflow in "
+            "the model."
+        )
     return scores.ge_(own).sum(dim=1, dtype=torch.promote_types(scores.dtype, torch.float32)).long() - 1
 
 
 # The gain of the rank `r` of the target (float64 `[K]`, from 0).
-_GAINS = {
-    "hr": torch.ones_like,
-    "ndcg": lambda r: 1 / torch.log2(r + 2),
-    "mrr": lambda r: 1 / (r + 1),
-}
+_GAINS = {"hr": torch.ones_like, "ndcg": lambda r: 1 / torch.log2(r + 2), "mrr": lambda r: 1 / (r + 1)}
 
 
-def _histogram(ranks: torch.Tensor | np.ndarray, k: int) -> torch.Tensor:
+def _histogram(ranks: Array, k: int) -> torch.Tensor:
     """The number of targets with rank 0, 1, ..., k - 1, and k or worse, int64 `[k + 1]`."""
     ranks = torch.as_tensor(ranks, dtype=torch.int64).cpu()
     return torch.bincount(ranks.clamp(max=k), minlength=k + 1)

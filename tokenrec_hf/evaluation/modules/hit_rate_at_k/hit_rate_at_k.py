@@ -11,7 +11,6 @@ import evaluate
 import numpy as np
 
 _DESCRIPTION = "HR@K: the share of users with the relevant item among the first k."
-_CITATION = ""
 _INPUTS = """
 Args:
     predictions: for each user the recommended items, best first, at least `k` of them or all that there are.
@@ -30,33 +29,20 @@ class HitRateAtK(evaluate.Metric):
     """See the description."""
 
     def _info(self) -> evaluate.MetricInfo:
-        # Items are strings or integers.
         features = [
-            datasets.Features(
-                {"predictions": datasets.Sequence(datasets.Value(kind)), "references": datasets.Value(kind)}
-            )
-            for kind in ("string", "int64")
+            datasets.Features({"predictions": datasets.Sequence(item), "references": item})
+            for item in (datasets.Value("string"), datasets.Value("int64"))
         ]
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION, citation=_CITATION, inputs_description=_INPUTS, features=features
-        )
+        return evaluate.MetricInfo(description=_DESCRIPTION, citation="", inputs_description=_INPUTS, features=features)
 
     def _compute(
-        self,
-        predictions: Sequence[Sequence[str | int]],
-        references: Sequence[str | int],
-        k: int | Sequence[int] = 10,
+        self, predictions: Sequence[Sequence[str | int]], references: Sequence[str | int], k: int | Sequence[int] = 10
     ) -> dict[str, float]:
         if not len(references):
             raise ValueError("there is no user to compute hr of; add at least one user.")
         lengths = [k] if isinstance(k, int) else list(k)
         if not lengths or min(lengths) < 1:
             raise ValueError(f"k is {k!r} but must be at least 1.")
-        # An item that is not in the list is infinitely far down.
-        ranks = np.array(
-            [
-                float(list(items).index(target)) if target in items else np.inf
-                for items, target in zip(predictions, references)
-            ]
-        )
+        pairs = zip(predictions, references)
+        ranks = np.array([list(items).index(target) if target in items else np.inf for items, target in pairs])
         return {f"hr@{length}": float((ranks < length).mean()) for length in lengths}

@@ -13,7 +13,6 @@ import numpy as np
 _DESCRIPTION = (
     "NDCG@K: the mean over users of 1 / log2(rank + 2) if the relevant item is among the first k (rank from 0), else 0."
 )
-_CITATION = ""
 _INPUTS = """
 Args:
     predictions: for each user the recommended items, best first, at least `k` of them or all that there are.
@@ -32,33 +31,20 @@ class NDCGAtK(evaluate.Metric):
     """See the description."""
 
     def _info(self) -> evaluate.MetricInfo:
-        # Items are strings or integers.
         features = [
-            datasets.Features(
-                {"predictions": datasets.Sequence(datasets.Value(kind)), "references": datasets.Value(kind)}
-            )
-            for kind in ("string", "int64")
+            datasets.Features({"predictions": datasets.Sequence(item), "references": item})
+            for item in (datasets.Value("string"), datasets.Value("int64"))
         ]
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION, citation=_CITATION, inputs_description=_INPUTS, features=features
-        )
+        return evaluate.MetricInfo(description=_DESCRIPTION, citation="", inputs_description=_INPUTS, features=features)
 
     def _compute(
-        self,
-        predictions: Sequence[Sequence[str | int]],
-        references: Sequence[str | int],
-        k: int | Sequence[int] = 10,
+        self, predictions: Sequence[Sequence[str | int]], references: Sequence[str | int], k: int | Sequence[int] = 10
     ) -> dict[str, float]:
         if not len(references):
             raise ValueError("there is no user to compute ndcg of; add at least one user.")
         lengths = [k] if isinstance(k, int) else list(k)
         if not lengths or min(lengths) < 1:
             raise ValueError(f"k is {k!r} but must be at least 1.")
-        # An item that is not in the list is infinitely far down.
-        ranks = np.array(
-            [
-                float(list(items).index(target)) if target in items else np.inf
-                for items, target in zip(predictions, references)
-            ]
-        )
+        pairs = zip(predictions, references)
+        ranks = np.array([list(items).index(target) if target in items else np.inf for items, target in pairs])
         return {f"ndcg@{length}": float((1 / np.log2(ranks + 2) * (ranks < length)).mean()) for length in lengths}
