@@ -60,8 +60,8 @@ class CollaborativeModel(PreTrainedModel):
     """Base class of the collaborative models.
 
     A subclass sets `config_class` and defines `tables`, `representations` and a `forward` that returns
-    [`CollaborativeOutput`]; one whose users are functions of their histories also defines `history_vectors`. Rotating the
-    tables must rotate the representations, because the vectors of a retrained model are brought back to the old space so.
+    [`CollaborativeOutput`]; if users are functions of their histories, also `history_vectors`. Rotating the tables must rotate
+    the representations: after retraining, the vectors are brought back to the old space by rotating the tables.
     """
 
     # Whether the interactions of training are buffers of the model.
@@ -414,7 +414,7 @@ class HistoryEncoder:
     """Makes user vectors from histories of item ids.
 
     Args:
-        model: a collaborative model whose `users_are_histories`.
+        model: a collaborative model with `users_are_histories`.
         items: the ids of its items, in row order.
 
     Raises:
