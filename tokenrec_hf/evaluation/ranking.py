@@ -22,11 +22,8 @@ from ..models.modeling_t5_retrieval import T5ForGenerativeRetrieval
 from ..models.prompts import HISTORY_TEMPLATES, PromptTemplate
 from ..models.recommender import load_history_encoder
 from ..models.tokenization_tokenrec import TokenRecTokenizer
-from .metrics import RankingMetrics, evaluate_embeddings
+from .metrics import evaluate_embeddings
 from .variants import BASELINES, VARIANTS
-
-# Users whose popularity rankings are computed at once.
-CHUNK = 512
 
 
 def evaluate_baselines(data: IndexedSplits, store: Store) -> dict[str, dict[str, float]]:
@@ -38,17 +35,13 @@ def evaluate_baselines(data: IndexedSplits, store: Store) -> dict[str, dict[str,
     """
     holdout, popularity = data.holdout, data.interactions.popularity()
     indptr, seen = data.interactions.of_users(holdout.users)
-    counts = RankingMetrics(len(data.item_ids), popularity=popularity)
-    for start in range(0, len(holdout.users), CHUNK):
-        end = min(start + CHUNK, len(holdout.users))
-        rows = np.repeat(np.arange(end - start), np.diff(indptr[start : end + 1]))
-        scores = torch.from_numpy(popularity).float().repeat(end - start, 1)
-        counts.update(scores, holdout.targets[start:end], (rows, seen[indptr[start] : indptr[end]]))
     users = store.get("user", [data.user_ids[row] for row in holdout.users])
     items = store.get("item", data.item_ids)
-    found = [counts.compute()] + [
-        evaluate_embeddings(users, items, holdout.targets, indptr, seen, cosine=cosine, popularity=popularity)
-        for cosine in (False, True)
+    # Popularity as a dot product: the vector of every user is [1].
+    alike, counts = torch.ones(len(users), 1), torch.from_numpy(popularity).float()[:, None]
+    found = [
+        evaluate_embeddings(*vectors, holdout.targets, indptr, seen, cosine=cosine, popularity=popularity)
+        for vectors, cosine in (((alike, counts), False), ((users, items), False), ((users, items), True))
     ]
     return dict(zip(BASELINES, found, strict=True))
 
