@@ -605,7 +605,7 @@ def test_a_store_with_vectors_of_another_size_is_refused():
     store = EmbeddingStore(3)
     store.upsert("user", ["a"], torch.zeros(1, 3))
     with pytest.raises(
-        ValueError, match=r"vectors have shape \[\d+, 3\] but the MQ-Tokenizer expects \[n, 4\]; train it with"
+        ValueError, match="user embeddings have 3 dimensions but the MQ-Tokenizer expects 4; train it with"
     ):
         build_tokenizer(user_mq=USER_MQ, item_mq=ITEM_MQ, store=store)
 

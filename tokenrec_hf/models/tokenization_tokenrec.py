@@ -387,6 +387,12 @@ def code_table(kind: str, ids: Sequence[str], vectors: torch.Tensor, mq: MQToken
     like_code = next((name for name in ids if _CODE_TOKEN.match(name)), None)
     if like_code is not None:
         raise ValueError(f"{kind} {like_code[:60]!r} begins like a code token, so no text could name it; rename it.")
+    expected = mq.config.embedding_dim
+    if vectors.shape[1] != expected:
+        raise ValueError(
+            f"{kind} embeddings have {vectors.shape[1]} dimensions but the MQ-Tokenizer expects {expected}; train it with "
+            f"embedding_dim={vectors.shape[1]} or pass vectors of {expected}."
+        )
     finite = vectors.isfinite().all(dim=1)
     if not finite.all():
         name = ids[int(finite.long().argmin())]
