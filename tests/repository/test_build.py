@@ -559,7 +559,12 @@ def test_whether_order_counts_is_chosen_on_validation_and_cold_start_users_have_
     # The codewords of a user's tokens add up to what its codes decode to.
     tokenizer, mq = TokenRecTokenizer.from_pretrained(tmp_path), MQTokenizerModel.from_pretrained(tmp_path / "mq_user")
     prompts = torch.from_numpy(tokenizer.entity_token_ids("user", ["u7", "u1"]))
-    found = T5ForGenerativeRetrieval.from_pretrained(tmp_path)._user_vectors(prompts)
+    model = T5ForGenerativeRetrieval.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        # Without the projection, a query is the sum of the codewords of the prompt's user.
+        model.projection[-1].weight.zero_()
+        model.projection[-1].bias.zero_()
+        found = model.encode_queries(prompts)
     assert torch.allclose(found, mq.decode(torch.from_numpy(tokenizer.codes("user", ["u7", "u1"]))), atol=1e-5)
 
     weights = (tmp_path / "model.safetensors").read_bytes()
