@@ -8,6 +8,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Commands and scripts that tests start: sums are only the same to the last bit with one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What the caller's terminal is does not matter: rich is told by tests that want one.
+for name in ("COLUMNS", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+    os.environ.pop(name, None)
 
 import pytest
 import torch
