@@ -196,7 +196,7 @@ def train(
     dataset: Annotated[
         str,
         Option(
-            help="demo, ml-100k, ml-1m, lastfm, beauty, clothing, a folder with train.txt, a CSV, TSV, JSON-lines, .inter or "
+            help="demo, ml-100k, ml-1m, lastfm, beauty, clothing, toys, a folder with train.txt, a CSV, TSV, JSON-lines, .inter or "
             "Parquet file, or hf://datasets/organisation/name."
         ),
     ],

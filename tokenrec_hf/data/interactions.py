@@ -45,7 +45,7 @@ def load_interactions(
 
     Args:
         source: one of
-            - a name: `demo` (made up), `ml-100k`, `ml-1m`, `lastfm`, `beauty` or `clothing`, see
+            - a name: `demo` (made up), `ml-100k`, `ml-1m`, `lastfm`, `beauty`, `clothing` or `toys`, see
               [`~named_datasets.locate`];
             - a folder with `train.txt`, a line `user item item ...` for each user in time order, and optionally
               `test.txt`, the same lines with one more item at the end;

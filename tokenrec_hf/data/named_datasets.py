@@ -103,6 +103,7 @@ _SOURCES = (
     DataSource(
         "clothing", f"{_AMAZON}/reviews_Clothing_Shoes_and_Jewelry_5.json.gz", (39_387, 23_033, 278_677), _AMAZON_TERMS
     ),
+    DataSource("toys", f"{_AMAZON}/reviews_Toys_and_Games_5.json.gz", (19_412, 11_924, 167_597), _AMAZON_TERMS),
 )
 DATA_SOURCES = {source.name: source for source in _SOURCES}
 
