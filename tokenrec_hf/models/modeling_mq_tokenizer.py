@@ -229,12 +229,12 @@ class MQTokenizerModel(PreTrainedModel):
         """
         if not self.config.residual:
             outputs = torch.stack([encoder(x) for encoder in self.encoders], dim=1)
-            return outputs, _nearest(outputs.detach().transpose(0, 1), self.codebooks.detach()).T
+            return outputs, nearest(outputs.detach().transpose(0, 1), self.codebooks.detach()).T
         residuals: list[torch.Tensor] = []
         codes: list[torch.Tensor] = []
         for codebook in self.codebooks.detach():
             residuals.append(x)
-            codes.append(_nearest(x.detach()[None], codebook[None])[0])
+            codes.append(nearest(x.detach()[None], codebook[None])[0])
             x = x - codebook[codes[-1]]
         return torch.stack(residuals, dim=1), torch.stack(codes, dim=1)
 
@@ -288,7 +288,7 @@ class MQTokenizerModel(PreTrainedModel):
             init.normal_(module.codebooks)
 
 
-def _nearest(points: torch.Tensor, codebooks: torch.Tensor) -> torch.Tensor:
+def nearest(points: torch.Tensor, codebooks: torch.Tensor) -> torch.Tensor:
     """Indices of the nearest codewords: points `[K, B, d_c]`, codebooks `[K, L, d_c]`, LongTensor `[K, B]`."""
     # ||a||^2 does not change the argmin, so the distance is one matrix product.
     squares = codebooks.square().sum(-1)[:, None, :]
