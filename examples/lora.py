@@ -48,7 +48,7 @@ class ScriptArguments:
     full: bool = field(default=False, metadata={"help": "tune all weights, without an adapter"})
 
 
-def lora_config(tokenizer: TokenRecTokenizer, rank: int, whole_rows: bool) -> LoraConfig:
+def lora_config(tokenizer: TokenRecTokenizer, rank: int, whole_rows: bool, has_projection: bool = True) -> LoraConfig:
     """Low-rank updates of the attention and, whole or in low rank too, of the projection and the code tokens."""
     shared = {"r": rank, "lora_alpha": 2 * rank}  # no task_type: it would add arguments that the model does not have
     # The encoder's own name of the embedding: of what is done to `shared`, T5's stacks would not notice anything.
@@ -56,11 +56,11 @@ def lora_config(tokenizer: TokenRecTokenizer, rank: int, whole_rows: bool) -> Lo
         codes = np.concatenate([tokenizer.code_token_ids(kind).ravel() for kind in ("user", "item")]).tolist()
         return LoraConfig(
             target_modules=["q", "v"],
-            modules_to_save=["projection"],
+            modules_to_save=["projection"] if has_projection else None,
             trainable_token_indices={"encoder.embed_tokens": codes},
             **shared,
         )
-    layers = [f"projection.{number}" for number in (0, 3, 6)]
+    layers = [f"projection.{number}" for number in (0, 3, 6)] if has_projection else []
     return LoraConfig(target_modules=["q", "v", *layers, "encoder.embed_tokens"], **shared)
 
 
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     model = T5ForGenerativeRetrieval.from_pretrained(script.repository)
     tokenizer = TokenRecTokenizer.from_pretrained(script.repository)
     store = EmbeddingStore.from_pretrained(script.repository)
-    model.bind_items(store.vectors("item"))
+    model.bind_items(store.vectors("item"), tokenizer.item_tokens(store.ids("item")))
 
     splits = leave_one_out(load_interactions(script.dataset))
     users, items = (
@@ -104,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
         targets_per_prompt=TARGETS_PER_PROMPT,
         num_negatives=0 if softmax else TARGETS_PER_PROMPT,
         with_seen_items=softmax,
+        next_items=model.config.pooling == "history",
         user_vectors=store.vectors("user") if model.config.alignment_weight else None,
         seed=arguments.seed,
     )
@@ -111,10 +112,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     def compute_metrics(prediction):
         queries = torch.from_numpy(prediction.predictions).float()
         seen = interactions.of_users(users["test"])
-        return evaluate_embeddings(queries, store.vectors("item"), items["test"], *seen, cosine=True)
+        return evaluate_embeddings(queries, model.bound_vectors(), items["test"], *seen, cosine=True)
 
     if not script.full:
-        model = get_peft_model(model, lora_config(tokenizer, script.rank, script.whole_rows))
+        has_projection = model.config.pooling != "history"
+        model = get_peft_model(model, lora_config(tokenizer, script.rank, script.whole_rows, has_projection))
     train_dataset = PromptDataset.for_training(interactions)
     trainer = Trainer(
         model=model,

@@ -59,6 +59,7 @@ def make_collator(script: ScriptArguments, model, tokenizer, store, interactions
         targets_per_prompt=script.targets_per_prompt,
         num_negatives=script.num_negatives if softmax else script.targets_per_prompt,
         with_seen_items=softmax and not script.num_negatives,
+        next_items=model.config.pooling == "history",
         user_vectors=store.vectors("user") if model.config.alignment_weight else None,
         seed=seed,
     )
@@ -81,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> Trainer:
     model = T5ForGenerativeRetrieval.from_pretrained(script.repository)
     tokenizer = TokenRecTokenizer.from_pretrained(script.repository)
     store = EmbeddingStore.from_pretrained(script.repository)
-    model.bind_items(store.vectors("item"))
+    tokens = tokenizer.item_tokens(store.ids("item"))
+    model.bind_items(store.vectors("item"), tokens)
 
     splits = leave_one_out(load_interactions(script.dataset))
     users, items = (
@@ -93,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> Trainer:
     def compute_metrics(prediction):
         queries = torch.from_numpy(prediction.predictions).float()
         seen = interactions.of_users(held_out)
-        return evaluate_embeddings(queries, store.vectors("item"), targets, *seen, cosine=True)
+        return evaluate_embeddings(queries, model.bound_vectors(), targets, *seen, cosine=True)
 
     train_dataset = PromptDataset.for_training(interactions)
     callbacks = [SetEpoch(train_dataset)]  # new prompts, histories, targets and negatives in every epoch
@@ -109,15 +111,19 @@ def main(argv: Sequence[str] | None = None) -> Trainer:
         compute_metrics=compute_metrics,
         callbacks=callbacks,
     )
+    output = Path(arguments.output_dir)
     if trainer.is_world_process_zero():
         # Before training, so that what is pushed with each checkpoint is a whole repository.
-        output = Path(arguments.output_dir)
         store.save_pretrained(output / "store")
         for kind in ("user", "item"):
             mq = MQTokenizerModel.from_pretrained(script.repository, subfolder=f"mq_{kind}")
             mq.save_pretrained(output / f"mq_{kind}")
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     trainer.save_model()
+    if trainer.is_world_process_zero():
+        # With history pooling, a part of the items' vectors is learned.
+        store.upsert("item", store.ids("item"), model.item_vectors(store.vectors("item"), tokens))
+        store.save_pretrained(output / "store")
     metrics = trainer.evaluate()
     trainer.log_metrics("validation", {name: metrics[f"eval_{name}"] for name in ("hr@10", "hr@20", "ndcg@20")})
     if arguments.push_to_hub:

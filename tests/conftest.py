@@ -8,9 +8,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Commands and scripts that tests start: sums are only the same to the last bit with one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# What the caller's terminal is does not matter: rich is told by tests that want one.
-for name in ("COLUMNS", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
-    os.environ.pop(name, None)
+# Tests say themselves what the terminal is like.
+os.environ.pop("COLUMNS", None)
+os.environ.pop("FORCE_COLOR", None)
+os.environ.pop("NO_COLOR", None)
+os.environ.pop("TTY_COMPATIBLE", None)
+os.environ.pop("TTY_INTERACTIVE", None)
 
 import pytest
 import torch
@@ -25,7 +28,7 @@ SHARED = Path(__file__).parents[2] / "shared"
 TINY = {
     "collaborative.config": {"embedding_dim": 16, "num_layers": 2},
     "collaborative.evaluate_every": 10,
-    "collaborative.training.num_train_epochs": 40,
+    "collaborative.training.num_train_epochs": 20,
     "mq_tokenizer.config": {"num_codebooks": 3, "codebook_size": 32, "codebook_dim": 16, "hidden_dim": 32},
     "mq_tokenizer.evaluate_every": 300,
     "mq_tokenizer.training.max_steps": 300,
@@ -38,14 +41,14 @@ TINY = {
         "projection_dim": 32,
         "dropout_rate": 0.0,
     },
-    "retrieval.evaluate_every": 4,
-    "retrieval.training": {"num_train_epochs": 12, "learning_rate": 0.01, "warmup_steps": 20},
+    "retrieval.evaluate_every": 2,
+    "retrieval.training": {"num_train_epochs": 6, "learning_rate": 0.01, "warmup_steps": 20},
 }
 
 
 @pytest.fixture(scope="session")
 def demo_splits():
-    """The demo data set (400 users, 300 items), split leave-one-out."""
+    """The demo data set (1,000 users, 300 items), split leave-one-out."""
     return leave_one_out(load_interactions("demo"))
 
 

@@ -54,18 +54,13 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "best": {
         "whole": {},
-        "without the shortcut": {"retrieval.config.user_shortcut": False},
-        "without shortcut and residual codes": {
-            "mq_tokenizer.config.residual": False,
-            "retrieval.config.user_shortcut": False,
-        },
-        "4 codes a user instead of 16": {"mq_tokenizer.user_codebooks": 4},
+        "16 codes a user instead of 32": {"mq_tokenizer.user_codebooks": 16},
+        "3 codes an item instead of 8": {"mq_tokenizer.config.num_codebooks": 3},
         "without smoothing": {
             "collaborative.config.history_smoothing": 0.0,
             "collaborative.config.item_smoothing": 0.0,
         },
         "without next-item vectors": {"collaborative.config.recent_half_life": None},
-        "without history-only prompts": {"prompts.history_only": 0.0},
     },
 }
 # Recipe and changes that a study starts from, if these are not `cpu` and `SHORT`.

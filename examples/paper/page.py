@@ -1,4 +1,4 @@
-"""Makes the tables and figures of docs/results.md and the table of README.md from the records.
+"""Makes the tables and figures of docs/results*.md and the table of README.md from the records.
 
     python examples/paper/page.py
 
@@ -23,7 +23,7 @@ from report import METRICS, PAIR, check_same_data, fit_cell, short_number, summa
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
-PAGES = (DOCS / "results.md", HERE.parents[1] / "README.md")
+PAGES = (DOCS / "results.md", DOCS / "results_tables.md", HERE.parents[1] / "README.md")
 DATASETS = {"lastfm": "LastFM", "beauty": "Amazon Beauty", "ml-100k": "MovieLens-100K"}
 SUMMARY_MODELS = ("popularity", "itemknn", "ease", "ials", "mf", "lightgcn", "sasrec", "s3rec", "tokenrec-best")
 # HR@20 / NDCG@20 of TokenRec in tables II and III of the paper.
@@ -98,19 +98,22 @@ def against_the_paper(results: Path) -> list[str]:
     for dataset, reported in PAPER.items():
         measured = {row["title"]: _pair(row["test"]) for row in recorded_rows(dataset, results)}
         title = DATASETS[dataset].removeprefix("Amazon ")
-        body.append([f"{title}, TokenRec", reported, *(measured[one] for one in PAPER_COLUMNS)])
+        body.append([f"{title}, TokenRec", reported, *(measured.get(one, "-") for one in PAPER_COLUMNS)])
     return table_lines(["HR@20 / NDCG@20", "the paper", *PAPER_COLUMNS.values()], body)
 
 
-def parts_of_best(results: Path) -> list[str]:
-    """The parts of recipe `best`: three columns of the study."""
+def t5_and_vectors(results: Path) -> list[str]:
+    """TokenRec `best` and its vectors without T5, and the mean difference of the same runs, on all data sets."""
     body = []
-    for variant, row in ablations.recorded_rows("ml-100k", "best", results).items():
-        means = {column: statistics.fmean(values) for column, values in row.items()}
-        both = " / ".join(short_number(means[metric]) for metric in PAIR)
-        body.append([variant, both, short_number(means["vectors ndcg@20"]), f"{means['user error']:.3f}"])
-    header = ["", "HR@20 / NDCG@20", "vectors without T5, NDCG@20", "variance of users that codes lose"]
-    return table_lines(header, body)
+    for dataset, title in DATASETS.items():
+        rows = {row["title"]: row["test"] for row in recorded_rows(dataset, results, ("tokenrec-best",))}
+        if not rows:
+            continue
+        both, vectors = rows["TokenRec `best`"], rows["TokenRec `best`, its vectors without T5"]
+        gains = [[a[metric] - b[metric] for a, b in zip(both, vectors)] for metric in PAIR]
+        cells = " / ".join(f"{statistics.fmean(gain):+.4f}" for gain in gains)
+        body.append([title, _pair(vectors), _pair(both), cells, len(both)])
+    return table_lines(["", "vectors without T5", "TokenRec `best`", "T5 adds", "seeds"], body)
 
 
 def ablation(study: str, results: Path) -> list[str]:
@@ -140,7 +143,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "summary": summarised,
     "paper": against_the_paper,
     "quantisers": quantised,
-    "best": parts_of_best,
+    "t5": t5_and_vectors,
     **{study: partial(ablation, study) for study in ("table6", "figure4", "figure5")},
     "speed": speed,
     **{f"protocol-errors-{dataset}": partial(protocol, dataset) for dataset in ("lastfm", "beauty")},

@@ -37,8 +37,8 @@ CHANGES: dict[str, Any] = {
     "mq_tokenizer.evaluate_every": 3000,
     "mq_tokenizer.training.learning_rate": 0.001,
     "mq_tokenizer.training.weight_decay": 0.01,
-    # No T5 is trained; with the shortcut, the recipe refuses codes that are not residual.
-    "retrieval.config.user_shortcut": False,
+    # No T5 is trained; with history pooling, the recipe refuses codes that are not residual.
+    "retrieval.config.pooling": "mean",
 }
 
 

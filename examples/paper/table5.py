@@ -41,7 +41,7 @@ from tokenrec_hf import (
 from tokenrec_hf.data.interaction_matrix import InteractionMatrix
 from tokenrec_hf.data.splits import IndexedSplits, index_splits
 from tokenrec_hf.repository.build import build_retrieval_model
-from tokenrec_hf.training.initialization import build_tokenizer, prepare_mq_tokenizer
+from tokenrec_hf.training.initialization import build_tokenizer, prepare_mq_tokenizer, retrieval_store
 
 TOP_K = BEAMS = 20
 HISTORY = 100
@@ -158,8 +158,10 @@ def tokenrec_methods(data: IndexedSplits, backbone: str, name: str) -> dict[str,
         mqs[kind] = MQTokenizerModel(recipe.mq_tokenizer.model_configuration(kind, width, len(ids)))
         prepare_mq_tokenizer(mqs[kind], vectors)
     store.space_ids = {kind: mq.space_id for kind, mq in mqs.items()}
-    tokenizer = build_tokenizer(None, user_mq=mqs["user"], item_mq=mqs["item"], store=store)
+    length = recipe.prompts.max_length
+    tokenizer = build_tokenizer(None, user_mq=mqs["user"], item_mq=mqs["item"], store=store, model_max_length=length)
     model = build_retrieval_model(recipe.retrieval, tokenizer, mqs["user"], mqs["item"])
+    store = retrieval_store(store, model, tokenizer)
     names = np.array(data.item_ids, dtype=object)
     seen = [names[data.interactions.of(user)].tolist() for user in range(len(data.user_ids))]
     store.set_seen(data.user_ids, seen)

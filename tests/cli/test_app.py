@@ -360,7 +360,7 @@ def test_evaluation_gives_the_numbers_that_training_recorded(capsys, trained_rep
     )
     names = ("popularity", "collaborative_dot", "collaborative_cosine", variant)
     assert found["metrics"] == {name: pytest.approx(recorded[name], abs=1e-6) for name in names}
-    assert (found["split"], found["variant"], found["users"]) == (split, variant, 400)
+    assert (found["split"], found["variant"], found["users"]) == (split, variant, 1000)
 
 
 def test_evaluation_without_refit_takes_the_only_model(capsys, trained_repository, tmp_path):
@@ -533,7 +533,7 @@ def test_info_tells_what_the_repository_holds(capsys, trained_repository):
     found = document(capsys, "info", trained_repository)
     metrics = json.loads((trained_repository / "metrics.json").read_text())
     assert found["finished"] is True
-    assert (found["counts"], found["embedding_dim"]) == ({"user": 400, "item": 300}, 16 + 1)  # one more for the norm
+    assert (found["counts"], found["embedding_dim"]) == ({"user": 1000, "item": 300}, 16 + 1)  # one more for the norm
     assert found["codebooks"] == {"user": [3, 32], "item": [3, 32]}
     assert found["space_ids"] == EmbeddingStore.open(trained_repository).space_ids
     for name in ("dataset", "recipe", "seed", "codes", "epochs", "validation", "test"):
@@ -541,7 +541,7 @@ def test_info_tells_what_the_repository_holds(capsys, trained_repository):
     total = sum(path.stat().st_size for path in trained_repository.rglob("*") if path.is_file())
     assert found["bytes"] + found["training_bytes"] == total
     _, out, _ = run(capsys, "info", trained_repository)
-    assert "400 users, 300 items, 8054 interactions, 17 dimensions" in out
+    assert "1000 users, 300 items, 19866 interactions, 17 dimensions" in out
     assert f"K = 3, L = 32, MQ-Tokenizer {found['space_ids']['user']}" in out
 
 
@@ -611,7 +611,7 @@ def test_new_users_and_items_are_added_shown_recommended_and_removed(capsys, rep
     found = document(capsys, "recommend", repository, "--user", other, "--top-k", "400")
     assert "nova" in [row["item"] for row in found["recommendations"]]
     told = document(capsys, "info", repository)
-    assert told["counts"] == {"user": 401, "item": 301}
+    assert told["counts"] == {"user": 1001, "item": 301}
     assert told["additions"]["user"]["count"] == told["additions"]["item"]["count"] == 1
     assert document(capsys, "remove", repository, "--users", "newbie", "--items", "nova")["users"] == 1
     found = document(capsys, "recommend", repository, "--user", other, "--top-k", "400")

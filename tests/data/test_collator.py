@@ -13,7 +13,6 @@ from tokenrec_hf.data.collator import IGNORED, DataCollatorForGenerativeRetrieva
 from tokenrec_hf.data.interaction_matrix import InteractionMatrix
 from tokenrec_hf.models.embedding_store import EmbeddingStore
 from tokenrec_hf.models.prompts import (
-    HISTORY_ONLY_TEMPLATE,
     HISTORY_TEMPLATES,
     SEEN_TEMPLATES,
     UNSEEN_TEMPLATE,
@@ -234,9 +233,9 @@ def test_a_user_with_one_interaction_gets_a_prompt_without_history(tokenizer):
             assert prompt_tokens(batch, user) in without
 
 
-def test_a_given_target_is_the_first_of_the_labels(tokenizer):
+def test_a_given_target_is_the_only_label(tokenizer):
     batch = evaluation_batch(make_collator(tokenizer, targets_per_prompt=3), [6, 7], targets=[11, 12])
-    assert batch["labels"].tolist() == [[11, IGNORED, IGNORED], [12, IGNORED, IGNORED]]
+    assert batch["labels"].tolist() == [[11], [12]]
 
 
 def test_a_user_without_history_is_evaluated_with_a_prompt_without_history(tokenizer):
@@ -390,29 +389,6 @@ def test_user_vectors_come_along_as_rows_of_the_users(tokenizer):
     assert "user_embeds" not in training_batch(make_collator(tokenizer))
 
 
-def test_a_share_of_training_prompts_names_the_history_only(tokenizer):
-    collator = make_collator(tokenizer, history_only=0.3, with_seen_items=True)
-    usual = make_collator(tokenizer, with_seen_items=True)
-    begin, end = HISTORY_ONLY_TEMPLATE.text.split("{history}")
-    count = drawn = 0
-    for epoch in range(60):
-        batch, other = training_batch(collator, epoch=epoch), training_batch(usual, epoch=epoch)
-        for row, user in enumerate(ACTIVE):
-            text = tokenizer.decode(prompt_tokens(batch, row), skip_special_tokens=True)
-            anonymous = text.startswith(begin.strip())
-            if len(HISTORIES[user]) < 2:
-                assert not anonymous
-                continue
-            drawn, count = drawn + 1, count + anonymous
-            if anonymous:
-                shown = [ITEM_IDS[item] for item in batch["seen_items"][row].tolist() if item != IGNORED]
-                expected = tokenizer(begin + " ".join(f"item_{one}" for one in shown) + end).input_ids
-                assert prompt_tokens(batch, row) == expected
-            else:
-                assert prompt_tokens(batch, row) == prompt_tokens(other, row)
-    assert 0.25 < count / drawn < 0.35
-
-
 def test_in_time_order_the_latest_items_before_a_moment_are_shown_and_the_next_ones_wanted(tokenizer):
     histories = [list(range(user % 7, user % 7 + 10)) for user in range(NUM_USERS)]
     (template,) = templates = HISTORY_TEMPLATES[:1]
@@ -434,37 +410,28 @@ def test_in_time_order_the_latest_items_before_a_moment_are_shown_and_the_next_o
     assert {moment for user, moment in moments if user == 0} == set(range(1, 10))
 
 
-class OneCode:
-    """An MQ-Tokenizer that takes the single number of a vector as every code."""
-
-    def encode(self, vectors):
-        return vectors.long().expand(-1, 3)
-
-
 @pytest.mark.parametrize("shuffle", [True, False])
-@pytest.mark.parametrize("template", [USER_ONLY_TEMPLATES[0], HISTORY_TEMPLATES[0]])
-def test_in_training_user_tokens_come_from_the_past_of_the_targets(tokenizer, template, shuffle):
-    def pool(rows, items, ages, count):
-        assert (ages >= 0).all()
-        return torch.zeros(count, 1).index_add(0, rows, (items + ages)[:, None].float())
-
-    whole = torch.full((NUM_USERS, 1), -1.0)
-    options = {"pool_history": pool, "user_mq": OneCode(), "shuffle_history": shuffle, "targets_per_prompt": 3}
-    collator = make_collator(tokenizer, [[4, 2, 6]] * NUM_USERS, templates=[template], user_vectors=whole, **options)
-    words = tokenizer.code_token_ids("user")
-    for epoch in range(10):
+def test_with_next_items_each_position_is_followed_by_the_next_item(tokenizer, shuffle):
+    (template,) = templates = HISTORY_TEMPLATES[:1]
+    options = {"templates": templates, "evaluation_templates": templates, "next_items": True, "train_history": 4}
+    options["shuffle_history"] = shuffle
+    collator, orders = make_collator(tokenizer, **options), set()
+    for epoch in range(8):
         batch = training_batch(collator, range(NUM_USERS), epoch)
-        for user in range(NUM_USERS):
-            known, wanted = items_in(batch["seen_items"][user]), items_in(batch["labels"][user])
-            assert sorted(known + wanted) == [2, 4, 6] and known and wanted
-            assert shuffle or (known + wanted) == [4, 2, 6]
-            expected = sum(known) + sum(range(len(known)))
-            assert batch["user_embeds"][user].item() == expected
-            mine = [token for token in prompt_tokens(batch, user) if token in words]
-            assert mine == words[:, expected].tolist()
-    # A user with a single interaction has no past, and evaluation keeps the tokens of the users.
-    single = make_collator(tokenizer, [[4]] * NUM_USERS, templates=[template], user_vectors=whole, **options)
-    for batch in (training_batch(single, range(NUM_USERS)), evaluation_batch(collator, range(NUM_USERS))):
-        assert torch.equal(batch["user_embeds"], whole)
-        found = [token for token in prompt_tokens(batch, 0) if token in words]
-        assert found == tokenizer.entity_token_ids("user", USER_IDS[:1])[0, -3:].tolist()
+        for user, history in enumerate(HISTORIES):
+            labels = items_in(batch["labels"][user])
+            latest = history[-5:]  # four are shown, and the last is a target only
+            assert sorted(labels) == sorted(latest) and (shuffle or labels == latest)
+            assert prompt_tokens(batch, user) == tokens_of(tokenizer, template, user, labels[:-1])
+            orders.add((user, *labels))
+    assert (len(orders) > 8 * NUM_USERS / 2) == shuffle
+
+
+def test_with_next_items_the_target_follows_the_whole_history(tokenizer):
+    (template,) = templates = HISTORY_TEMPLATES[:1]
+    options = {"templates": templates, "evaluation_templates": templates, "next_items": True, "shuffle_history": False}
+    collator = make_collator(tokenizer, **options)
+    batch = evaluation_batch(collator, range(NUM_USERS), targets=range(NUM_USERS))
+    for user, history in enumerate(HISTORIES):
+        assert items_in(batch["labels"][user]) == [*history, user]
+        assert prompt_tokens(batch, user) == tokens_of(tokenizer, template, user, history)

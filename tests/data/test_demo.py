@@ -8,7 +8,7 @@ from tokenrec_hf.data.interactions import load_interactions
 from tokenrec_hf.data.named_datasets import load_item_titles
 from tokenrec_hf.data.splits import leave_one_out
 
-DEMO_SHA256 = "aa61abe7d404e1e27d226d3aab4026e2ceb0ed4eef5f1dd0fa546a88f09e2389"
+DEMO_SHA256 = "d8c852ff516bfd04dc34a886cabbd864a2c50e6c077b1d08697cae4863ef51c0"
 
 
 def tuples(dataset):

@@ -17,7 +17,7 @@ import torch
 from tokenrec_hf import Recommender
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_with_trainer.py"
-STEPS = 50  # two epochs of 400 users in batches of 16
+STEPS = 50  # two epochs of 1,000 users in batches of 40
 QUIET = ("--use_cpu", "--disable_tqdm", "True", "--logging_steps", "1", "--learning_rate", "0.005")
 
 # Runs the script named by its first argument and writes down the negatives that its training prompts get, by epoch and user.
@@ -128,7 +128,7 @@ def test_two_processes_give_the_losses_of_one_and_draw_their_own_negatives(train
     spy.write_text(SPY)
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     states, drawn = {}, {}
-    for name, start, batch_size in (("one", [sys.executable], 16), ("two", two, 8)):
+    for name, start, batch_size in (("one", [sys.executable], 40), ("two", two, 20)):
         work = tmp_path / name
         work.mkdir()
         options = fifty_steps(batch_size, "--num_negatives", 6, "--save_strategy", "steps", "--save_steps", STEPS)
@@ -141,9 +141,9 @@ def test_two_processes_give_the_losses_of_one_and_draw_their_own_negatives(train
         drawn[name] = [json.loads(path.read_text()) for path in sorted(work.glob("drawn-*.json"))]
     assert_equal_but_for_rounding(losses(states["two"]), losses(states["one"]))
     (whole,), (first, second) = drawn["one"], drawn["two"]
-    assert len(whole) == 800 and {**first, **second} == whole
+    assert len(whole) == 2000 and {**first, **second} == whole
     # Each process has prompts of its own, in each epoch half of them, with negatives of their own.
-    assert len(first) == len(second) == 400 and not set(first) & set(second)
+    assert len(first) == len(second) == 1000 and not set(first) & set(second)
     assert all(mine != theirs for mine, theirs in zip(first.values(), second.values()))
 
 

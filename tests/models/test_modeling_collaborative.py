@@ -390,7 +390,7 @@ def test_histories_of_training_give_the_vectors_of_training(fism_repository):
     store = EmbeddingStore.open(fism_repository)
     vectors, known = load_history_encoder(fism_repository).encode(store.seen(store.ids("user")))
     assert known.all()
-    torch.testing.assert_close(vectors, store.vectors("user"), rtol=0, atol=1e-5)
+    torch.testing.assert_close(vectors, store.vectors("user")[:, :16], rtol=0, atol=1e-5)
 
 
 def test_other_models_and_folders_have_no_history_encoder(trained_repository, tmp_path):

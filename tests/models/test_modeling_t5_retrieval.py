@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration, T5Model, Trainer, TrainingArguments
 
 from tokenrec_hf.models.configuration_tokenrec import T5GenerativeRetrievalConfig
-from tokenrec_hf.models.modeling_t5_retrieval import T5ForGenerativeRetrieval
-from tokenrec_hf.training.initialization import initialize_code_tokens, load_backbone, start_user_shortcut
+from tokenrec_hf.models.modeling_t5_retrieval import T5ForGenerativeRetrieval, find_entities
+from tokenrec_hf.training.initialization import initialize_code_tokens, load_backbone
 
 SIZES = {
     "vocab_size": 40,
@@ -473,60 +473,238 @@ def test_the_initialisation_of_code_tokens_depends_on_its_seed_only():
     assert torch.equal(tables[0], tables[1]) and not torch.equal(tables[0], tables[2])
 
 
-# ---- the user's shortcut
+# ---- history pooling: T5 as a sequence model beside the collaborative vectors
+
+# Tokens 20 to 25 are those of 2 codebooks of 3 user codewords, 26 to 34 those of 3 codebooks of 3 item codewords; a user's codes
+# follow one token of a word, an item's two.
+ENTITIES = {
+    "user": {"first": 20, "num_codebooks": 2, "codebook_size": 3, "prefix": 1},
+    "item": {"first": 26, "num_codebooks": 3, "codebook_size": 3, "prefix": 2},
+}
+HISTORIES = [[(0, 1, 2), (2, 2, 2), (1, 0, 1)], [(0, 0, 0)], [], [(1, 1, 0), (1, 1, 0)], []]
+USERS = [(0, 2), None, (1, 1), (2, 0), None]
 
 
-def with_shortcut(**settings):
-    """A model whose tokens 30 to 35 are those of 2 codebooks of 3 codewords."""
-    model = tiny(user_shortcut=True, user_code_tokens=[30, 36], **settings)
-    words = torch.randn(2, 3, DIM, generator=torch.Generator().manual_seed(4))
-    start_user_shortcut(model, words)
-    return model, words
-
-
-@pytest.mark.parametrize("pooling", POOLINGS)
-def test_a_query_starts_as_the_sum_of_the_users_codewords(pooling):
-    model, words = with_shortcut(pooling=pooling)
-    ids = torch.tensor([[5, 31, 35, 7, 8], [30, 33, 9, 0, 0], [5, 29, 36, 0, 0]])
+def reading_history(**settings):
+    settings = {"pooling": "history", "loss_type": "softmax", "temperature": 0.2, "history_weight": 0.7, **settings}
+    torch.manual_seed(0)
+    config = T5GenerativeRetrievalConfig(**SIZES, embedding_dim=DIM, entity_tokens=ENTITIES, **settings)
+    model = T5ForGenerativeRetrieval(config).eval()
     with torch.no_grad():
-        queries = model.encode_queries(ids)
-    expected = np.stack([array(words[0, 1] + words[1, 2]), array(words[0, 0] + words[1, 0]), np.zeros(DIM)])
-    np.testing.assert_allclose(array(queries), expected, atol=1e-6)
+        model.user_codewords.copy_(torch.randn(6, DIM, generator=torch.Generator().manual_seed(4)))
+    model.bind_items(items(), ITEM_TOKENS)
+    return model
 
 
-def test_the_shortcut_adds_to_what_the_projection_says_and_is_saved(tmp_path, prompts):
-    model, _ = with_shortcut()
-    torch.nn.init.normal_(model.projection[-1].weight)
-    plain = tiny()
-    plain.load_state_dict({name: value for name, value in model.state_dict().items() if name != "user_codewords"})
-    ids = prompts["input_ids"].clone()
-    ids[:, 0] = 32
+ITEM_TOKENS = (
+    26 + torch.tensor([[0, 3, 6]]) + torch.randint(3, (NUM_ITEMS, 3), generator=torch.Generator().manual_seed(6))
+)
+
+
+def written(user, history):
+    """The tokens of a prompt, and its words alone."""
+    words = [5, 9]
+    ids = [5, *([] if user is None else [3, 20 + user[0], 23 + user[1]]), 9]
+    for codes in history:
+        ids += [4, 6, *(26 + 3 * book + code for book, code in enumerate(codes))]
+    return ids + [8, 1], words + [8, 1]
+
+
+@pytest.fixture(scope="module")
+def histories():
+    rows = [written(*row)[0] for row in zip(USERS, HISTORIES)]
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    for row, tokens in zip(ids, rows):
+        row[: len(tokens)] = torch.tensor(tokens)
+    return {"input_ids": ids, "attention_mask": (ids > 0).long()}
+
+
+def naive_outputs(model, words, history):
+    """The decoder's outputs of one prompt, in transformers' own class: the words in the encoder, an item a position."""
+    table = array(model.get_input_embeddings().weight)
+    inputs = [table[0]] + [sum(table[26 + 3 * book + code] for book, code in enumerate(codes)) for codes in history]
     with torch.no_grad():
-        queries, without = model.encode_queries(ids), plain.encode_queries(ids)
-        in_places = (ids >= 30) & (ids < 36)
-        for row in range(len(ids)):
-            words = sum(model.user_codewords[token - 30] for token in ids[row][in_places[row]])
-            np.testing.assert_allclose(array(queries[row]), array(without[row] + words), atol=1e-5)
-        model.save_pretrained(tmp_path)
-        assert torch.equal(T5ForGenerativeRetrieval.from_pretrained(tmp_path).encode_queries(ids), queries)
+        return (
+            backbone(model, "decoder")(
+                input_ids=torch.tensor([words]),
+                decoder_inputs_embeds=torch.tensor(np.array([inputs]), dtype=torch.float32),
+            )
+            .last_hidden_state[0]
+            .double()
+            .numpy()
+        )
 
 
-def test_training_leaves_the_shortcut_as_it_is(prompts):
-    model, words = with_shortcut()
-    model(
-        **prompts, labels=torch.zeros(4, dtype=torch.long), negative_ids=torch.ones(4, 1, dtype=torch.long)
-    ).loss.backward()
-    assert model.projection[-1].weight.grad.abs().sum() > 0
-    assert all(parameter.shape != model.user_codewords.shape for parameter in model.parameters())
-    assert torch.equal(model.user_codewords, words.flatten(0, 1))
+def unit(vector):
+    return vector / np.sqrt((vector * vector).sum())
 
 
-def test_a_shortcut_needs_to_know_the_users_tokens_and_to_read_them(prompts):
-    with pytest.raises(ValueError, match="user_shortcut needs user_code_tokens"):
-        tiny(user_shortcut=True)
-    model, _ = with_shortcut()
+def naive_user(model, user):
+    words = array(model.user_codewords)
+    return np.zeros(DIM) if user is None else unit(words[user[0]] + words[3 + user[1]])
+
+
+def naive_learned(model, tokens):
+    table = array(model.get_input_embeddings().weight)
+    return unit(sum(table[token] for token in tokens.tolist()))
+
+
+def test_a_query_joins_the_users_vector_and_what_follows_the_history(histories):
+    model = reading_history()
+    queries = array(model.encode_queries(**histories))
+    for query, user, history in zip(queries, USERS, HISTORIES):
+        last = naive_outputs(model, written(user, history)[1], history)[-1]
+        weight = 0.7 if history or user is None else 0.0
+        assert np.allclose(query, np.r_[naive_user(model, user) / 0.2, weight * last], atol=1e-5)
+
+
+def test_the_score_of_an_item_is_one_product_of_query_and_stored_vector(histories):
+    model = reading_history()
+    stored = array(model.item_vectors(items(), ITEM_TOKENS))
+    assert np.array_equal(stored[:, :DIM], array(items()))
+    for query, user, history in zip(array(model.encode_queries(**histories)), USERS, HISTORIES):
+        last = naive_outputs(model, written(user, history)[1], history)[-1] * (bool(history) or user is None)
+        expected = [
+            naive_user(model, user) @ unit(array(q)) / 0.2 + 0.7 * last @ naive_learned(model, tokens)
+            for q, tokens in zip(items(), ITEM_TOKENS)
+        ]
+        # Stored vectors are longer than those of the formula, by the length of q and the square root of 2.
+        found = [cosine(query, vector) * np.sqrt(query @ query) * np.sqrt(2) for vector in stored]
+        assert np.allclose(found, expected, atol=1e-5)
+
+
+def test_users_have_no_part_that_t5_has_learned():
+    vectors = torch.randn(3, DIM)
+    stored = reading_history().user_vectors(vectors)
+    assert torch.equal(stored[:, :DIM], vectors) and stored.shape == (3, DIM + 16) and not stored[:, DIM:].any()
+
+
+def test_every_position_learns_the_item_that_follows_it(histories):
+    model = reading_history()
+    labels = torch.tensor([[4, 2, 0, 7], [3, 1, -100, -100], [5, -100, -100, -100], [1, -100, 6, -100], [-100] * 4])
+    learned = np.stack([naive_learned(model, tokens) for tokens in ITEM_TOKENS])
+    terms = []
+    for row, user, history in zip(labels.tolist(), USERS, HISTORIES):
+        for label, output in zip(row, naive_outputs(model, written(user, history)[1], history)):
+            scores = learned @ output
+            if label >= 0:
+                terms.append(np.log(np.exp(scores).sum()) - scores[label])
+    assert model(**histories, labels=labels).loss.item() == pytest.approx(np.mean(terms), rel=1e-5)
+    assert model(**histories, labels=labels, num_items_in_batch=3).loss.item() == pytest.approx(
+        sum(terms) / 3, rel=1e-5
+    )
+
+
+def test_sampled_items_of_the_batch_compete_in_place_of_all(histories):
+    model, sampled = reading_history(), [2, 5, 5, 0, 8]
+    labels = torch.tensor([[4], [3], [5], [1], [0]])
+    terms = []
+    for (label,), user, history in zip(labels.tolist(), USERS, HISTORIES):
+        output = naive_outputs(model, written(user, history)[1], history)[0]
+        positive, *others = [
+            output @ naive_learned(model, ITEM_TOKENS[row])
+            for row in (label, *(one for one in sampled if one != label))
+        ]
+        terms.append(np.log(np.exp([positive, *others]).sum()) - positive)
+    found = model(**histories, labels=labels, negative_ids=torch.tensor(sampled)[:, None]).loss.item()
+    assert found == pytest.approx(np.mean(terms), rel=1e-5)
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_padding_and_company_change_no_query_of_a_history(histories, left):
+    model = reading_history()
+    queries = model.encode_queries(**histories)
+    sides = (6, 0) if left else (0, 6)
+    padded = {name: torch.nn.functional.pad(one, sides) for name, one in histories.items()}
+    assert torch.allclose(model.encode_queries(**padded), queries, atol=1e-5)
+    assert torch.allclose(model.encode_queries(histories["input_ids"]), queries, atol=1e-6)
+    assert torch.allclose(model.encode_by_length(**histories), queries, atol=1e-5)
+    for row, (ids, mask) in enumerate(zip(*histories.values())):
+        assert torch.allclose(model.encode_queries(ids[mask.bool()][None])[0], queries[row], atol=1e-5)
+
+
+def test_a_history_costs_one_position_per_item(histories):
+    model, read = reading_history(), []
+    model.transformer.encoder.register_forward_hook(lambda *a: read.append(a[2].last_hidden_state.shape[1]))
+    model.transformer.decoder.register_forward_hook(lambda *a: read.append(a[2].last_hidden_state.shape[1]))
+    model.encode_queries(**histories)
+    assert read == [4, 1 + 3]
+
+
+def test_prompts_of_users_alone_do_not_go_through_t5(histories):
+    model, calls = reading_history(), []
+    model.transformer.register_forward_hook(lambda *_: calls.append(1))
+    alone = {
+        name: one[2:4, :6] for name, one in histories.items()
+    }  # a user without items, and one whose items are cut off
+    assert not find_entities(alone["input_ids"], alone["attention_mask"].bool(), ENTITIES["item"]).present.any()
+    query = model.encode_queries(**alone)
+    assert not calls and not query[:, DIM:].any()
+    assert torch.allclose(query[0], model.encode_queries(**histories)[2]) and len(calls) == 1
+
+
+def test_later_items_do_not_change_what_is_predicted_before_them(histories):
+    model = reading_history()
+    hidden = model._read_history(**histories)[0]
+    changed = histories["input_ids"].clone()
+    place = (changed[0] == 26 + 1).nonzero()[-1, 0]  # the first token of the last item
+    changed[0, place] = 26
+    assert not torch.allclose(model._read_history(changed, None)[0][0, 3], hidden[0, 3], atol=1e-4)
+    assert torch.allclose(model._read_history(changed, None)[0][0, :3], hidden[0, :3], atol=1e-6)
+
+
+def test_a_model_that_reads_histories_is_saved_with_its_users_codewords(histories, tmp_path):
+    model = reading_history()
+    model.save_pretrained(tmp_path)
+    loaded = T5ForGenerativeRetrieval.from_pretrained(tmp_path)
+    assert torch.equal(loaded.encode_queries(**histories), model.encode_queries(**histories))
+    assert loaded.config.query_dim == DIM + 16
+
+
+def test_training_leaves_the_codewords_of_users_as_they_are(histories):
+    """DDP hangs on a weight without gradient."""
+    model = reading_history().train()
+    before = model.user_codewords.clone()
+    model(**histories, labels=torch.tensor([[4, 2, 0, 7]] * 5)).loss.backward()
+    assert [name for name, one in model.named_parameters() if one.grad is None] == []
+    assert torch.equal(model.user_codewords, before)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_gradient_checkpointing_gives_the_same_gradients_of_histories(histories):
+    model = reading_history(dropout_rate=0.0).train()
+    other = copy.deepcopy(model)
+    other.gradient_checkpointing_enable()
+    for one in (model, other):
+        one(**histories, labels=torch.tensor([[4, 2, 0, 7]] * 5)).loss.backward()
+    for (name, one), two in zip(model.named_parameters(), other.parameters()):
+        assert torch.allclose(one.grad, two.grad, atol=1e-6), name
+
+
+def test_a_model_that_reads_histories_runs_in_bfloat16(histories):
+    labels = torch.tensor([[4, 2, 0, 7]] * 5)
+    exact = reading_history()(**histories, labels=labels).loss.item()
+    output = reading_history().to(torch.bfloat16)(**histories, labels=labels)
+    output.loss.backward()
+    assert output.query_embeds.dtype == torch.bfloat16 and output.loss.item() == pytest.approx(exact, rel=0.1)
+
+
+def test_broken_code_tokens_in_a_text_do_no_harm():
+    """Text may name tokens that are no whole user or item."""
+    ids = torch.tensor([[22, 21, 34, 26, 5, 1], [26, 29, 32, 25, 20, 26]])
+    assert reading_history().encode_queries(ids).isfinite().all()
+
+
+def test_reading_histories_needs_tokens_of_users_and_items(histories):
+    with pytest.raises(ValueError, match="history pooling needs entity_tokens, loss_type='softmax' and no alignment"):
+        tiny(pooling="history", loss_type="softmax")
+    with pytest.raises(ValueError, match="history pooling needs entity_tokens, loss_type='softmax' and no alignment"):
+        reading_history(loss_type="cosine_ranking")
+    model = reading_history()
+    with pytest.raises(ValueError, match="needs the code tokens of each item; give bind_items the token_ids"):
+        model.bind_items(items())
     with pytest.raises(ValueError, match="reads token ids; give input_ids"):
-        model.encode_queries(inputs_embeds=model.get_input_embeddings()(prompts["input_ids"]))
+        model.encode_queries(inputs_embeds=model.get_input_embeddings()(histories["input_ids"]))
 
 
 # ---- training
@@ -637,7 +815,7 @@ def test_encoding_by_length_has_no_dropout_and_leaves_the_mode_as_it_was(prompts
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"pooling": "max"}, "pooling is 'max' but must be 'decoder' or 'mean'"),
+        ({"pooling": "max"}, "pooling is 'max' but must be 'decoder', 'mean' or 'history'"),
         ({"loss_type": "bpr"}, "loss_type is 'bpr' but must be 'cosine_ranking' or 'softmax'"),
         ({"temperature": 0}, "temperature is 0 but must be above 0"),
         ({"embedding_dim": 0}, "embedding_dim is 0 but must be at least 1"),

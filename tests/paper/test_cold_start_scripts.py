@@ -20,9 +20,9 @@ def test_unseen_users_and_items_are_served(kind, tmp_path):
     )
     assert run.returncode == 0, run.stderr
     results = json.loads((tmp_path / "unseen.json").read_text())
-    assert results["added"][kind] == {"users": 20, "items": 15}[kind]
+    assert results["added"][kind] == {"users": 50, "items": 15}[kind]
     groups = results["metrics"]["added"]
-    assert groups["unseen"]["users"] + groups["seen"]["users"] == 400
+    assert groups["unseen"]["users"] + groups["seen"]["users"] == 1000
     # Of 300 items, 20 at random would hold the target of 7 % of the users.
     assert groups["seen"]["hr@20"] > 0.14
     assert groups["unseen"]["hr@20"] > 0

@@ -86,8 +86,8 @@ def test_a_clean_repository_passes_every_check(trained_repository, demo_splits):
     sizes = {name: len(split) for name, split in demo_splits.items()}
     assert f"the {sizes['train']} pairs of train, no more" in passed["selection", "collaborative"]
     assert f"none of the {sizes['validation'] + sizes['test']} of validation and test" in passed["selection", "seen"]
-    assert f"the {sizes['train'] + 400} pairs of train + validation, no more" in passed["refit", "collaborative"]
-    assert "700 users and items" in passed["refit", "vectors"] and "700 users and items" in passed["refit", "codes"]
+    assert f"the {sizes['train'] + 1000} pairs of train + validation, no more" in passed["refit", "collaborative"]
+    assert "1300 users and items" in passed["refit", "vectors"] and "1300 users and items" in passed["refit", "codes"]
     assert f"timestamps of {sum(sizes.values())} interactions" in passed["data", "order"]
 
 
@@ -184,8 +184,8 @@ def test_a_test_item_that_is_trained_on_too_is_found_in_splits_and_prompts(repos
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda rows: rows["test"].pop(), "there are 400 and 399 of them"),
-        (lambda rows: rows["test"].append({**rows["test"][0], "item_id": "other"}), "there are 400 and 401 of them"),
+        (lambda rows: rows["test"].pop(), "there are 1000 and 999 of them"),
+        (lambda rows: rows["test"].append({**rows["test"][0], "item_id": "other"}), "there are 1000 and 1001 of them"),
         (lambda rows: rows.update(train=[row for row in rows["train"] if row["user_id"] != USER]), "only held-out items"),
     ],
 )  # fmt: skip
@@ -209,7 +209,7 @@ def test_a_vector_that_training_went_on_with_is_found(repository):
     store = EmbeddingStore.open(repository)
     vectors = store.vectors("user") * 1.01
     change_store(repository, lambda store: store.upsert("user", store.ids("user"), vectors))
-    assert "400 of 700" in outcomes(repository, False)["refit", "vectors"]
+    assert "1000 of 1300" in outcomes(repository, False)["refit", "vectors"]
 
 
 @pytest.mark.parametrize("kind", ["user", "item"])
@@ -220,7 +220,7 @@ def test_a_wrong_code_is_found(repository, kind):
     failed = outcomes(repository, False)
     assert set(failed) == {("refit", "codes")}
     named = TokenRecTokenizer.from_pretrained(repository).ids(kind)[5]
-    assert f"1 of 700 users and items, such as {kind} '{named}'," in failed["refit", "codes"]
+    assert f"1 of 1300 users and items, such as {kind} '{named}'," in failed["refit", "codes"]
 
 
 def test_an_mq_tokenizer_of_another_run_is_found(repository):

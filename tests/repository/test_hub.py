@@ -225,7 +225,7 @@ def test_commands_push_and_read_a_shared_repository(hub, repository, capsys, exp
     found = json.loads(capsys.readouterr().out)["recommendations"]
     assert [row["item"] for row in found] == [row["item"] for row in expected[user]]
     assert main(["info", NAME]) == 0
-    assert "400 users, 300 items" in capsys.readouterr().out
+    assert "1000 users, 300 items" in capsys.readouterr().out
     assert main(["evaluate", NAME]) == 1
     assert capsys.readouterr().err.startswith("tokenrec: error: ")
 

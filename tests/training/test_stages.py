@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import set_seed
 
-from tokenrec_hf.data.collator import DataCollatorForGenerativeRetrieval
+from tokenrec_hf.data.collator import DataCollatorForGenerativeRetrieval, PromptDataset
 from tokenrec_hf.data.demo import demo_interactions
 from tokenrec_hf.data.interaction_matrix import InteractionMatrix
 from tokenrec_hf.data.splits import Holdout, index_splits, leave_one_out
@@ -14,9 +14,10 @@ from tokenrec_hf.evaluation.metrics import evaluate_embeddings
 from tokenrec_hf.models.configuration_tokenrec import T5GenerativeRetrievalConfig
 from tokenrec_hf.models.embedding_store import EmbeddingStore
 from tokenrec_hf.models.modeling_t5_retrieval import T5ForGenerativeRetrieval
+from tokenrec_hf.models.prompts import HISTORY_TEMPLATES
 from tokenrec_hf.training import stages
 from tokenrec_hf.training.closed_forms import smooth_tables
-from tokenrec_hf.training.initialization import build_tokenizer
+from tokenrec_hf.training.initialization import build_tokenizer, entity_tokens
 from tokenrec_hf.training.recipe import CollaborativeSettings, MQTokenizerSettings, Recipe, RetrievalSettings
 from tokenrec_hf.training.stages import (
     by_history_length,
@@ -113,7 +114,7 @@ def run_stage(data, vectors, tokenizer):
         settings = changed(COLLABORATIVE, model=model, patience=patience)
         return train_collaborative(data.interactions, settings, folder, seed=1, **options)
 
-    def retrieval(folder, patience=100, settings=RETRIEVAL, **options):
+    def retrieval(folder, patience=100, settings=RETRIEVAL, pooling="mean", **options):
         set_seed(3)
         config = T5GenerativeRetrievalConfig(
             vocab_size=len(tokenizer),
@@ -125,15 +126,22 @@ def run_stage(data, vectors, tokenizer):
             num_decoder_layers=1,
             dropout_rate=0.2,
             embedding_dim=8,
-            pooling="mean",
+            pooling=pooling,
             loss_type="softmax",
             temperature=0.1,
             pad_token_id=tokenizer.pad_token_id,
+            entity_tokens=entity_tokens(tokenizer),
         )
         model = T5ForGenerativeRetrieval(config)
-        model.bind_items(torch.randn(NUM_ITEMS, 8, generator=torch.Generator().manual_seed(2)))
+        if pooling == "history":
+            torch.nn.init.normal_(model.user_codewords)
+        vectors = torch.randn(NUM_ITEMS, 8, generator=torch.Generator().manual_seed(2))
+        model.bind_items(vectors, tokenizer.item_tokens(ITEM_IDS))
+        kind = (
+            {"next_items": True, "templates": HISTORY_TEMPLATES} if pooling == "history" else {"with_seen_items": True}
+        )
         collator = DataCollatorForGenerativeRetrieval(
-            tokenizer, data.interactions, USER_IDS, ITEM_IDS, targets_per_prompt=3, with_seen_items=True, seed=1
+            tokenizer, data.interactions, USER_IDS, ITEM_IDS, targets_per_prompt=3, seed=1, **kind
         )
         return train_retrieval(model, collator, changed(settings, patience=patience), folder, seed=1, **options)
 
@@ -143,6 +151,7 @@ def run_stage(data, vectors, tokenizer):
         "fism": lambda folder, **options: collaborative(folder, "fism", **options),
         "mq": lambda folder: train_mq_tokenizer(vectors, MQ_TOKENIZER, folder, kind="item", seed=1),
         "retrieval": retrieval,
+        "history": lambda folder, **options: retrieval(folder, pooling="history", **options),
     }
     return lambda stage, folder, **options: runs[stage](folder, **options)
 
@@ -211,6 +220,8 @@ def checkpoints(folder):
         ("mq", False),
         ("retrieval", True),
         ("retrieval", False),
+        ("history", True),
+        ("history", False),
     ],
 )
 def test_an_interrupted_stage_ends_as_if_it_had_not_been(run_stage, interrupt_at, data, tmp_path, stage, selected):
@@ -333,6 +344,24 @@ def test_selection_reports_the_ranking_of_the_held_out_items(run_stage, data, tm
     assert not any(name.startswith("eval_") or "runtime" in name for name in result.metrics)
 
 
+def test_the_weight_of_what_t5_reads_is_the_best_on_the_held_out_items(
+    run_stage, data, tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(stages, "HISTORY_WEIGHTS", (0.0, 0.5, 3.0))
+    result = run_stage("history", tmp_path, holdout=data.holdout)
+    model, seen = result.model, data.interactions.of_users(data.holdout.users)
+    collator = DataCollatorForGenerativeRetrieval(tokenizer, data.interactions, USER_IDS, ITEM_IDS, seed=1)
+    examples, found = PromptDataset(data.holdout.users, data.holdout.targets), {}
+    batch = collator([examples[row] for row in range(NUM_USERS)])
+    for weight in stages.HISTORY_WEIGHTS:
+        model.config.history_weight = weight
+        queries = model.encode_queries(batch["input_ids"], batch["attention_mask"]).detach()
+        found[weight] = evaluate_embeddings(queries, model.bound_vectors(), data.holdout.targets, *seen, cosine=True)
+    best = max(found, key=lambda weight: found[weight]["ndcg@20"])
+    assert result.metrics["history_weight"] == best
+    assert result.metrics["ndcg@20"] == pytest.approx(found[best]["ndcg@20"])
+
+
 def test_statistics_of_the_codes_are_logged_while_the_mq_tokenizer_trains(run_stage, vectors, tmp_path):
     result = run_stage("mq", tmp_path)
     for name, value in result.model.statistics(vectors).items():
@@ -376,7 +405,7 @@ def test_users_with_like_histories_come_together():
 def test_one_seed_gives_one_collaborative_model_with_several_threads(tmp_path, num_threads):
     splits = leave_one_out(demo_interactions())
     data = index_splits(splits, "validation")
-    settings = Recipe.load("quickstart", overrides={"collaborative.training.num_train_epochs": 2}).collaborative
+    settings = Recipe.load("cpu", overrides={"collaborative.training.num_train_epochs": 2}).collaborative
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
@@ -392,5 +421,5 @@ def test_one_seed_gives_one_collaborative_model_with_several_threads(tmp_path, n
 @pytest.mark.parametrize("most_steps, epochs", [(None, 3), (100, 3), (4, 2), (1, 1)])
 def test_large_data_get_fewer_epochs(data, tmp_path, most_steps, epochs):
     training = {"num_train_epochs": 3, "per_device_train_batch_size": -(-len(data.interactions) // 2)}
-    settings = changed(Recipe.load("quickstart").collaborative, training=training, most_steps=most_steps)
+    settings = changed(Recipe.load("cpu").collaborative, training=training, most_steps=most_steps)
     assert stages.train_collaborative(data.interactions, settings, tmp_path).epochs == epochs

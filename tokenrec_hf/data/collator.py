@@ -7,22 +7,21 @@ hash of (seed, epoch, user), see [`stateless_random`], so batches do not depend 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from ..models.embedding_store import Ragged
-from ..models.modeling_mq_tokenizer import MQTokenizerModel
-from ..models.prompts import HISTORY_ONLY_TEMPLATE, HISTORY_TEMPLATES, SEEN_TEMPLATES, PromptTemplate
+from ..models.prompts import HISTORY_TEMPLATES, SEEN_TEMPLATES, PromptTemplate
 from ..models.tokenization_tokenrec import TokenRecTokenizer
 from .history_split import HistorySplit, shuffled_order, split_histories
 from .interaction_matrix import InteractionMatrix
 from .stateless_random import bounded, stateless_random
 
 # Numbers of the random draws. The order is drawn for each (user, position), everything else for each user.
-_TEMPLATE, _HISTORY_ORDER, _HISTORY_SIZE, _ANONYMOUS, _NEGATIVES = 0, 0, 1, 2, 16
+_TEMPLATE, _HISTORY_ORDER, _HISTORY_SIZE, _NEGATIVES = 0, 0, 1, 16
 IGNORED = -100
 
 
@@ -67,8 +66,8 @@ class DataCollatorForGenerativeRetrieval:
     In training, the interactions of a user are shuffled and split: a random number of them, from 1 to `train_history`, is
     the history in the prompt, and up to `targets_per_prompt` others are the items to retrieve. Without `shuffle_history`
     they are split at a random moment: the latest items before it are the history, the next items are the targets. With
-    `pool_history` and `user_mq`, the user's own tokens come from the same past, because the user's vector of all
-    interactions would reveal the targets. An example with a `target` keeps the whole history and the user's tokens. A
+    `next_items`, for `"history"` pooling, all items are targets: the prompt shows the history without its last item, and the
+    labels are the item that follows each position. An example with a `target` keeps the whole history. A
     history has at most `max_history` items (the latest) and only as many whole items as fit into `max_length`. A user
     without history gets a template without history.
 
@@ -79,8 +78,6 @@ class DataCollatorForGenerativeRetrieval:
         item_ids: the id of each item row.
         templates: the templates to choose from at random in training.
         evaluation_templates: the templates to choose from for examples with a target.
-        history_only: share of training prompts, among users with a history to show, that name the history and not the
-            user. They prepare the model for anonymous users.
         max_length: tokens of the longest prompt.
         max_history: items of the longest history.
         train_history: items of the longest history in training (default: `max_history`). Shorter histories train faster.
@@ -89,14 +86,13 @@ class DataCollatorForGenerativeRetrieval:
             sampled softmax.
         with_seen_items: add the rows of the history as `seen_items`, which the full softmax excludes from the competition.
         user_vectors: collaborative vectors `[num_users, d]`, given to the model as `user_embeds` for its alignment loss.
-        pool_history: makes the collaborative vectors of shorter histories, see [`FISMModel.pool`]. They take the place of
-            `user_vectors` in training. Requires `user_mq`.
-        user_mq: the MQ-Tokenizer of users, which turns these vectors into tokens.
+        next_items: whether the labels are the items that follow each position of the history.
         shuffle_history: random order of the history, else time order.
         seed: seed of all random choices.
 
     Returns (when called):
-        LongTensors `input_ids` and `attention_mask` `[B, T]`; `labels` `[B, P]`, padded with -100; with `num_negatives`,
+        LongTensors `input_ids` and `attention_mask` `[B, T]`; `labels` `[B, P]`, or with `next_items` `[B, 1 + S]`, padded with
+        -100; with `num_negatives`,
         `negative_ids` `[B, num_negatives]`; with `with_seen_items`, `seen_items` `[B, S]`, padded with -100. With
         `user_vectors`, `user_embeds` `[B, d]`.
 
@@ -113,7 +109,6 @@ class DataCollatorForGenerativeRetrieval:
         *,
         templates: Sequence[PromptTemplate] = SEEN_TEMPLATES,
         evaluation_templates: Sequence[PromptTemplate] = HISTORY_TEMPLATES,
-        history_only: float = 0.0,
         max_length: int = 512,
         max_history: int = 100,
         train_history: int | None = None,
@@ -121,8 +116,7 @@ class DataCollatorForGenerativeRetrieval:
         num_negatives: int = 0,
         with_seen_items: bool = False,
         user_vectors: torch.Tensor | None = None,
-        pool_history: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor] | None = None,
-        user_mq: MQTokenizerModel | None = None,
+        next_items: bool = False,
         shuffle_history: bool = True,
         seed: int = 0,
     ):
@@ -130,18 +124,16 @@ class DataCollatorForGenerativeRetrieval:
         self.pad_token_id = tokenizer.pad_token_id
         self.user_tokens = tokenizer.entity_token_ids("user", user_ids)  # [num_users, E_u]
         self.item_tokens = tokenizer.entity_token_ids("item", item_ids)  # [num_items, E_v]
-        every = [*templates, *evaluation_templates, HISTORY_ONLY_TEMPLATE]
+        every = [*templates, *evaluation_templates]
         self.parts = [tokenizer.split_prompt(template) for template in every]
         self.uses_history = np.array([template.uses_history for template in every])
         self.names_user = np.array([template.names_user for template in every])
-        self.history_only = history_only
-        self.training_pool, self.evaluation_pool = np.split(np.arange(len(every) - 1), [len(templates)])
+        self.training_pool, self.evaluation_pool = np.split(np.arange(len(every)), [len(templates)])
         # The templates for users without history. If all templates have a history, it is left empty.
         plain = np.flatnonzero(~self.uses_history)
-        self.plain_pool = plain if len(plain) else np.arange(len(every) - 1)
+        self.plain_pool = plain if len(plain) else np.arange(len(every))
         self.shuffle_history, self.with_seen_items = shuffle_history, with_seen_items
-        self.user_vectors, self.pool_history, self.user_mq = user_vectors, pool_history, user_mq
-        self.user_code_tokens = tokenizer.code_token_ids("user")  # [K, L]
+        self.user_vectors, self.next_items = user_vectors, next_items
         self.targets_per_prompt, self.num_negatives = targets_per_prompt, num_negatives
         # Tokens of a prompt without its history, [templates].
         self.static = np.array([sum(map(len, parts)) for parts in self.parts])
@@ -158,36 +150,25 @@ class DataCollatorForGenerativeRetrieval:
         epoch = features[0]["epoch"]
         targets = np.array([feature["target"] for feature in features]) if "target" in features[0] else None
         template = self._templates(users, epoch, training=targets is None)
-        embeds = None if self.user_vectors is None else self.user_vectors[torch.from_numpy(users)]
-        user_tokens = self.user_tokens[users]  # [B, E_u]
-        labels = np.full((len(users), self.targets_per_prompt), IGNORED)
-        if targets is None:
+        if self.next_items:
+            past, labels = self._next_items(users, epoch, template, targets)
+            shown = past
+        elif targets is None:
             past, _, wanted = self._split(users, epoch, template)
             shown = _latest(past, np.where(self.uses_history[template], self.training_capacity[template], 0))
+            labels = np.full((len(users), self.targets_per_prompt), IGNORED)
             labels[wanted.rows, wanted.ranks] = wanted.values
-            if self.pool_history is not None and self.user_mq is not None:
-                ages = past.lengths[past.rows] - 1 - past.ranks
-                rows, items, ages = (torch.from_numpy(values) for values in (past.rows, past.values, ages))
-                with torch.no_grad():
-                    vectors = self.pool_history(rows, items, ages, len(past))  # [B, d]
-                known = past.lengths[:, None] > 0
-                codes = self.user_mq.encode(vectors).numpy()  # [B, K]
-                count = codes.shape[1]
-                fresh = self.user_code_tokens[np.arange(count), codes]
-                user_tokens[:, -count:] = np.where(known, fresh, user_tokens[:, -count:])
-                if embeds is not None:
-                    embeds = torch.where(torch.from_numpy(known), vectors, embeds)
         else:
-            past = shown = self._whole_history(users, epoch, template)
-            labels[:, 0] = targets
-        batch = self._assemble(user_tokens, template, shown) | {"labels": torch.from_numpy(labels)}
+            past = shown = self._whole_history(users, epoch, template, self.capacity)
+            labels = targets[:, None]
+        batch = self._assemble(self.user_tokens[users], template, shown) | {"labels": torch.from_numpy(labels)}
         if self.num_negatives:
             negatives = self.interactions.sample_negatives(
                 users, self.num_negatives, seed=self.seed, epoch=epoch, examples=users, first_draw=_NEGATIVES
             )
             batch["negative_ids"] = torch.from_numpy(negatives)
-        if embeds is not None:
-            batch["user_embeds"] = embeds
+        if self.user_vectors is not None:
+            batch["user_embeds"] = self.user_vectors[torch.from_numpy(users)]
         if self.with_seen_items:
             batch["seen_items"] = torch.from_numpy(past.padded(IGNORED))
         return batch
@@ -197,9 +178,6 @@ class DataCollatorForGenerativeRetrieval:
         random = stateless_random(self.seed, epoch, users, 1, _TEMPLATE)[:, 0]
         pool = self.training_pool if training else self.evaluation_pool
         template = pool[bounded(random, len(pool))]
-        if training and self.history_only:
-            chance = stateless_random(self.seed, epoch, users, 1, _ANONYMOUS)[:, 0] / 2.0**64
-            template = np.where(chance < self.history_only, len(self.parts) - 1, template)
         short = self.interactions.lengths[users] < (2 if training else 1)
         plain = self.plain_pool[bounded(random, len(self.plain_pool))]
         return np.where(short & self.uses_history[template], plain, template)
@@ -210,8 +188,7 @@ class DataCollatorForGenerativeRetrieval:
         longest = histories.lengths - 1
         if self.shuffle_history:
             longest = np.minimum(longest, self.training_capacity[template])
-        # Without an MQ-Tokenizer for the past, only a template with a history has one.
-        known = (histories.lengths > 1) & (self.uses_history[template] | (self.user_mq is not None))
+        known = (histories.lengths > 1) & self.uses_history[template]
         return split_histories(
             histories,
             users,
@@ -224,10 +201,30 @@ class DataCollatorForGenerativeRetrieval:
             size_draw=_HISTORY_SIZE,
         )
 
-    def _whole_history(self, users: np.ndarray, epoch: int, template: np.ndarray) -> Ragged:
-        """The latest items that fit into the prompt."""
+    def _next_items(
+        self, users: np.ndarray, epoch: int, template: np.ndarray, targets: np.ndarray | None
+    ) -> tuple[Ragged, np.ndarray]:
+        """The histories to show, and the item that follows each of their positions, `[B, 1 + S]`."""
+        if targets is not None:
+            shown = self._whole_history(users, epoch, template, self.capacity)
+            lengths, following = shown.lengths, targets
+        else:
+            # One more item than is shown, because the last one is a target only.
+            whole = self._whole_history(users, epoch, template, self.training_capacity + 1)
+            lengths = np.maximum(whole.lengths - 1, 0)
+            is_last = whole.ranks == lengths[whole.rows]
+            shown = Ragged.from_lengths(lengths, whole.values[~is_last])
+            following = np.full(len(users), IGNORED)
+            following[whole.rows[is_last]] = whole.values[is_last]
+        labels = np.full((len(users), 1 + int(lengths.max())), IGNORED)
+        labels[shown.rows, shown.ranks] = shown.values
+        labels[np.arange(len(users)), lengths] = following
+        return shown, labels
+
+    def _whole_history(self, users: np.ndarray, epoch: int, template: np.ndarray, capacity: np.ndarray) -> Ragged:
+        """The latest items, as many as `capacity` `[templates]` says."""
         histories = self.interactions.histories.take(users)
-        kept = _latest(histories, np.where(self.uses_history[template], self.capacity[template], 0))
+        kept = _latest(histories, np.where(self.uses_history[template], capacity[template], 0))
         if self.shuffle_history:
             positions = kept.ranks + (histories.lengths - kept.lengths)[kept.rows]
             order = shuffled_order(users, kept.rows, positions, self.seed, epoch, _HISTORY_ORDER)

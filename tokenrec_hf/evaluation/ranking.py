@@ -121,7 +121,7 @@ def encode_prompts(
     # Histories of similar length share a batch, so that batches carry little padding.
     order = np.argsort(collator.interactions.lengths[users], kind="stable")
     examples = PromptDataset(users[order], np.zeros(len(users), dtype=np.int64))
-    queries = torch.empty(len(users), model.config.embedding_dim)
+    queries = torch.empty(len(users), model.config.query_dim)
     for start in tqdm(range(0, len(users), batch_size), desc=name, unit="batch", leave=False):
         batch = collator([examples[row] for row in range(start, min(start + batch_size, len(users)))])
         inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}

@@ -171,15 +171,18 @@ class T5GenerativeRetrievalConfig(T5Config):
     Args:
         embedding_dim: d, the size of the item vectors that queries are compared with.
         projection_dim: width of the two hidden layers of the projection (Eq. 18). Default: `2 * d_model`.
-        pooling: `"decoder"` (one decoder step, as in the paper) or `"mean"` (mean of the encoder's outputs, without a decoder).
+        pooling: how a prompt becomes one vector: `"decoder"` (one decoder step, as in the paper), `"mean"` (mean of the encoder's
+            outputs, without a decoder), or `"history"` (the decoder reads the items of the history, one position per item, and
+            its last output is taken; the encoder reads the words; see [`T5ForGenerativeRetrieval`]).
         loss_type: `"cosine_ranking"` (Eq. 20) or `"softmax"` (cross-entropy over cosine / `temperature`).
         margin: gamma of Eq. 20; negatives below this cosine add no loss. The paper uses 0 to 0.2.
-        temperature: tau of the softmax loss.
+        temperature: tau of the softmax loss. With `"history"` pooling, cos(p, q) / tau is the part of the collaborative vectors in
+            the score.
         alignment_weight: weight of 1 - cos(z, p_i), which draws the query to the collaborative vector of the prompt's user.
             0, as in the paper, leaves the term out.
-        user_shortcut: add the codewords of the prompt's user to the projection, so that T5 predicts only the difference from
-            the user's vector. Needs residual codebooks. The paper does not do this.
-        user_code_tokens: the vocabulary ids `[first, end)` of the users' code tokens, for `user_shortcut`.
+        history_weight: with `"history"` pooling, the weight of T5's part in the score. 0 ranks by the collaborative vectors.
+        entity_tokens: with `"history"` pooling, how the tokenizer writes ids: for `"user"` and `"item"`, the vocabulary id `first`
+            of the first code token, `num_codebooks` K, `codebook_size` L, and the number `prefix` of tokens before the codes.
         space_ids: fingerprints of the MQ-Tokenizers that made the tokens of training, `{"user": ..., "item": ...}`.
     """
 
@@ -193,8 +196,8 @@ class T5GenerativeRetrievalConfig(T5Config):
     margin: float | int = 0.1
     temperature: float | int = 0.07
     alignment_weight: float | int = 0.0
-    user_shortcut: bool = False
-    user_code_tokens: list | tuple | None = None
+    history_weight: float | int = 1.0
+    entity_tokens: dict | None = None
     space_ids: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -203,10 +206,16 @@ class T5GenerativeRetrievalConfig(T5Config):
         super().__post_init__(**kwargs)
         losses = ("cosine_ranking", "softmax")
         _require(self, "at least 1", lambda value: value >= 1, "embedding_dim")
-        _require(self, "at least 0", lambda value: value >= 0, "alignment_weight")
+        _require(self, "at least 0", lambda value: value >= 0, "alignment_weight", "history_weight")
         _require(self, "above 0", lambda value: value > 0, "temperature")
-        _require(self, "'decoder' or 'mean'", lambda value: value in ("decoder", "mean"), "pooling")
+        poolings = ("decoder", "mean", "history")
+        _require(self, "'decoder', 'mean' or 'history'", lambda value: value in poolings, "pooling")
         _require(self, "'cosine_ranking' or 'softmax'", lambda value: value in losses, "loss_type")
+
+    @property
+    def query_dim(self) -> int:
+        """The size of a query and of the item vectors in the store: d, or d + d_model with `"history"` pooling."""
+        return self.embedding_dim + self.d_model * (self.pooling == "history")
 
     @property
     def custom_pipelines(self) -> dict[str, dict[str, str]]:

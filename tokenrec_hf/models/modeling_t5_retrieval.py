@@ -1,15 +1,17 @@
 """T5 for generative retrieval (sections II-D2, II-D3 and II-E1 of TokenRec, arXiv 2406.10450).
 
 A prompt of words, user tokens and item tokens goes through T5 once (Eq. 17), and a three-layer projection turns the result into
-a query vector (Eq. 18). The recommendation is the items nearest by cosine (Eq. 19), without beam search. The item vectors
-belong to the embedding store and are bound to the model for training; they are not in its checkpoint. The model knows no ids.
+a query vector (Eq. 18). The recommendation is the items nearest by cosine (Eq. 19), without beam search. With `"history"` pooling,
+T5 is a sequence model beside the collaborative vectors, see [`T5ForGenerativeRetrieval`]. The item vectors belong to the embedding
+store and are bound to the model for training; they are not in its checkpoint. The model knows no ids.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -22,6 +24,8 @@ from .configuration_tokenrec import T5GenerativeRetrievalConfig
 
 # Prompts of up to this number of tokens are encoded together.
 SHORT_PROMPT = 32
+# Items whose learned part is computed at once.
+ITEM_CHUNK = 65_536
 
 
 @dataclass
@@ -37,6 +41,44 @@ class GenerativeRetrievalOutput(ModelOutput):
     query_embeds: torch.Tensor | None = None
 
 
+class Entities(NamedTuple):
+    """The users or the items that prompts name, in their order.
+
+    Args:
+        tokens: code tokens, `[B, S, K]`; anything where there is no entity.
+        present: whether there is one, boolean `[B, S]`.
+        covered: whether a position of the prompt belongs to one, boolean `[B, T]`.
+    """
+
+    tokens: torch.Tensor
+    present: torch.Tensor
+    covered: torch.Tensor
+
+
+def find_entities(input_ids: torch.Tensor, mask: torch.Tensor, kind: dict[str, int]) -> Entities:
+    """Finds the users or the items in prompts.
+
+    Args:
+        input_ids: `[B, T]`.
+        mask: whether a position is no padding, boolean `[B, T]`.
+        kind: an entry of the configuration's `entity_tokens`.
+    """
+    first, count, last = kind["first"], kind["num_codebooks"], input_ids.shape[1] - 1
+    starts = (
+        (input_ids >= first) & (input_ids < first + kind["codebook_size"]) & mask
+    )  # tokens of the first codebook, [B, T]
+    numbers = starts.sum(dim=1, keepdim=True)  # [B, 1]
+    slots = torch.arange(max(int(numbers.max()), 1), device=input_ids.device)
+    places = (~starts).long().argsort(dim=1, stable=True)[:, : len(slots)]  # [B, S]
+    present = slots < numbers
+    span = places[..., None] + torch.arange(-kind["prefix"], count, device=input_ids.device)  # [B, S, prefix + K]
+    span = span.clamp(0, last)
+    tokens = input_ids.gather(1, span[..., -count:].flatten(1)).view(*places.shape, count)
+    covered = torch.zeros(len(input_ids), last + 2, dtype=torch.bool, device=input_ids.device)
+    covered.scatter_(1, torch.where(present[..., None], span, last + 1).flatten(1), True)
+    return Entities(tokens, present, covered[:, : last + 1])
+
+
 class ProjectionLinear(nn.Linear):
     """A linear layer of the projection; a class of its own, because T5's `_init_weights` would give `nn.Linear` the std 1."""
 
@@ -44,19 +86,27 @@ class ProjectionLinear(nn.Linear):
 class T5ForGenerativeRetrieval(T5PreTrainedModel):
     """A T5 backbone, a projection and a ranking loss on item vectors.
 
+    With `"history"` pooling there is no projection. The encoder reads the words of a prompt. The decoder reads its items, one
+    position per item, whose embedding is the sum of the embeddings of its code tokens; it is trained to predict the next item at
+    every position, with h . e_j as the score of item j and e_j the same sum, of length 1. A user's tokens do not go through T5:
+    they add up to the collaborative vector p. The score of an item is cos(p, q_j) / temperature + history_weight * h . e_j, one
+    product of the query [p / temperature ; history_weight * h] with the item vector [q_j ; e_j]. T5 is trained apart from p, because
+    p has been fit to the same interactions. The second part of a query is 0 if a prompt names a user and no item.
+
     Call [`~T5ForGenerativeRetrieval.bind_items`] before training or computing a loss.
 
     Args:
         config: a [`T5GenerativeRetrievalConfig`].
 
     Raises:
-        ValueError: `user_shortcut` without `user_code_tokens`.
+        ValueError: `"history"` pooling without `entity_tokens`, or with another loss than `"softmax"`.
     """
 
     config_class = T5GenerativeRetrievalConfig
     config: T5GenerativeRetrievalConfig
     base_model_prefix = "transformer"
     item_embeddings: torch.Tensor
+    item_tokens: torch.Tensor | None = None
     user_codewords: torch.Tensor
     # The revision given to `from_pretrained`, from which the pipeline loads the store too.
     loaded_revision: str | None = None
@@ -69,22 +119,24 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
 
     def __init__(self, config: T5GenerativeRetrievalConfig):
         super().__init__(config)
-        if config.pooling == "decoder":
-            self.transformer: nn.Module = T5Model(config)
-        else:
-            self.transformer = T5EncoderModel(config)
+        if config.pooling == "mean":
+            self.transformer: nn.Module = T5EncoderModel(config)
             self._keys_to_ignore_on_load_unexpected = [r"lm_head\.weight", r"decoder\."]
-        width = cast(int, config.projection_dim)
-        layers: list[nn.Module] = []
-        for size in (config.d_model, width):
-            layers += [ProjectionLinear(size, width), nn.ReLU(), nn.Dropout(config.dropout_rate)]
-        self.projection = nn.Sequential(*layers, ProjectionLinear(width, config.embedding_dim))
+        else:
+            self.transformer = T5Model(config)
+        if config.pooling == "history":
+            if config.entity_tokens is None or config.loss_type != "softmax" or config.alignment_weight:
+                raise ValueError("history pooling needs entity_tokens, loss_type='softmax' and no alignment_weight.")
+            user = config.entity_tokens["user"]
+            count = user["num_codebooks"] * user["codebook_size"]
+            self.register_buffer("user_codewords", torch.zeros(count, config.embedding_dim))
+        else:
+            width = cast(int, config.projection_dim)
+            layers: list[nn.Module] = []
+            for size in (config.d_model, width):
+                layers += [ProjectionLinear(size, width), nn.ReLU(), nn.Dropout(config.dropout_rate)]
+            self.projection = nn.Sequential(*layers, ProjectionLinear(width, config.embedding_dim))
         self.register_buffer("item_embeddings", torch.zeros(0, config.embedding_dim), persistent=False)
-        if config.user_shortcut:
-            if config.user_code_tokens is None:
-                raise ValueError("user_shortcut needs user_code_tokens, the range [first, end) of the code tokens.")
-            first, end = config.user_code_tokens
-            self.register_buffer("user_codewords", torch.zeros(end - first, config.embedding_dim))
         self.post_init()
 
     @classmethod
@@ -95,21 +147,69 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
         model.loaded_revision = kwargs.get("revision")
         return loaded
 
-    def bind_items(self, vectors: torch.Tensor) -> None:
-        """Sets the item vectors q `[num_items, d]` that the loss compares queries with; they are normalised and never saved.
+    def bind_items(self, vectors: torch.Tensor, token_ids: torch.Tensor | np.ndarray | None = None) -> None:
+        """Sets the items that the loss compares queries with; they are never saved.
+
+        Args:
+            vectors: q, `[num_items, d]`, which are normalised; or the vectors of the store, which begin with q.
+            token_ids: the items' code tokens, int64 `[num_items, K]`, see [`~TokenRecTokenizer.item_tokens`]; for `"history"`
+                pooling.
 
         Raises:
-            ValueError: the vectors do not have `embedding_dim` dimensions, or one is not finite.
+            ValueError: the vectors do not have `embedding_dim` dimensions, or one is not finite, or there are no tokens.
         """
         d = self.config.embedding_dim
-        if vectors.dim() != 2 or vectors.shape[1] != d:
+        if vectors.dim() != 2 or vectors.shape[1] not in (d, self.config.query_dim):
             raise ValueError(
                 f"item vectors have shape {list(vectors.shape)} but the model expects [n, {d}]; "
                 f"use the store it was trained with, or train it with embedding_dim={vectors.shape[-1]}."
             )
         if not vectors.isfinite().all():
             raise ValueError("an item vector has a value that is not finite; check the embedding store.")
-        self.item_embeddings = F.normalize(vectors.detach().to(self.device, torch.float32), dim=-1)
+        if self.config.pooling == "history" and (token_ids is None or len(token_ids) != len(vectors)):
+            raise ValueError("history pooling needs the code tokens of each item; give bind_items the token_ids too.")
+        self.item_embeddings = F.normalize(vectors[:, :d].detach().to(self.device, torch.float32), dim=-1)
+        self.item_tokens = None if token_ids is None else torch.as_tensor(token_ids).to(self.device)
+
+    @torch.no_grad()
+    def item_vectors(self, vectors: torch.Tensor, token_ids: torch.Tensor | np.ndarray) -> torch.Tensor:
+        """The vectors that queries are compared with by cosine, for the store.
+
+        Args:
+            vectors: the collaborative vectors q, float32 `[n, d]`, or vectors of the store, which begin with them.
+            token_ids: the items' code tokens, int64 `[n, K]`.
+
+        Returns:
+            `[n, query_dim]`: q, and with `"history"` pooling [q ; |q| e]. The first d dimensions are q to the bit.
+        """
+        if self.config.pooling != "history":
+            return vectors
+        vectors, token_ids = vectors[:, : self.config.embedding_dim], torch.as_tensor(token_ids)
+        parts = [self._learned(tokens.to(self.device)).cpu() for tokens in token_ids.split(ITEM_CHUNK)]
+        return torch.cat([vectors, vectors.norm(dim=1, keepdim=True) * torch.cat(parts)], dim=1)
+
+    def user_vectors(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Collaborative vectors of users `[n, d]` in the space of the store, `[n, query_dim]`: followed by zeros."""
+        return F.pad(vectors, (0, self.config.query_dim - vectors.shape[1]))
+
+    def bound_vectors(self) -> torch.Tensor:
+        """The `item_vectors` of the bound items."""
+        if self.item_tokens is None:
+            return self.item_embeddings
+        return self.item_vectors(self.item_embeddings.float().cpu(), self.item_tokens)
+
+    @property
+    def _embeddings(self) -> nn.Embedding:
+        """The token embeddings under the name that an adapter wraps."""
+        return cast(nn.Embedding, self.get_encoder().embed_tokens)
+
+    def _learned(self, tokens: torch.Tensor) -> torch.Tensor:
+        """e of items from their code tokens `[n, K]`, float32 `[n, d_model]` of length 1."""
+        embed = self._embeddings
+        # An adapter has another class. A bag needs a ninth of the time of a sum, and no memory for its summands.
+        bag = type(embed) is nn.Embedding
+        summed = F.embedding_bag(tokens, embed.weight, mode="sum") if bag else embed(tokens).sum(dim=1)
+        return F.normalize(summed.float(), dim=-1)
 
     def encode_queries(
         self,
@@ -117,7 +217,7 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """z = Proj(LLM4Rec(prompt)) (Eq. 17-18), `[B, d]`; with `user_shortcut`, plus the user's codewords.
+        """z = Proj(LLM4Rec(prompt)) (Eq. 17-18), `[B, d]`; with `"history"` pooling, `[B, d + d_model]`.
 
         Args:
             input_ids: `[B, T]`.
@@ -125,8 +225,10 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
             inputs_embeds: `[B, T, d_model]` in place of `input_ids`.
 
         Raises:
-            ValueError: `inputs_embeds` with `user_shortcut`, which reads token ids.
+            ValueError: `inputs_embeds` with `"history"` pooling, which reads token ids.
         """
+        if self.config.pooling == "history":
+            return self._history_query(*self._read_history(input_ids, attention_mask, for_query=True))
         if attention_mask is None and input_ids is not None:
             attention_mask = input_ids.ne(cast(int, self.config.pad_token_id)).long()
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
@@ -140,15 +242,53 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
             first = getattr(self.config, "decoder_start_token_id", self.config.pad_token_id) or 0
             start = torch.full((batch, 1), first, dtype=torch.long, device=self.device)
             hidden = self.transformer(**inputs, decoder_input_ids=start, use_cache=False).last_hidden_state[:, 0]
-        queries = self.projection(hidden)
-        if not self.config.user_shortcut:
-            return queries
+        return self.projection(hidden)
+
+    def _read_history(
+        self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, for_query: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The decoder's outputs h `[B, 1 + S, d_model]`, the number of items `[B]`, and the users' unit vectors p `[B, d]`.
+
+        Output s follows s items. The vector of a prompt that names no user is 0. If only a query is wanted (`for_query`) and no
+        prompt of the batch needs T5, h is 0.
+        """
         if input_ids is None:
-            raise ValueError("a model with user_shortcut reads token ids; give input_ids, not inputs_embeds.")
-        first, end = cast(list, self.config.user_code_tokens)
-        prompts, places = ((input_ids >= first) & (input_ids < end)).nonzero(as_tuple=True)  # [n] each
-        words = self.user_codewords[input_ids[prompts, places] - first]  # [n, d]
-        return queries + words.new_zeros(len(input_ids), words.shape[1]).index_add(0, prompts, words).to(hidden)
+            raise ValueError("history pooling reads token ids; give input_ids, not inputs_embeds.")
+        kinds = cast(dict, self.config.entity_tokens)
+        mask = (input_ids.ne(cast(int, self.config.pad_token_id)) if attention_mask is None else attention_mask).bool()
+        users, items = (find_entities(input_ids, mask, kinds[kind]) for kind in ("user", "item"))
+        rows = (users.tokens - kinds["user"]["first"]).clamp(0, len(self.user_codewords) - 1)
+        named = self.user_codewords[rows].sum(dim=2) * users.present[..., None]  # [B, S_u, d]
+        lengths, vectors = items.present.sum(dim=1), F.normalize(named.sum(dim=1), dim=-1)
+        if for_query and not self._needs_t5(lengths, vectors).any():
+            return vectors.new_zeros(len(vectors), 1, self.config.d_model), lengths, vectors
+        words = mask & ~users.covered & ~items.covered
+        width = max(int(words.sum(dim=1).max()), 1)
+        order = (~words).long().argsort(dim=1, stable=True)[:, :width]  # places of the words, [B, W]
+        embed = self._embeddings
+        # A configuration made from scratch may lack the field; T5 starts with the padding token.
+        first = getattr(self.config, "decoder_start_token_id", self.config.pad_token_id) or 0
+        start = embed(torch.full((len(input_ids), 1), first, device=input_ids.device))
+        history = embed(items.tokens).sum(dim=2)  # one position per item, [B, S, d_model]
+        hidden = self.transformer(
+            input_ids=input_ids.gather(1, order),
+            attention_mask=words.gather(1, order).long(),
+            decoder_inputs_embeds=torch.cat([start, history], dim=1),
+            decoder_attention_mask=F.pad(items.present.long(), (1, 0), value=1),
+            use_cache=False,
+        ).last_hidden_state
+        return hidden, lengths, vectors
+
+    @staticmethod
+    def _needs_t5(lengths: torch.Tensor, users: torch.Tensor) -> torch.Tensor:
+        """Whether a prompt has a history, or no user either, boolean `[B]`."""
+        return (lengths > 0) | (users == 0).all(dim=1)
+
+    def _history_query(self, hidden: torch.Tensor, lengths: torch.Tensor, users: torch.Tensor) -> torch.Tensor:
+        """The query [p / temperature ; history_weight * h] `[B, query_dim]`, h being the output after the last item."""
+        last = hidden[torch.arange(len(hidden), device=hidden.device), lengths]  # [B, d_model]
+        weight = self.config.history_weight * self._needs_t5(lengths, users).to(last)[:, None]
+        return torch.cat([users.to(last) / self.config.temperature, last * weight], dim=1)
 
     @torch.inference_mode()
     def encode_by_length(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -158,7 +298,7 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
         lengths = attention_mask.shape[1] - attention_mask.flip(1).argmax(dim=1)  # without the padding at the end, [B]
         # The longest prompt of a group is at most twice as long as its shortest.
         groups = lengths.clamp(min=SHORT_PROMPT).float().log2().ceil()
-        queries = torch.empty(len(input_ids), self.config.embedding_dim, dtype=self.dtype, device=self.device)
+        queries = torch.empty(len(input_ids), self.config.query_dim, dtype=self.dtype, device=self.device)
         was_training = self.training
         self.eval()
         for group in groups.unique():
@@ -184,9 +324,11 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
 
         Args:
             input_ids, attention_mask, inputs_embeds: see [`~T5ForGenerativeRetrieval.encode_queries`].
-            labels: rows of the items to retrieve, `[B]` or `[B, P]`; -100 is padding.
+            labels: rows of the items to retrieve, `[B]` or `[B, P]`; -100 is padding. With `"history"` pooling, of the item that
+                follows each position of the history, `[B, 1 + S]`, the first item of the history included.
             negative_ids: rows of items without an interaction. For `cosine_ranking` one per positive, `[B, P]` or `[B]` (surplus
-                columns are ignored); for `softmax` the sampled competitors, `[B, m]`, without which all bound items compete.
+                columns are ignored); for `softmax` the sampled competitors, `[B, m]`, without which all bound items compete; those
+                of a batch compete for all its prompts with `"history"` pooling.
             seen_items: rows of the items in each prompt, `[B, S]`; -100 is padding. They do not compete in the full softmax,
                 because they are never recommended.
             user_embeds: collaborative vector p of each prompt's user, `[B, d]`, for `alignment_weight`.
@@ -196,12 +338,23 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
         Raises:
             ValueError: labels without bound items, or `cosine_ranking` without negatives.
         """
-        queries = self.encode_queries(input_ids, attention_mask, inputs_embeds)
+        if self.config.pooling == "history":
+            hidden, *others = self._read_history(input_ids, attention_mask)
+            queries = self._history_query(hidden, *others)
+        else:
+            queries = self.encode_queries(input_ids, attention_mask, inputs_embeds)
         if labels is None:
             return GenerativeRetrievalOutput(query_embeds=queries)
         if not len(self.item_embeddings):
             raise ValueError("the loss needs item vectors: call model.bind_items(store.vectors('item')) first.")
         labels = labels.view(len(labels), -1)  # [B, P]
+        if self.config.pooling == "history":
+            known = labels >= 0
+            terms = self._next_item_terms(
+                hidden[:, : labels.shape[1]][known], labels[known], negative_ids
+            )  # [number of labels]
+            count = max(len(terms), 1) if num_items_in_batch is None else num_items_in_batch
+            return GenerativeRetrievalOutput(loss=terms.sum() / count, query_embeds=queries)
         unit = F.normalize(queries.float(), dim=-1)
         if self.config.loss_type == "cosine_ranking":
             terms = self._cosine_ranking_terms(unit, labels, negative_ids)  # [B, P]
@@ -250,6 +403,19 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
             banned.scatter_(1, torch.where(seen_items >= 0, seen_items, width), True)
             scores = scores.masked_fill(banned[:, :width], float("-inf"))
         return scores.logsumexp(dim=-1, keepdim=True) - positive
+
+    def _next_item_terms(
+        self, hidden: torch.Tensor, targets: torch.Tensor, negative_ids: torch.Tensor | None
+    ) -> torch.Tensor:
+        """-log softmax of h . e_j for each output h `[n, d_model]` and the item `[n]` that follows it: `[n]`."""
+        tokens, hidden = cast(torch.Tensor, self.item_tokens), hidden.float()
+        if negative_ids is None:
+            return F.cross_entropy(hidden @ self._learned(tokens).T, targets, reduction="none")
+        negatives = negative_ids.flatten()
+        scores = hidden @ self._learned(tokens[negatives]).T  # [n, B * m]
+        scores = scores.masked_fill(negatives == targets[:, None], float("-inf"))
+        positive = (hidden * self._learned(tokens[targets])).sum(dim=-1)  # [n]
+        return torch.logaddexp(positive, scores.logsumexp(dim=-1)) - positive
 
     def _cosines(self, unit: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """cos(z, q_j) (Eq. 19) of unit queries `[B, d]` and item rows `[B, m]`: `[B, m]`."""

@@ -206,6 +206,14 @@ class TokenRecTokenizer(TokenizersBackend):
         prefix = np.broadcast_to(vocabulary.prefix_ids, (len(rows), len(vocabulary.prefix_ids)))
         return np.concatenate([prefix, codes], axis=1)
 
+    def item_tokens(self, ids: Sequence[str]) -> np.ndarray:
+        """The code tokens of items, int64 `[n, K]`, as [`~T5ForGenerativeRetrieval.bind_items`] takes them.
+
+        Raises:
+            KeyError: an id is unknown.
+        """
+        return self.entity_token_ids("item", ids)[:, len(self._vocabularies["item"].prefix_ids) :]
+
     def split_prompt(self, template: PromptTemplate) -> tuple[np.ndarray, ...]:
         """The tokens of a template's static parts: before, between and after the placeholders, int64 arrays.
 

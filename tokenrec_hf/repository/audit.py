@@ -21,6 +21,7 @@ from ..models.codes import COLLABORATIVE, IdIndex, check_repository, read_json
 from ..models.embedding_store import KINDS, EmbeddingStore
 from ..models.modeling_collaborative import load_collaborative
 from ..models.modeling_mq_tokenizer import MQTokenizerModel
+from ..models.recommender import load_model
 from ..models.tokenization_tokenrec import TokenRecTokenizer
 from ..training.closed_forms import augment_norm
 from ..training.recipe import Recipe
@@ -256,7 +257,8 @@ class _RunFiles:
             foreign += [f"{kind} {ids[row]!r}" for row in np.flatnonzero(rows < 0)]
             known = np.flatnonzero(rows >= 0)
             expected = expected[torch.from_numpy(rows[known])]
-            error = (self.store.vectors(kind)[torch.from_numpy(known)] - expected).norm(dim=1)
+            stored = self.store.vectors(kind)[torch.from_numpy(known), : expected.shape[1]]
+            error = (stored - expected).norm(dim=1)
             far = error > TOLERANCE * expected.norm(dim=1)
             wrong += [f"{kind} {ids[row]!r}" for row in known[far.numpy()]]
             compared += len(expected)
@@ -274,7 +276,7 @@ class _RunFiles:
         return False, f"{finding}, and nothing was added since."
 
     def codes(self) -> Result:
-        """Whether the codes of the tokenizer are those of the MQ-Tokenizers for the vectors of the store."""
+        """Whether the codes of the tokenizer, and T5's part of item vectors, are those of the vectors of the store."""
         t5_spaces = read_json(self.parts.path / "config.json")["space_ids"]
         compared, wrong = 0, []
         for kind in KINDS:
@@ -287,7 +289,12 @@ class _RunFiles:
             if other := set(ids) ^ set(self.tokenizer.ids(kind)):
                 return False, f"{len(other)} {kind}s, such as {min(other)!r}, are in one of tokenizer and store only."
             codes = torch.from_numpy(self.tokenizer.codes(kind, ids))
-            unlike = (codes != mq.encode(self.store.vectors(kind))).any(dim=1).nonzero()[:, 0]
+            vectors = self.store.vectors(kind)[:, : mq.config.embedding_dim]
+            differs = (codes != mq.encode(vectors)).any(dim=1)
+            if kind == "item" and vectors.shape[1] < self.store.embedding_dim:
+                learned = load_model(self.parts.path).item_vectors(vectors, self.tokenizer.item_tokens(ids))
+                differs |= (self.store.vectors(kind) - learned).norm(dim=1) > TOLERANCE * learned.norm(dim=1)
+            unlike = differs.nonzero()[:, 0]
             wrong += [f"{kind} {ids[row]!r}" for row in unlike.tolist()]
             compared += len(ids)
         subject = (

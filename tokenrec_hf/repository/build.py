@@ -34,7 +34,7 @@ from ..models.prompts import HISTORY_ONLY_TEMPLATE, HISTORY_TEMPLATES
 from ..models.tokenization_tokenrec import TokenRecTokenizer
 from ..training.closed_forms import augment_norm
 from ..training.datasets import past_user_embeddings
-from ..training.initialization import build_retrieval_model, build_tokenizer
+from ..training.initialization import build_retrieval_model, build_tokenizer, retrieval_store
 from ..training.recipe import AUTO, Recipe, Setting
 from ..training.stages import SELECT_BY, train_collaborative, train_mq_tokenizer, train_retrieval
 from .card import write_model_card
@@ -121,10 +121,13 @@ def build_collator(
         negatives = recipe.prompts.targets_per_prompt  # Eq. 20: one for each positive
     settings = {
         "num_negatives": negatives,
-        "with_seen_items": recipe.retrieval.loss_type == "softmax" and not negatives,
         **recipe.collator_arguments,
         **changes,
     }
+    if recipe.reads_history:
+        settings |= {"next_items": True, "templates": (*HISTORY_TEMPLATES, HISTORY_ONLY_TEMPLATE)}
+    elif recipe.retrieval.loss_type == "softmax" and not negatives:
+        settings["with_seen_items"] = True
     return DataCollatorForGenerativeRetrieval(tokenizer, data.interactions, data.user_ids, data.item_ids, **settings)
 
 
@@ -171,6 +174,9 @@ class _TrainingRun:
             half_life = changes["collaborative.config.half_life"] = self.record[COLLABORATIVE]["half_life"]
         if prompts.shuffle_history == AUTO:
             changes["prompts.shuffle_history"] = half_life is None
+        if self.recipe.retrieval.config.get("history_weight") == AUTO and RETRIEVAL in self.record:
+            weight = self.record[RETRIEVAL]["metrics"]["history_weight"]
+            changes["retrieval.config"] = {**self.recipe.retrieval.config, "history_weight": weight}
         if prompts.max_history == AUTO:
             # Items older than a few half-lives have no weight but cost time.
             changes["prompts.max_history"] = 100 if half_life is None else round(4 * half_life)
@@ -265,7 +271,7 @@ class _TrainingRun:
         return outcome
 
     def _store(self, data: IndexedSplits) -> EmbeddingStore:
-        """The store of the collaborative vectors and the users' seen items, computed from the collaborative model."""
+        """The store of the collaborative vectors, computed from the collaborative model."""
         model = load_collaborative(self.parts.collaborative)[0]
         users, items = model.user_embeddings(), model.item_embeddings()
         if self.recipe.collaborative.augment_norm:
@@ -273,9 +279,6 @@ class _TrainingRun:
         store = EmbeddingStore(items.shape[1])
         store.upsert("user", data.user_ids, users)
         store.upsert("item", data.item_ids, items)
-        indptr = data.interactions.indptr
-        names = np.array(data.item_ids, dtype=object)[data.interactions.items]
-        store.set_seen(data.user_ids, [names[start:end] for start, end in zip(indptr, indptr[1:])])
         return store
 
     def _mq_tokenizer(self, data: IndexedSplits, store: EmbeddingStore, kind: str, checkpoints: Path) -> Outcome:
@@ -303,19 +306,17 @@ class _TrainingRun:
         store.space_ids = {"user": user_mq.space_id, "item": item_mq.space_id}
         settings = self.recipe.retrieval
         tokenizer = build_tokenizer(
-            settings.vocabulary or settings.backbone, user_mq=user_mq, item_mq=item_mq, store=store
+            settings.vocabulary or settings.backbone,
+            user_mq=user_mq,
+            item_mq=item_mq,
+            store=store,
+            model_max_length=self.recipe.prompts.max_length,
         )
         model = build_retrieval_model(settings, tokenizer, user_mq, item_mq, seed=self.recipe.seed)
-        model.bind_items(store.vectors("item"))
+        model.bind_items(store.vectors("item"), tokenizer.item_tokens(data.item_ids))
         extras: dict[str, Any] = {}
-        collaborative = load_collaborative(self.parts.collaborative)[0]
-        if collaborative.users_are_histories:
-            extras = {"pool_history": collaborative.history_vectors, "user_mq": user_mq}
         if model.config.alignment_weight:
             extras["user_vectors"] = store.vectors("user")
-        if self.recipe.prompts.history_only:
-            # The length is chosen for both kinds of prompts; prompts without a user are harder.
-            extras["evaluation_templates"] = (HISTORY_TEMPLATES[0], HISTORY_ONLY_TEMPLATE)
         result = train_retrieval(
             model,
             build_collator(tokenizer, data, self.resolved, **extras),
@@ -325,7 +326,12 @@ class _TrainingRun:
             epochs=(self.fixed_epochs or {}).get(RETRIEVAL),
             seed=self.recipe.seed,
         )
-        GenerativeRetrievalPipeline(result.model, tokenizer, store).save_pretrained(self.parts.path)
+        model.config.history_weight = result.metrics.get("history_weight", model.config.history_weight)
+        final = retrieval_store(store, model, tokenizer)
+        indptr = data.interactions.indptr
+        names = np.array(data.item_ids, dtype=object)[data.interactions.items]
+        final.set_seen(data.user_ids, [names[start:end] for start, end in zip(indptr, indptr[1:])])
+        GenerativeRetrievalPipeline(result.model, tokenizer, final).save_pretrained(self.parts.path)
         return {"epochs": result.epochs, "metrics": result.metrics}
 
     def _evaluate(self, data: IndexedSplits) -> Outcome:

@@ -20,13 +20,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
+import torch.nn.functional as F
 
 from ..data.interaction_matrix import InteractionMatrix
 from ..models.codes import COLLABORATIVE, IdIndex, RepositoryFolder, check_repository, read_json
+from ..models.configuration_tokenrec import T5GenerativeRetrievalConfig
 from ..models.embedding_store import KINDS, EmbeddingStore
 from ..models.modeling_collaborative import FISMModel, HistoryEncoder, load_collaborative, save_collaborative
 from ..models.modeling_mq_tokenizer import MQTokenizerModel
-from ..models.recommender import load_history_encoder
+from ..models.recommender import load_history_encoder, load_model
 from ..models.tokenization_tokenrec import TokenRecTokenizer
 from ..training.closed_forms import UnreachedError, align, augment_norm, fold_in, fold_in_items
 
@@ -164,7 +166,7 @@ def add(
         if retrain:
             _retrain(space, staged)
             changed = {kind: store.ids(kind) for kind in KINDS}
-        errors = _update_codes(repository.parts, staged, store, changed)
+        errors = _update_codes(space, staged, changed)
         added = {kind: store.count(kind) - count for kind, count in before.items()}
         _note_additions(repository.parts, staged, added, errors)
         store.save_pretrained(staged.store)
@@ -189,8 +191,12 @@ class _Space:
 
     def __init__(self, repository: Repository):
         self.repository, self.store = repository, EmbeddingStore.open(repository.parts.store)
+        self.retrieval = T5GenerativeRetrievalConfig.from_pretrained(repository.folder)
+        # Dimensions of the collaborative vectors; T5's part follows them.
+        self.dim = self.retrieval.embedding_dim
         # M of `augment_norm`, before any change.
-        self.norm = float(self.store.vectors("item").norm(dim=1).max()) if self.store.count("item") else None
+        vectors = self.store.vectors("item")[:, : self.dim]
+        self.norm = float(vectors.norm(dim=1).max()) if len(vectors) else None
 
     @cached_property
     def augmented(self) -> bool:
@@ -198,22 +204,21 @@ class _Space:
         return self.repository.recipe.collaborative.augment_norm
 
     def plain(self, kind: str) -> torch.Tensor:
-        """All vectors of a kind, without the coordinate of `augment_norm`."""
-        vectors = self.store.vectors(kind)
-        return vectors[:, :-1] if self.augmented else vectors
+        """All collaborative vectors of a kind, without the coordinate of `augment_norm`."""
+        return self.store.vectors(kind)[:, : self.dim - self.augmented]
 
     def lifted(self, kind: str, vectors: torch.Tensor) -> torch.Tensor:
-        """Vectors of the collaborative model as store vectors; vectors of the store's size are returned unchanged."""
-        if vectors.shape[1] == self.store.embedding_dim:
-            return vectors
-        plain = self.store.embedding_dim - self.augmented
+        """Vectors of the collaborative model or of the store as vectors of the store, without T5's part."""
+        if vectors.shape[1] in (self.dim, self.store.embedding_dim):
+            return F.pad(vectors[:, : self.dim], (0, self.store.embedding_dim - self.dim))
+        plain = self.dim - self.augmented
         if not self.augmented or vectors.shape[1] != plain:
             sizes = f"{plain}" + f" or {plain + 1}" * self.augmented
             raise ValueError(
                 f"the {kind} vectors have {vectors.shape[1]} dimensions but those of {self.repository.folder} have {sizes}; pass "
                 "vectors of the collaborative model of its training."
             )
-        return augment_norm(vectors, vectors, self.norm)[kind == "item"]
+        return self.lifted(kind, augment_norm(vectors, vectors, self.norm)[kind == "item"])
 
     def new(self, kind: str, ids: Sequence[str]) -> list[str]:
         """The ids that are not in the store, each once."""
@@ -323,7 +328,7 @@ def _with_new_items(
     if (unreached := (tables[1] == 0).all(dim=1).numpy()).any():
         raise _unreached("item", names[added[unreached][0]])
     if new_items:
-        store.upsert("item", new_items, tables[1][~stored])
+        store.upsert("item", new_items, space.lifted("item", tables[1][~stored]))
     sizes = {"num_items": trained + len(added), "num_folded_items": len(added)}
     larger = type(model)(type(model.config).from_dict({**model.config.to_dict(), **sizes}))
     larger.edge_users, larger.edge_items = model.edge_users, model.edge_items
@@ -400,12 +405,14 @@ def _retrain(space: _Space, staged: RepositoryFolder) -> None:
     save_collaborative(model, ids, staged.collaborative)
 
 
-def _update_codes(
-    parts: RepositoryFolder, staged: RepositoryFolder, store: EmbeddingStore, changed: Ids
-) -> dict[str, float]:
-    """Computes the codes of changed vectors and stages the code table; returns the share of variance lost, by kind."""
+def _update_codes(space: _Space, staged: RepositoryFolder, changed: Ids) -> dict[str, float]:
+    """Computes the codes of changed vectors, and T5's part of the items' vectors, which is made of their codes.
+
+    Stages the code table; returns the share of variance lost, by kind.
+    """
+    store, parts = space.store, space.repository.parts
     mqs, errors = {}, {}
-    vectors = {kind: store.get(kind, ids) for kind, ids in changed.items() if ids}
+    vectors = {kind: store.get(kind, ids)[:, : space.dim] for kind, ids in changed.items() if ids}
     for kind in vectors:
         mqs[kind] = MQTokenizerModel.from_pretrained(parts.mq(kind))
         store.check_space(kind, mqs[kind].space_id, "the MQ-Tokenizer")
@@ -416,6 +423,9 @@ def _update_codes(
         if kind in vectors:
             add_to(dict(zip(changed[kind], vectors[kind])))
     tokenizer.save_codes(staged.path)
+    if "item" in vectors and space.dim < store.embedding_dim:
+        items = changed["item"]
+        store.upsert("item", items, load_model(parts.path).item_vectors(vectors["item"], tokenizer.item_tokens(items)))
     return errors
 
 

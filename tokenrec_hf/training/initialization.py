@@ -13,17 +13,15 @@ from typing import Any, cast
 
 import torch
 from tokenizers import AddedToken
-from torch import nn
 from transformers import T5Config, T5Tokenizer, TokenizersBackend, set_seed
-from transformers import initialization as init
 
 from ..models.codes import MQ_FOLDERS
 from ..models.configuration_tokenrec import T5GenerativeRetrievalConfig
-from ..models.embedding_store import Store
-from ..models.modeling_mq_tokenizer import MQTokenizerModel
+from ..models.embedding_store import EmbeddingStore, Store
+from ..models.modeling_mq_tokenizer import MQTokenizerModel, nearest
 from ..models.modeling_t5_retrieval import T5ForGenerativeRetrieval
 from ..models.tokenization_tokenrec import LETTERS, TokenRecTokenizer, code_table, token_names
-from .recipe import RetrievalSettings, Setting
+from .recipe import AUTO, RetrievalSettings, Setting
 
 T5_MAX_LENGTH = 512
 KMEANS_CHUNK = 8192
@@ -59,12 +57,13 @@ def prepare_mq_tokenizer(
     model.scale.copy_(spread if spread > 0 else torch.ones(()))
     if model.config.kmeans_init:
         x = model.standardise(vectors)
-        for k in range(count):
+        for k, codebook in enumerate(model.codebooks):
             if model.config.residual and k >= SHARED_BOOKS * count:
                 x = x[:known]
-            # With `residual`, the input of book k depends on the centres of the books before it.
-            outputs, _ = model.quantise(x)  # [n, K, d_c]
-            model.codebooks[k] = kmeans(outputs[:, k], model.config.codebook_size, seed=seed + k)
+            outputs = x if model.config.residual else model.encoders[k](x)  # [n, d_c]
+            codebook.copy_(kmeans(outputs, model.config.codebook_size, seed=seed + k))
+            if model.config.residual:
+                x = x - codebook[nearest(x[None], codebook[None])[0]]
 
 
 def kmeans(points: torch.Tensor, num_clusters: int, num_iterations: int = 20, seed: int = 0) -> torch.Tensor:
@@ -168,7 +167,7 @@ def build_retrieval_model(
     """
     set_seed(seed)
     config: dict[str, Setting] = {
-        **settings.config,
+        **{name: value for name, value in settings.config.items() if value != AUTO},
         "embedding_dim": item_mq.config.embedding_dim,
         "space_ids": tokenizer.space_ids,
         "pad_token_id": tokenizer.pad_token_id,
@@ -176,8 +175,8 @@ def build_retrieval_model(
         "decoder_start_token_id": tokenizer.pad_token_id,
     }
     user_tokens, item_tokens = (tokenizer.code_token_ids(kind) for kind in MQ_FOLDERS)
-    if settings.config.get("user_shortcut"):
-        config["user_code_tokens"] = [int(user_tokens.min()), int(user_tokens.max()) + 1]
+    if config.get("pooling") == "history":
+        config["entity_tokens"] = entity_tokens(tokenizer)
     if settings.backbone is None:
         model = T5ForGenerativeRetrieval(T5GenerativeRetrievalConfig(vocab_size=len(tokenizer), **config))
     else:
@@ -195,9 +194,31 @@ def build_retrieval_model(
     for number, (tokens, mq) in enumerate(((user_tokens, user_mq), (item_tokens, item_mq))):
         ids = torch.from_numpy(tokens)
         initialize_code_tokens(model, ids, mq.codebooks, first, seed + number, residual=mq.config.residual)
-    if model.config.user_shortcut:
-        start_user_shortcut(model, user_mq.summands())
+    if model.config.pooling == "history":
+        model.user_codewords.copy_(user_mq.summands().flatten(0, 1))
     return model
+
+
+def retrieval_store(store: Store, model: T5ForGenerativeRetrieval, tokenizer: TokenRecTokenizer) -> EmbeddingStore:
+    """The store that queries of a model are compared with, made from the store of the collaborative vectors."""
+    found, items = EmbeddingStore(model.config.query_dim, store.space_ids), store.ids("item")
+    found.upsert("user", store.ids("user"), model.user_vectors(store.vectors("user")))
+    found.upsert("item", items, model.item_vectors(store.vectors("item"), tokenizer.item_tokens(items)))
+    return found
+
+
+def entity_tokens(tokenizer: TokenRecTokenizer) -> dict[str, dict[str, int]]:
+    """How a tokenizer writes ids, for the field `entity_tokens` of [`T5GenerativeRetrievalConfig`]."""
+    found = {}
+    for kind in MQ_FOLDERS:
+        tokens = tokenizer.code_token_ids(kind)
+        found[kind] = {
+            "first": int(tokens.min()),
+            "num_codebooks": tokens.shape[0],
+            "codebook_size": tokens.shape[1],
+            "prefix": tokenizer.entity_token_ids(kind, []).shape[1] - len(tokens),
+        }
+    return found
 
 
 def load_backbone(backbone: str, **settings: Any) -> T5ForGenerativeRetrieval:
@@ -254,20 +275,6 @@ def initialize_code_tokens(
         if not spread > 0:  # one codeword, or equal ones: there are no angles to preserve
             rows, spread = torch.randn(rows.shape, generator=generator), torch.tensor(1.0)
         table[ids.to(table.device)] = (rows * (target / spread)).to(table)
-
-
-@torch.no_grad()
-def start_user_shortcut(model: T5ForGenerativeRetrieval, codewords: torch.Tensor) -> None:
-    """Sets the vectors that users' code tokens add, and the projection to zero, so that queries start as users' vectors.
-
-    Args:
-        model: changed in place.
-        codewords: `[K, L, d]`, see [`~MQTokenizerModel.summands`].
-    """
-    model.user_codewords.copy_(codewords.flatten(0, 1))
-    last = cast(nn.Linear, model.projection[-1])
-    init.zeros_(last.weight)
-    init.zeros_(last.bias)
 
 
 def load_t5_tokenizer(source: TokenizersBackend | str | os.PathLike | None = None) -> TokenizersBackend:

@@ -130,7 +130,6 @@ class PromptSettings(_Section):
         max_history: items of the longest history; `auto`: 100, or four half-lives.
         train_history: items of the longest history while training.
         targets_per_prompt: the most items to retrieve for a training prompt.
-        history_only: share of training prompts that name no user.
         shuffle_history: random order of a history; `auto`: random unless the model has a `half_life`.
     """
 
@@ -138,7 +137,6 @@ class PromptSettings(_Section):
     max_history: Positive | Literal["auto"]
     train_history: Positive
     targets_per_prompt: Positive
-    history_only: Annotated[float, Field(ge=0, le=1)]
     shuffle_history: bool | Literal["auto"]
 
 
@@ -183,6 +181,11 @@ class Recipe(_Section):
     mq_tokenizer: MQTokenizerSettings
     prompts: PromptSettings
     retrieval: RetrievalSettings
+
+    @property
+    def reads_history(self) -> bool:
+        """Whether T5 is a sequence model beside the collaborative vectors (`"history"` pooling)."""
+        return self.retrieval.config.get("pooling") == "history"
 
     @property
     def collator_arguments(self) -> dict[str, Any]:
@@ -374,8 +377,8 @@ def _check_combinations(recipe: Recipe) -> None:
             "collaborative.augment_norm",
             f"collaborative.augment_norm does nothing for {model}, whose items all have the same length; set it to false.",
         )
-    if recipe.retrieval.config.get("user_shortcut") and not recipe.mq_tokenizer.config.get("residual"):
+    if recipe.reads_history and not recipe.mq_tokenizer.config.get("residual"):
         raise SettingError(
-            "retrieval.config.user_shortcut",
-            "retrieval.config.user_shortcut needs mq_tokenizer.config.residual=true: only residual codewords add up.",
+            "retrieval.config.pooling",
+            "retrieval.config.pooling=history needs mq_tokenizer.config.residual=true: only residual codewords add up.",
         )

@@ -52,6 +52,9 @@ from .recipe import (
 )
 
 SELECT_BY = "ndcg@20"
+# Weights of T5's part beside the collaborative vectors that are tried on validation, with at most so many of the users.
+HISTORY_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0)
+WEIGHING_USERS = 4096
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
@@ -244,7 +247,8 @@ def train_retrieval(
         collator: makes the prompts; its interactions are the training interactions.
         settings: the recipe's section.
         folder: for checkpoints.
-        holdout: the validation items; the best epoch by NDCG@20 is kept. Without it, all `epochs` count.
+        holdout: the validation items; the best epoch by NDCG@20 is kept. Without it, all `epochs` count. With `"history"`
+            pooling, the best `history_weight` is chosen too and is among the metrics.
         epochs: stop after so many, with the learning-rate schedule unchanged (the refit).
         seed: of everything random except the collator's draws.
     """
@@ -254,11 +258,24 @@ def train_retrieval(
         holdout = by_history_length(holdout, interactions)
         evaluation = PromptDataset(holdout.users, holdout.targets)
 
-    def metrics(prediction: EvalPrediction) -> dict[str, float]:
+    d = model.config.embedding_dim
+    if holdout is not None:
+        # Queries have T5's part as it is; `metrics` weighs it.
+        model.config.history_weight = 1.0
+
+    def measured(queries: torch.Tensor, items: torch.Tensor, rows: slice, weight: float) -> dict[str, float]:
         assert holdout is not None
-        queries = torch.from_numpy(prediction.predictions).float()
-        seen = interactions.of_users(holdout.users)
-        return evaluate_embeddings(queries, model.item_embeddings.cpu(), holdout.targets, *seen, cosine=True)
+        weighed = torch.cat([queries[rows, :d], weight * queries[rows, d:]], dim=1)
+        users, targets = holdout.users[rows], holdout.targets[rows]
+        return evaluate_embeddings(weighed, items, targets, *interactions.of_users(users), cosine=True)
+
+    def metrics(prediction: EvalPrediction) -> dict[str, float]:
+        queries, items = torch.from_numpy(prediction.predictions).float(), model.bound_vectors().cpu()
+        if model.config.pooling != "history":
+            return measured(queries, items, slice(None), 1.0)
+        some = slice(None, None, math.ceil(len(queries) / WEIGHING_USERS))
+        weight = max(HISTORY_WEIGHTS, key=lambda weight: measured(queries, items, some, weight)[SELECT_BY])
+        return measured(queries, items, slice(None), weight) | {"history_weight": weight}
 
     return _fit(
         model,
