@@ -82,6 +82,17 @@ def reference(example, trained_repository, tmp_path_factory):
     return losses(vars(trainer.state))
 
 
+def test_the_store_follows_a_t5_that_reads_histories(example, fism_repository, tmp_path):
+    example.main(arguments(fism_repository, tmp_path / "tuned", *fifty_steps(16)))
+    tuned, before = Recommender.from_pretrained(tmp_path / "tuned"), Recommender.from_pretrained(fism_repository)
+    items = before.store.ids("item")
+    found, dim = tuned.store.vectors("item"), tuned.model.config.embedding_dim
+    assert torch.equal(found[:, :dim], before.store.vectors("item")[:, :dim])
+    assert not torch.allclose(found, before.store.vectors("item"), atol=1e-2)
+    assert torch.allclose(found, tuned.model.item_vectors(found, tuned.tokenizer.item_tokens(items)), atol=1e-6)
+    assert len(tuned.recommend(["u001"], top_k=3)[0]) == 3
+
+
 def test_the_example_trains_logs_stops_early_and_writes_the_best_model_as_a_repository(trained_repository, tmp_path):
     pytest.importorskip("tensorboard")
     output = tmp_path / "tuned"

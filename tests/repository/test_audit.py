@@ -223,6 +223,21 @@ def test_a_wrong_code_is_found(repository, kind):
     assert f"1 of 1300 users and items, such as {kind} '{named}'," in failed["refit", "codes"]
 
 
+def test_a_wrong_learned_part_of_an_item_is_found(fism_repository, tmp_path):
+    folder = shutil.copytree(fism_repository, tmp_path / "repository")
+    assert not outcomes(folder, False)
+
+    def change(store):
+        vectors = store.get("item", store.ids("item")[7:8])
+        vectors[:, -1] += 0.5
+        store.upsert("item", store.ids("item")[7:8], vectors)
+
+    change_store(folder, change)
+    failed = outcomes(folder, False)
+    named = TokenRecTokenizer.from_pretrained(folder).ids("item")[7]
+    assert set(failed) == {("selection", "codes")} and f"such as item '{named}'," in failed["selection", "codes"]
+
+
 def test_an_mq_tokenizer_of_another_run_is_found(repository):
     shutil.copytree(repository / "training" / "selection" / "mq_item", repository / "mq_item", dirs_exist_ok=True)
     failed = outcomes(repository, False)

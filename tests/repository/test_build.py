@@ -525,7 +525,6 @@ def test_whether_order_counts_is_chosen_on_validation_and_cold_start_users_have_
         "mq_tokenizer.config.num_codebooks": 2,
         "mq_tokenizer.config.codebook_size": 16,
         "prompts.shuffle_history": "auto",
-        "prompts.max_history": "auto",
         "retrieval.training.num_train_epochs": 1,
         "retrieval.config.pooling": "history",
         "retrieval.config.alignment_weight": 0.0,
@@ -541,7 +540,6 @@ def test_whether_order_counts_is_chosen_on_validation_and_cold_start_users_have_
     metrics, chosen = repository.metrics, repository.recipe
     assert chosen.collaborative.config["half_life"] == training.HALF_LIVES[1]
     assert chosen.prompts.shuffle_history is False
-    assert chosen.prompts.max_history == 4 * training.HALF_LIVES[1]
     assert metrics["test"]["collaborative_dot"]["hr@10"] > 0.9
     assert all(check.passed is not False for check in repository.audit())
     for split in ("validation", "test"):

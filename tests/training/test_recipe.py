@@ -216,7 +216,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         ("mq_tokenizer.user_codebooks", "many", "mq_tokenizer.user_codebooks is 'many' but must be a valid integer"),
         ("mq_tokenizer.user_codebooks", 2.5, "mq_tokenizer.user_codebooks is 2.5 but must be a valid integer"),
         ("mq_tokenizer.user_codebooks", True, "mq_tokenizer.user_codebooks is True but must be a valid integer"),
-        ("prompts.max_history", "all", "prompts.max_history is 'all' but must be a valid integer or 'auto'"),
+        ("prompts.max_history", "all", "prompts.max_history is 'all' but must be a valid integer"),
         ("mq_tokenizer.config.num_codebooks", 0, "mq_tokenizer.config: num_codebooks is 0"),
         ("retrieval.config.pooling", "max", "retrieval.config: .*pooling is 'max'"),
         ("retrieval.config.d_model", "wide", "retrieval.config.d_model is 'wide' but must be a number"),

@@ -169,7 +169,7 @@ def quickstart(
         finished = _open_local(output_dir).info()["finished"]
     if not finished:
         note(
-            "training on the demo data set: a collaborative model (LightGCN), two MQ-Tokenizers and a T5, first to select the "
+            "training on the demo data set: a collaborative model (FISM), two MQ-Tokenizers and a T5, first to select the "
             "number of epochs, then again with the validation items; this takes a few minutes."
         )
     log = (lambda line: None) if finished else note

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..models.embedding_store import Ragged
-from ..models.prompts import HISTORY_TEMPLATES, SEEN_TEMPLATES, PromptTemplate
+from ..models.prompts import HISTORY_ONLY_TEMPLATE, HISTORY_TEMPLATES, SEEN_TEMPLATES, PromptTemplate
 from ..models.tokenization_tokenrec import TokenRecTokenizer
 from .history_split import HistorySplit, shuffled_order, split_histories
 from .interaction_matrix import InteractionMatrix
@@ -76,7 +76,8 @@ class DataCollatorForGenerativeRetrieval:
         interactions: the training interactions, in rows.
         user_ids: the id of each user row.
         item_ids: the id of each item row.
-        templates: the templates to choose from at random in training.
+        templates: the templates to choose from at random in training. Default: `SEEN_TEMPLATES`; with `next_items` those of
+            them with a history, and `HISTORY_ONLY_TEMPLATE`.
         evaluation_templates: the templates to choose from for examples with a target.
         max_length: tokens of the longest prompt.
         max_history: items of the longest history.
@@ -107,7 +108,7 @@ class DataCollatorForGenerativeRetrieval:
         user_ids: Sequence[str],
         item_ids: Sequence[str],
         *,
-        templates: Sequence[PromptTemplate] = SEEN_TEMPLATES,
+        templates: Sequence[PromptTemplate] | None = None,
         evaluation_templates: Sequence[PromptTemplate] = HISTORY_TEMPLATES,
         max_length: int = 512,
         max_history: int = 100,
@@ -124,6 +125,8 @@ class DataCollatorForGenerativeRetrieval:
         self.pad_token_id = tokenizer.pad_token_id
         self.user_tokens = tokenizer.entity_token_ids("user", user_ids)  # [num_users, E_u]
         self.item_tokens = tokenizer.entity_token_ids("item", item_ids)  # [num_items, E_v]
+        if templates is None:
+            templates = (*HISTORY_TEMPLATES, HISTORY_ONLY_TEMPLATE) if next_items else SEEN_TEMPLATES
         every = [*templates, *evaluation_templates]
         self.parts = [tokenizer.split_prompt(template) for template in every]
         self.uses_history = np.array([template.uses_history for template in every])

@@ -30,7 +30,6 @@ from ..models.embedding_store import EmbeddingStore
 from ..models.modeling_collaborative import COLLABORATIVE_MODELS, load_collaborative, save_collaborative
 from ..models.modeling_mq_tokenizer import MQTokenizerModel
 from ..models.pipeline_generative_retrieval import GenerativeRetrievalPipeline
-from ..models.prompts import HISTORY_ONLY_TEMPLATE, HISTORY_TEMPLATES
 from ..models.tokenization_tokenrec import TokenRecTokenizer
 from ..training.closed_forms import augment_norm
 from ..training.datasets import past_user_embeddings
@@ -125,7 +124,7 @@ def build_collator(
         **changes,
     }
     if recipe.reads_history:
-        settings |= {"next_items": True, "templates": (*HISTORY_TEMPLATES, HISTORY_ONLY_TEMPLATE)}
+        settings["next_items"] = True
     elif recipe.retrieval.loss_type == "softmax" and not negatives:
         settings["with_seen_items"] = True
     return DataCollatorForGenerativeRetrieval(tokenizer, data.interactions, data.user_ids, data.item_ids, **settings)
@@ -175,11 +174,7 @@ class _TrainingRun:
         if prompts.shuffle_history == AUTO:
             changes["prompts.shuffle_history"] = half_life is None
         if self.recipe.retrieval.config.get("history_weight") == AUTO and RETRIEVAL in self.record:
-            weight = self.record[RETRIEVAL]["metrics"]["history_weight"]
-            changes["retrieval.config"] = {**self.recipe.retrieval.config, "history_weight": weight}
-        if prompts.max_history == AUTO:
-            # Items older than a few half-lives have no weight but cost time.
-            changes["prompts.max_history"] = 100 if half_life is None else round(4 * half_life)
+            changes["retrieval.config.history_weight"] = self.record[RETRIEVAL]["metrics"]["history_weight"]
         return self.recipe.changed(**changes)
 
     @property

@@ -127,14 +127,14 @@ class PromptSettings(_Section):
 
     Args:
         max_length: tokens of the longest prompt.
-        max_history: items of the longest history; `auto`: 100, or four half-lives.
+        max_history: items of the longest history.
         train_history: items of the longest history while training.
         targets_per_prompt: the most items to retrieve for a training prompt.
         shuffle_history: random order of a history; `auto`: random unless the model has a `half_life`.
     """
 
     max_length: Positive
-    max_history: Positive | Literal["auto"]
+    max_history: Positive
     train_history: Positive
     targets_per_prompt: Positive
     shuffle_history: bool | Literal["auto"]
