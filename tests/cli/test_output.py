@@ -27,10 +27,8 @@ def test_long_rows_are_neither_wrapped_nor_cut(monkeypatch):
 
 
 def test_tables_on_a_terminal_fit_its_width_and_are_styled(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "60")
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.delenv("NO_COLOR", raising=False)
+    # The environment as rich sees it, whatever this process and the tests before have done to their own.
+    monkeypatch.setattr(output.Console, "_environ", {"COLUMNS": "60", "FORCE_COLOR": "1", "TERM": "xterm-256color"})
     document = {"user": None, "history": ["x"], "recommendations": items("08", title="word " * 30)}
     text = output.text(output.show_recommendations(document))
     assert "\x1b[1m" in text and len(text.splitlines()) > 3
