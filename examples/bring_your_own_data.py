@@ -15,7 +15,7 @@ def main() -> None:
     """Trains, prints the metrics on the test items, and recommends to one user."""
     source, output = sys.argv[1:3] if len(sys.argv) > 2 else ("demo", "out-demo")
     interactions = load_interactions(source)
-    recipe = Recipe.load("quickstart" if source == "demo" else "cpu")
+    recipe = Recipe.load("quickstart" if source == "demo" else "best")
     repository = train(leave_one_out(interactions), recipe, output, dataset_name=source, log=print)
     for name, result in repository.metrics["test"].items():
         print(f"{name:26} HR@20 {result['hr@20']:.4f}  NDCG@20 {result['ndcg@20']:.4f}")

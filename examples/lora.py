@@ -31,8 +31,6 @@ from tokenrec_hf import (
     load_interactions,
 )
 
-TARGETS_PER_PROMPT = 16
-
 
 @dataclass
 class ScriptArguments:
@@ -94,18 +92,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     )
     trained = [np.concatenate([rows["train"], rows["validation"]]) for rows in (users, items)]
     interactions = InteractionMatrix(*trained, store.count("user"), store.count("item"))
-    softmax = model.config.loss_type == "softmax"
     collator = DataCollatorForGenerativeRetrieval(
         tokenizer,
         interactions,
         store.ids("user"),
         store.ids("item"),
         train_history=30,
-        targets_per_prompt=TARGETS_PER_PROMPT,
-        num_negatives=0 if softmax else TARGETS_PER_PROMPT,
-        with_seen_items=softmax,
+        num_negatives=int(model.config.loss_type == "cosine_ranking"),
         next_items=model.config.pooling == "history",
-        user_vectors=store.vectors("user") if model.config.alignment_weight else None,
         seed=arguments.seed,
     )
 

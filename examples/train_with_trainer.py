@@ -41,7 +41,6 @@ class ScriptArguments:
         default=None, metadata={"help": "stop after so many evaluations without a better NDCG@20"}
     )
     train_history: int = field(default=30, metadata={"help": "items of the longest history of a training prompt"})
-    targets_per_prompt: int = field(default=16, metadata={"help": "the most items to retrieve for a training prompt"})
     num_negatives: int = field(
         default=0, metadata={"help": "un-interacted items per prompt for the softmax loss; 0 lets all items compete"}
     )
@@ -49,18 +48,14 @@ class ScriptArguments:
 
 def make_collator(script: ScriptArguments, model, tokenizer, store, interactions, seed: int):
     """The collator that makes what the model's loss needs."""
-    softmax = model.config.loss_type == "softmax"
     return DataCollatorForGenerativeRetrieval(
         tokenizer,
         interactions,
         store.ids("user"),
         store.ids("item"),
         train_history=script.train_history,
-        targets_per_prompt=script.targets_per_prompt,
-        num_negatives=script.num_negatives if softmax else script.targets_per_prompt,
-        with_seen_items=softmax and not script.num_negatives,
+        num_negatives=script.num_negatives if model.config.loss_type == "softmax" else 1,
         next_items=model.config.pooling == "history",
-        user_vectors=store.vectors("user") if model.config.alignment_weight else None,
         seed=seed,
     )
 

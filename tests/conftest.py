@@ -33,14 +33,20 @@ TINY = {
     "mq_tokenizer.evaluate_every": 300,
     "mq_tokenizer.training.max_steps": 300,
     "prompts.train_history": 10,
+    "retrieval.backbone": None,
     "retrieval.config": {
         "d_model": 32,
         "d_kv": 8,
+        "num_heads": 4,
         "d_ff": 64,
         "num_layers": 1,
+        "num_decoder_layers": 1,
         "projection_dim": 32,
         "dropout_rate": 0.0,
+        "loss_type": "softmax",
+        "temperature": 0.05,
     },
+    "retrieval.num_negatives": 0,
     "retrieval.evaluate_every": 2,
     "retrieval.training": {"num_train_epochs": 6, "learning_rate": 0.01, "warmup_steps": 20},
 }
@@ -54,8 +60,8 @@ def demo_splits():
 
 @pytest.fixture(scope="session")
 def tiny_recipe():
-    """A complete recipe that trains in seconds: d = 16, K = 3, L = 32, a T5 of one layer."""
-    return Recipe.load("cpu", overrides=TINY)
+    """The paper's recipe in seconds: d = 16, K = 3, L = 32, a T5 of one layer from scratch, softmax over all items."""
+    return Recipe.load("paper", overrides=TINY)
 
 
 @pytest.fixture(scope="session")

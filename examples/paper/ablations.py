@@ -1,15 +1,15 @@
 """Table VI and figures 4 and 5 of TokenRec (arXiv 2406.10450): ablations, on validation.
 
     python examples/paper/ablations.py --study table6 --dataset lastfm --seeds 3
-    python examples/paper/ablations.py --study figure4 --dataset lastfm
+    python examples/paper/ablations.py --study figure4 --dataset lastfm --plot figure4.png
     python examples/paper/ablations.py --study figure5 --dataset lastfm
     python examples/paper/ablations.py --study best --dataset ml-100k
 
 Table VI removes the graph (matrix factorisation instead of LightGCN), the K ways (one codebook of as many codewords) and the
 mask. Figure 4 varies the mask's share rho, figure 5 the number K of codebooks and their size L. All use the paper's quantiser
-on recipe `cpu` with shorter stages (`SHORT`), so that a run takes a minute or two on one CPU core; compare these numbers with
-each other only. `best` is not a study of the paper: it removes the parts of recipe `best` one at a time. No study evaluates on
-the test items. Runs that have records are not repeated.
+on recipe `paper` with shorter stages, short histories and a small T5 from scratch with a softmax (`SHORT`), so that a run takes
+a minute or two on one CPU core; compare these numbers with each other only. `best` is not a study of the paper: it removes the
+parts of recipe `best` one at a time. No study evaluates on the test items. Runs that have records are not repeated.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import MOST_SEEDS, Answer, Fits, settings_of
-from records import Job, Recorded
+from harness import Answer, Fits, settings_of
+from records import Job
 from report import PAIR, mean_and_spread, table_lines
 
 from tokenrec_hf import Recipe
@@ -28,11 +28,23 @@ from tokenrec_hf import Recipe
 # Other evaluations shown of the study `best`: prompts of a history only, and vectors without T5.
 OTHERS = {"tokenrec_history_only": "history only", "collaborative_cosine": "vectors"}
 SHORT = {
-    "collaborative.training.num_train_epochs": 60,
-    "mq_tokenizer.training.max_steps": 1500,
-    "retrieval.config.num_layers": 1,
-    "retrieval.config.projection_dim": 1024,
-    "retrieval.training.num_train_epochs": 12,
+    "collaborative.training.num_train_epochs": 40,
+    "mq_tokenizer.training.max_steps": 1000,
+    "retrieval.backbone": None,
+    "retrieval.num_negatives": 0,
+    "retrieval.config": {
+        "d_model": 128,
+        "d_kv": 32,
+        "num_heads": 4,
+        "d_ff": 256,
+        "num_layers": 1,
+        "num_decoder_layers": 1,
+        "projection_dim": 512,
+        "loss_type": "softmax",
+    },
+    "retrieval.training": {"num_train_epochs": 30, "learning_rate": 0.003, "warmup_steps": 50},
+    "prompts.max_history": 20,
+    "prompts.train_history": 20,
 }
 _K, _L, _RHO = (f"mq_tokenizer.config.{name}" for name in ("num_codebooks", "codebook_size", "mask_ratio"))
 # Changes of each variant; the whole has K = 3, L = 256 and rho = 0.2.
@@ -63,7 +75,7 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
         "without next-item vectors": {"collaborative.config.recent_half_life": None},
     },
 }
-# Recipe and changes that a study starts from, if these are not `cpu` and `SHORT`.
+# Recipe and changes that a study starts from, if these are not `paper` and `SHORT`.
 BASES: dict[str, tuple[str, dict[str, Any]]] = {"best": ("best", {})}
 
 
@@ -82,16 +94,20 @@ def main() -> None:
     results = Path(__file__).parent / "results"
     parser.add_argument("--results", type=Path, default=results, help="folder of the records")
     parser.add_argument("--work", type=Path, default=Path("out-paper"), help="checkpoints and repositories")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the rows too")
     arguments = parser.parse_args()
     if arguments.seeds < 1:
         parser.error("--seeds must be at least 1.")
     fits = Fits(arguments.results, arguments.work, log=lambda line: print(line, flush=True))
-    print(markdown(study(arguments.dataset, arguments.study, arguments.seeds, fits)))
+    rows = study(arguments.dataset, arguments.study, arguments.seeds, fits)
+    print(markdown(rows))
+    if arguments.plot:
+        plot(rows, f"{arguments.study}, {Path(arguments.dataset).name}, validation", arguments.plot)
 
 
 def base_of(name: str) -> tuple[str, dict[str, Any]]:
     """The recipe of a study, and the changes that all its variants share."""
-    return BASES.get(name, ("cpu", SHORT))
+    return BASES.get(name, ("paper", SHORT))
 
 
 def study(dataset: str, name: str, seeds: int, fits: Answer) -> Rows:
@@ -106,13 +122,6 @@ def study(dataset: str, name: str, seeds: int, fits: Answer) -> Rows:
             row[f"{title} ndcg@20"] = [one["metrics"]["validation"][prompts]["ndcg@20"] for one in records]
         rows[variant] = row
     return rows
-
-
-def recorded_rows(dataset: str, name: str, results: Path) -> Rows:
-    """As `study`, with as many seeds as all variants have records of. Nothing is fit."""
-    found = Recorded(results)
-    seeds = min(found.count(jobs) for jobs in _jobs(dataset, name, MOST_SEEDS).values())
-    return study(dataset, name, seeds, found)
 
 
 def _jobs(dataset: str, name: str, seeds: int) -> dict[str, list[Job]]:

@@ -26,7 +26,7 @@ from tokenrec_hf import Recipe
 from tokenrec_hf.evaluation.variants import VARIANTS
 
 TOKENREC = {
-    **{f"tokenrec-{recipe}": recipe for recipe in ("paper", "best", "cpu")},
+    **{f"tokenrec-{recipe}": recipe for recipe in ("paper", "best")},
     "tokenrec-paper-small": "paper",
     "tokenrec-paper-scratch": "paper",
 }

@@ -1,4 +1,4 @@
-"""Makes the tables and figures of docs/results*.md and the table of README.md from the records.
+"""Makes the tables of docs/results*.md and the table of README.md from the records.
 
     python examples/paper/page.py
 
@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ablations
 import protocol_errors
 import quantisers
 import table5
@@ -34,23 +33,17 @@ PAPER_COLUMNS = {
     "LightGCN": "here, LightGCN",
     "EASE": "here, EASE",
 }
-FIGURES = ("figure4", "figure5")
 _BLOCK = re.compile(r"(<!-- rows (\S+) -->\n).*?(<!-- end of rows -->)", re.DOTALL)
 
 
 def main() -> None:
-    """Rewrites the tables and figures that are out of date."""
+    """Rewrites the tables that are out of date."""
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         filled = fill(text)
         if filled != text:
             page.write_text(filled, encoding="utf-8")
             print(f"{page.name}: rows renewed")
-    for name in FIGURES:
-        path = DOCS / "figures" / f"{name}-lastfm.png"
-        path.parent.mkdir(exist_ok=True)
-        rows = ablations.recorded_rows("lastfm", name, HERE / "results")
-        ablations.plot(rows, f"{name}, lastfm, validation", path)
 
 
 def fill(text: str, results: Path = HERE / "results") -> str:
@@ -116,11 +109,6 @@ def t5_and_vectors(results: Path) -> list[str]:
     return table_lines(["", "vectors without T5", "TokenRec `best`", "T5 adds", "seeds"], body)
 
 
-def ablation(study: str, results: Path) -> list[str]:
-    """A study of the paper on LastFM."""
-    return ablations.markdown(ablations.recorded_rows("lastfm", study, results)).splitlines()
-
-
 def protocol(dataset: str, results: Path) -> list[str]:
     """The errors of the protocol, with as many seeds as have records."""
     found = Recorded(results)
@@ -144,7 +132,6 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "paper": against_the_paper,
     "quantisers": quantised,
     "t5": t5_and_vectors,
-    **{study: partial(ablation, study) for study in ("table6", "figure4", "figure5")},
     "speed": speed,
     **{f"protocol-errors-{dataset}": partial(protocol, dataset) for dataset in ("lastfm", "beauty")},
 }

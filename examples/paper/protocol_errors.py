@@ -2,7 +2,7 @@
 
     python examples/paper/protocol_errors.py --dataset lastfm
 
-LightGCN with the settings of recipe `cpu` is trained by our protocol: length chosen on validation, refit on training +
+LightGCN with the settings of recipe `paper` is trained by our protocol: length chosen on validation, refit on training +
 validation, test items ranked among all items that the user has not interacted with. Each error is then made on its own, and
 all four together, and the test metrics are compared. Nothing else differs: errors of the evaluation are measured on the same
 weights. Three fits a seed; seeds that have a record are not repeated.
@@ -122,7 +122,7 @@ def fit(
     selection: IndexedSplits, refit: IndexedSplits, folder: Path, seed: int
 ) -> tuple[dict[str, LightGCNModel], dict[str, float]]:
     """The models whose lengths are chosen on `validation` and on `test`, and their epochs."""
-    settings = Recipe.load("cpu").collaborative
+    settings = Recipe.load("paper").collaborative
     validated = train_collaborative(
         selection.interactions, settings, folder / "selection", holdout=selection.holdout, seed=seed
     )

@@ -38,7 +38,7 @@ CHANGES: dict[str, Any] = {
     "mq_tokenizer.training.learning_rate": 0.001,
     "mq_tokenizer.training.weight_decay": 0.01,
     # No T5 is trained; with history pooling, the recipe refuses codes that are not residual.
-    "retrieval.config.pooling": "mean",
+    "retrieval.config.pooling": "decoder",
 }
 
 

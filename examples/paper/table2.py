@@ -1,7 +1,7 @@
 """Tables II and III of TokenRec (arXiv 2406.10450): all models on a data set, full ranking.
 
     python examples/paper/table2.py --dataset lastfm --models all --seeds 3
-    python examples/paper/table2.py --dataset beauty --models popularity ease lightgcn tokenrec-cpu
+    python examples/paper/table2.py --dataset beauty --models popularity ease lightgcn tokenrec-best
     python examples/paper/table2.py --dataset beauty --recorded
 
 Fits the models that have no records yet, adds their records to `results/`, and prints the table. With `--recorded`, nothing is

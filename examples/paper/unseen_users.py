@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.05, help="share of held-out users or items (default: 0.05)")
     parser.add_argument("--output_dir", required=True, type=Path)
     parser.add_argument("--reference", help="a repository trained on all of the same data")
-    parser.add_argument("--recipe", default="cpu")
+    parser.add_argument("--recipe", default="best")
     parser.add_argument(
         "--no-refit", action="store_true", help="evaluate the model of the selection run, in half the time"
     )

@@ -205,17 +205,17 @@ def test_ids_may_begin_with_hyphens(capsys, argv):
 
 
 def test_settings_reach_the_recipe_in_every_spelling(capsys, trained_with, tmp_path):
-    argv = "--learning-rate 1e-3 --num_train_epochs=3 --loss_type cosine_ranking --seed 7 --no_refit --retrieval.patience=2"
+    argv = "--learning-rate 1e-3 --num_train_epochs=3 --recipe paper --retrieval.config.margin 0.2 --seed 7 --no_refit --retrieval.patience=2"
     argv += " --mq-tokenizer.config.codebook-size 32 --save_strategy no --log_on_each_node --output-dir"
     status, _, err = run(capsys, "train", "--dataset", "demo", *argv.split(), tmp_path / "out")
     assert status == 0, err
     recipe, training = trained_with["recipe"], trained_with["recipe"]["retrieval"]["training"]
     assert training["learning_rate"] == 0.001 and training["num_train_epochs"] == 3
     assert training["save_strategy"] == "no" and training["log_on_each_node"] is True
-    assert recipe["retrieval"]["config"]["loss_type"] == "cosine_ranking"
+    assert recipe["retrieval"]["config"]["margin"] == 0.2
     assert recipe["collaborative"]["config"]["loss_type"] == "bpr"
     assert recipe["mq_tokenizer"]["config"]["codebook_size"] == 32
-    assert (recipe["seed"], recipe["retrieval"]["patience"], recipe["recipe"]) == (7, 2, "cpu")
+    assert (recipe["seed"], recipe["retrieval"]["patience"], recipe["recipe"]) == (7, 2, "paper")
     assert trained_with["refit"] is False
     assert trained_with["output_dir"] == str(tmp_path / "out")
 
@@ -358,9 +358,14 @@ def test_evaluation_gives_the_numbers_that_training_recorded(capsys, trained_rep
     found = document(
         capsys, "evaluate", trained_repository, "--split", split, *[VARIANTS[variant].flag] * (variant != "tokenrec")
     )
-    names = ("popularity", "collaborative_dot", "collaborative_cosine", variant)
+    names = ("popularity", "itemknn", "collaborative_dot", "collaborative_cosine", variant)
     assert found["metrics"] == {name: pytest.approx(recorded[name], abs=1e-6) for name in names}
     assert (found["split"], found["variant"], found["users"]) == (split, variant, 1000)
+    groups = found["hr@20_by_history"].values()
+    assert sum(group["users"] for group in groups) == 1000
+    for name in ("collaborative_cosine", variant):
+        mean = sum(group["users"] * group[name] for group in groups) / 1000
+        assert mean == pytest.approx(recorded[name]["hr@20"], abs=1e-6)
 
 
 def test_evaluation_without_refit_takes_the_only_model(capsys, trained_repository, tmp_path):
@@ -377,7 +382,7 @@ def test_evaluation_without_refit_takes_the_only_model(capsys, trained_repositor
 
 def test_evaluation_shows_every_metric(capsys, trained_repository):
     status, out, _ = run(capsys, "evaluate", trained_repository)
-    assert status == 0
+    assert status == 0 and "items of the history" in out
     recorded = json.loads((trained_repository / "metrics.json").read_text())["test"]["tokenrec"]
     for name, value in recorded.items():
         assert next(line for line in out.splitlines() if line.startswith(name)).endswith(f"{value:.4f}")
@@ -533,7 +538,7 @@ def test_info_tells_what_the_repository_holds(capsys, trained_repository):
     found = document(capsys, "info", trained_repository)
     metrics = json.loads((trained_repository / "metrics.json").read_text())
     assert found["finished"] is True
-    assert (found["counts"], found["embedding_dim"]) == ({"user": 1000, "item": 300}, 16 + 1)  # one more for the norm
+    assert (found["counts"], found["embedding_dim"]) == ({"user": 1000, "item": 300}, 16)
     assert found["codebooks"] == {"user": [3, 32], "item": [3, 32]}
     assert found["space_ids"] == EmbeddingStore.open(trained_repository).space_ids
     for name in ("dataset", "recipe", "seed", "codes", "epochs", "validation", "test"):

@@ -52,7 +52,9 @@ def make_tokenizer():
         if vocabulary not in made:
             store, random = EmbeddingStore(3), np.random.default_rng(0)
             store.upsert("user", USER_IDS, random.integers(0, 16, (NUM_USERS, 3)).astype(np.float32))
-            store.upsert("item", ITEM_IDS, random.integers(0, 16, (NUM_ITEMS, 3)).astype(np.float32))
+            # Each item has codes of its own.
+            codes = np.stack(np.divmod(random.permutation(16**2)[:NUM_ITEMS], 16), axis=1)
+            store.upsert("item", ITEM_IDS, np.pad(codes, ((0, 0), (0, 1))).astype(np.float32))
             made[vocabulary] = build_tokenizer(
                 None if vocabulary == "bundled" else REAL,
                 user_mq=FakeMQ(3, 16, "users"),
@@ -88,7 +90,6 @@ ACTIVE = [user for user in range(NUM_USERS) if HISTORIES[user]]
 
 
 def make_collator(tokenizer, histories=HISTORIES, **settings):
-    settings = {"with_seen_items": True, **settings}
     return DataCollatorForGenerativeRetrieval(tokenizer, matrix_of(histories), USER_IDS, ITEM_IDS, **settings)
 
 
@@ -110,6 +111,15 @@ def prompt_tokens(batch, row):
 
 def items_in(values):
     return [item for item in values.tolist() if item != IGNORED]
+
+
+def history_of(collator, batch, row):
+    """The items that a prompt shows, found by their tokens."""
+    items = {tuple(tokens): item for item, tokens in enumerate(collator.item_tokens.tolist())}
+    assert len(items) == NUM_ITEMS
+    tokens, width = prompt_tokens(batch, row), collator.item_tokens.shape[1]
+    spans = (tuple(tokens[start : start + width]) for start in range(len(tokens)))
+    return [items[span] for span in spans if span in items]
 
 
 def tokens_of(tokenizer, template, user, items):
@@ -136,12 +146,12 @@ def test_an_evaluation_prompt_is_the_tokenized_text_of_the_template(make_tokeniz
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 def test_a_training_prompt_is_the_tokenized_text_of_one_of_the_templates(make_tokenizer, vocabulary):
     tokenizer = make_tokenizer(vocabulary)
-    collator = make_collator(tokenizer, targets_per_prompt=3)
+    collator = make_collator(tokenizer)
     used = set()
     for epoch in range(6):
         batch = training_batch(collator, epoch=epoch)
         for row, user in enumerate(ACTIVE):
-            history = items_in(batch["seen_items"][row])
+            history = history_of(collator, batch, row)
             matching = [
                 template
                 for template in SEEN_TEMPLATES
@@ -155,11 +165,8 @@ def test_a_training_prompt_is_the_tokenized_text_of_one_of_the_templates(make_to
 
 def test_templates_are_drawn_evenly(tokenizer):
     collator = make_collator(tokenizer, [[0, 1, 2]] * NUM_USERS)
-    with_history = sum(
-        bool(items_in(row))
-        for epoch in range(40)
-        for row in training_batch(collator, range(NUM_USERS), epoch)["seen_items"]
-    )
+    batches = [training_batch(collator, range(NUM_USERS), epoch) for epoch in range(40)]
+    with_history = sum(bool(history_of(collator, batch, row)) for batch in batches for row in range(NUM_USERS))
     # Half of the ten; four standard deviations of a binomial.
     assert abs(with_history / (40 * NUM_USERS) - 0.5) < 4 * 0.5 / (40 * NUM_USERS) ** 0.5
 
@@ -173,18 +180,16 @@ histories_of_all = st.lists(
 @given(
     histories=histories_of_all,
     epoch=st.integers(0, 50),
-    targets=st.integers(1, 5),
     max_history=st.integers(1, 8),
     train_history=st.none() | st.integers(1, 8),
     shuffle=st.booleans(),
 )
-def test_history_and_targets_are_disjoint_parts_of_the_interactions(
-    tokenizer, histories, epoch, targets, max_history, train_history, shuffle
+def test_history_and_target_are_disjoint_parts_of_the_interactions(
+    tokenizer, histories, epoch, max_history, train_history, shuffle
 ):
     collator = make_collator(
         tokenizer,
         histories,
-        targets_per_prompt=targets,
         max_history=max_history,
         train_history=train_history,
         shuffle_history=shuffle,
@@ -192,25 +197,18 @@ def test_history_and_targets_are_disjoint_parts_of_the_interactions(
     users = PromptDataset.for_training(collator.interactions).users
     assert users.tolist() == [user for user in range(NUM_USERS) if histories[user]]
     batch = training_batch(collator, users, epoch)
-    assert batch["labels"].shape == (len(users), targets)
+    assert batch["labels"].shape == (len(users), 1)
     for row, user in enumerate(users):
-        history, wanted = items_in(batch["seen_items"][row]), items_in(batch["labels"][row])
-        assert len(history + wanted) == len(set(history + wanted))
-        assert set(history + wanted) <= set(histories[user])
-        assert len(history) <= min(max_history, train_history or max_history) or not shuffle
-        # As many targets as there are (after the moment, where there is one), first, and padding after them.
-        assert 1 <= len(wanted) <= min(targets, len(histories[user]) - len(history))
-        assert len(wanted) == min(targets, len(histories[user]) - len(history)) or not shuffle
-        assert batch["labels"][row].tolist() == wanted + [IGNORED] * (targets - len(wanted))
+        history, target = history_of(collator, batch, row), batch["labels"][row].item()
+        assert target not in history and len(history) == len(set(history))
+        assert {*history, target} <= set(histories[user])
+        assert len(history) <= min(max_history, train_history or max_history)
 
 
 def test_a_history_has_any_length_up_to_the_longest_allowed(tokenizer):
     collator = make_collator(tokenizer, [list(range(10))] * NUM_USERS, templates=HISTORY_TEMPLATES, train_history=6)
-    lengths = {
-        len(items_in(row))
-        for epoch in range(20)
-        for row in training_batch(collator, range(NUM_USERS), epoch)["seen_items"]
-    }
+    batches = [training_batch(collator, range(NUM_USERS), epoch) for epoch in range(20)]
+    lengths = {len(history_of(collator, batch, row)) for batch in batches for row in range(NUM_USERS)}
     assert lengths == {1, 2, 3, 4, 5, 6}
 
 
@@ -223,25 +221,23 @@ def test_every_item_of_a_user_comes_to_be_a_target(tokenizer):
 
 
 def test_a_user_with_one_interaction_gets_a_prompt_without_history(tokenizer):
-    collator = make_collator(tokenizer, [[5]] * NUM_USERS, targets_per_prompt=2)
+    collator = make_collator(tokenizer, [[5]] * NUM_USERS)
     for epoch in range(3):
         batch = training_batch(collator, range(NUM_USERS), epoch)
-        assert batch["labels"].tolist() == [[5, IGNORED]] * NUM_USERS
-        assert batch["seen_items"].tolist() == [[IGNORED]] * NUM_USERS
+        assert batch["labels"].tolist() == [[5]] * NUM_USERS
         for user in range(NUM_USERS):
             without = [tokens_of(tokenizer, template, user, ()) for template in USER_ONLY_TEMPLATES]
             assert prompt_tokens(batch, user) in without
 
 
 def test_a_given_target_is_the_only_label(tokenizer):
-    batch = evaluation_batch(make_collator(tokenizer, targets_per_prompt=3), [6, 7], targets=[11, 12])
+    batch = evaluation_batch(make_collator(tokenizer), [6, 7], targets=[11, 12])
     assert batch["labels"].tolist() == [[11], [12]]
 
 
 def test_a_user_without_history_is_evaluated_with_a_prompt_without_history(tokenizer):
     batch = evaluation_batch(make_collator(tokenizer), [0, 3])
     assert prompt_tokens(batch, 0) in [tokens_of(tokenizer, one, 0, ()) for one in USER_ONLY_TEMPLATES]
-    assert batch["seen_items"].tolist()[0] == [IGNORED, IGNORED]
 
 
 def test_without_a_template_for_it_an_empty_history_leaves_the_words_around_it(tokenizer):
@@ -269,7 +265,7 @@ def test_the_latest_items_that_fit_are_kept_and_never_a_part_of_one(tokenizer, t
         kept = HISTORIES[user][-max_history:]
         while len(tokens_of(tokenizer, template, user, kept)) > max_length:
             kept = kept[1:]
-        assert items_in(batch["seen_items"][row]) == kept
+        assert history_of(collator, batch, row) == kept
         assert prompt_tokens(batch, row) == tokens_of(tokenizer, template, user, kept)
 
 
@@ -281,7 +277,7 @@ def test_training_prompts_are_no_longer_than_asked_for(tokenizer, max_length):
         batch = training_batch(collator, epoch=epoch)
         longest = max(longest, batch["input_ids"].shape[1])
         for row, user in enumerate(ACTIVE):
-            history = items_in(batch["seen_items"][row])
+            history = history_of(collator, batch, row)
             assert prompt_tokens(batch, row) in [tokens_of(tokenizer, one, user, history) for one in HISTORY_TEMPLATES]
     item_width = collator.item_tokens.shape[1]
     assert max_length - item_width < longest <= max_length
@@ -297,16 +293,18 @@ def test_history_is_in_time_order_where_it_is_not_shuffled(tokenizer):
     for epoch in range(3):
         batch = training_batch(collator, epoch=epoch)
         for row, user in enumerate(ACTIVE):
-            history = items_in(batch["seen_items"][row])
+            history = history_of(collator, batch, row)
             assert history == [item for item in HISTORIES[user] if item in set(history)]
 
 
 def test_history_is_shuffled_by_default_with_the_same_items(tokenizer):
     longest = max(ACTIVE, key=lambda user: len(HISTORIES[user]))
-    shuffled = items_in(evaluation_batch(make_collator(tokenizer), [longest])["seen_items"][0])
+    collator = make_collator(tokenizer)
+    shuffled = history_of(collator, evaluation_batch(collator, [longest]), 0)
     assert shuffled != HISTORIES[longest]
     assert sorted(shuffled) == sorted(HISTORIES[longest])
-    shorter = items_in(evaluation_batch(make_collator(tokenizer, max_history=5), [longest])["seen_items"][0])
+    collator = make_collator(tokenizer, max_history=5)
+    shorter = history_of(collator, evaluation_batch(collator, [longest]), 0)
     assert sorted(shorter) == sorted(HISTORIES[longest][-5:])
 
 
@@ -323,8 +321,8 @@ def test_negatives_are_items_that_the_user_never_had(tokenizer):
     assert drawn == set(range(NUM_ITEMS))
 
 
-def test_negatives_and_seen_items_come_only_where_asked_for(tokenizer):
-    batch = training_batch(make_collator(tokenizer, with_seen_items=False))
+def test_negatives_come_only_where_asked_for(tokenizer):
+    batch = training_batch(make_collator(tokenizer))
     assert set(batch) == {"input_ids", "attention_mask", "labels"}
 
 
@@ -334,14 +332,13 @@ def row_of(batch, row):
         prompt_tokens(batch, row),
         batch["labels"][row].tolist(),
         batch["negative_ids"][row].tolist(),
-        items_in(batch["seen_items"][row]),
     )
 
 
 @settings(max_examples=30, deadline=None)
 @given(users=st.permutations(ACTIVE), size=st.integers(1, len(ACTIVE)), epoch=st.integers(0, 9), shuffle=st.booleans())
 def test_the_prompt_of_a_user_does_not_depend_on_the_batch(tokenizer, users, size, epoch, shuffle):
-    collator = make_collator(tokenizer, targets_per_prompt=3, num_negatives=4, shuffle_history=shuffle)
+    collator = make_collator(tokenizer, num_negatives=4, shuffle_history=shuffle)
     together = training_batch(collator, ACTIVE, epoch)
     some = users[:size]
     batch = training_batch(collator, some, epoch)
@@ -356,12 +353,12 @@ def test_epochs_and_seeds_differ_and_repeat(tokenizer):
     first = rows(seed=0, epoch=0)
     assert rows(seed=0, epoch=0) == first
     for other in (rows(seed=0, epoch=1), rows(seed=1, epoch=0)):
-        for part in range(4):
+        for part in range(3):
             assert [row[part] for row in other] != [row[part] for row in first]
 
 
 def test_workers_make_the_same_batches(tokenizer):
-    collator = make_collator(tokenizer, targets_per_prompt=2, num_negatives=2)
+    collator = make_collator(tokenizer, num_negatives=2)
     dataset = PromptDataset.for_training(collator.interactions)
 
     def rows(num_workers):
@@ -379,34 +376,21 @@ def test_a_custom_template_is_used(tokenizer):
     own = PromptTemplate("For {user} with {history} please.")
     collator = make_collator(tokenizer, templates=(own,), shuffle_history=False)
     batch = training_batch(collator, [6])
-    assert prompt_tokens(batch, 0) == tokens_of(tokenizer, own, 6, items_in(batch["seen_items"][0]))
+    assert prompt_tokens(batch, 0) == tokens_of(tokenizer, own, 6, history_of(collator, batch, 0))
 
 
-def test_user_vectors_come_along_as_rows_of_the_users(tokenizer):
-    vectors = torch.randn(len(HISTORIES), 3, generator=torch.Generator().manual_seed(4))
-    batch = training_batch(make_collator(tokenizer, user_vectors=vectors))
-    assert torch.equal(batch["user_embeds"], vectors[torch.as_tensor(list(ACTIVE))])
-    assert "user_embeds" not in training_batch(make_collator(tokenizer))
-
-
-def test_in_time_order_the_latest_items_before_a_moment_are_shown_and_the_next_ones_wanted(tokenizer):
+def test_in_time_order_the_latest_items_before_a_moment_are_shown_and_the_next_one_is_wanted(tokenizer):
     histories = [list(range(user % 7, user % 7 + 10)) for user in range(NUM_USERS)]
     (template,) = templates = HISTORY_TEMPLATES[:1]
-    collator = make_collator(
-        tokenizer, histories, templates=templates, train_history=4, targets_per_prompt=3, shuffle_history=False
-    )
+    collator = make_collator(tokenizer, histories, templates=templates, train_history=4, shuffle_history=False)
     moments = set()
     for epoch in range(40):
         batch = training_batch(collator, range(NUM_USERS), epoch)
         for user in range(NUM_USERS):
-            known, wanted = items_in(batch["seen_items"][user]), items_in(batch["labels"][user])
-            moment = histories[user].index(wanted[0])
+            moment = histories[user].index(batch["labels"][user].item())
             moments.add((user, moment))
             shown = histories[user][max(moment - 4, 0) : moment]
             assert prompt_tokens(batch, user) == tokens_of(tokenizer, template, user, shown)
-            # Items that are too old to be shown are excluded too.
-            assert known == histories[user][:moment]
-            assert wanted == histories[user][moment : moment + 3]
     assert {moment for user, moment in moments if user == 0} == set(range(1, 10))
 
 

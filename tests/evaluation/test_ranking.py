@@ -11,7 +11,12 @@ from tokenrec_hf.data.demo import demo_interactions
 from tokenrec_hf.data.interaction_matrix import InteractionMatrix
 from tokenrec_hf.data.splits import index_splits, leave_one_out
 from tokenrec_hf.evaluation import ranking as evaluation
-from tokenrec_hf.evaluation.ranking import encode_prompts, evaluate_baselines, evaluate_retrieval
+from tokenrec_hf.evaluation.ranking import (
+    encode_prompts,
+    evaluate_baselines,
+    evaluate_retrieval,
+    hit_rates_by_history,
+)
 from tokenrec_hf.evaluation.variants import BASELINES, LABELS, VARIANTS
 from tokenrec_hf.models.embedding_store import EmbeddingStore
 from tokenrec_hf.models.modeling_t5_retrieval import T5ForGenerativeRetrieval
@@ -34,7 +39,18 @@ TINY = {
     "mq_tokenizer.evaluate_every": 20,
     "mq_tokenizer.training": {"max_steps": 20, "per_device_train_batch_size": 32},
     "prompts": {"max_history": 12, "shuffle_history": False},
-    "retrieval.config": {"d_model": 16, "d_kv": 8, "num_heads": 2, "d_ff": 32, "num_layers": 1, "projection_dim": 16},
+    "retrieval.backbone": None,
+    "retrieval.num_negatives": 0,
+    "retrieval.config": {
+        "d_model": 16,
+        "d_kv": 8,
+        "num_heads": 2,
+        "d_ff": 32,
+        "num_layers": 1,
+        "num_decoder_layers": 1,
+        "projection_dim": 16,
+        "loss_type": "softmax",
+    },
     "retrieval.training": {"num_train_epochs": 4, "per_device_eval_batch_size": 7, "warmup_steps": 2},
 }
 
@@ -44,7 +60,7 @@ def trained(tmp_path_factory):
     """A small repository, the validation items that it has not seen, and its parts."""
     folder = tmp_path_factory.mktemp("trained") / "out"
     splits = leave_one_out(demo_interactions(seed=3, num_users=48, num_items=60))
-    recipe = Recipe.load("cpu", overrides=TINY)
+    recipe = Recipe.load("paper", overrides=TINY)
     metrics = train(splits, recipe, folder, refit=False).metrics
     return SimpleNamespace(
         folder=folder,
@@ -126,9 +142,14 @@ def test_the_baselines_agree_with_a_loop_over_users(trained):
     users, items = trained.store.get("user", data.user_ids), trained.store.get("item", data.item_ids)
     popularity = np.bincount(data.interactions.items, minlength=len(data.item_ids))
     results = evaluate_baselines(data, trained.store)
-    assert list(results) == list(BASELINES) == ["popularity", "collaborative_dot", "collaborative_cosine"]
+    assert list(results) == list(BASELINES) == ["popularity", "itemknn", "collaborative_dot", "collaborative_cosine"]
+    matrix = np.zeros((len(data.user_ids), len(data.item_ids)))
+    matrix[data.interactions.users, data.interactions.items] = 1
+    lengths = np.linalg.norm(matrix, axis=0)
+    alike = matrix.T @ matrix / np.maximum(np.outer(lengths, lengths), 1)
     for name, scores_of in {
         "popularity": lambda user: popularity,
+        "itemknn": lambda user: alike[data.interactions.of(user)].sum(axis=0).astype(np.float32),
         "collaborative_dot": lambda user: (items @ users[user]).tolist(),
         "collaborative_cosine": lambda user: torch.cosine_similarity(users[user][None], items).tolist(),
     }.items():
@@ -197,3 +218,22 @@ def test_every_row_of_an_evaluation_has_a_label_and_every_variant_but_the_defaul
     assert list(LABELS) == list(trained.metrics["validation"])
     assert [name for name, variant in VARIANTS.items() if variant.flag is None] == ["tokenrec"]
     assert len({variant.flag for variant in VARIANTS.values()}) == len(VARIANTS)
+
+
+def test_hit_rates_are_those_of_users_with_histories_of_similar_length(trained):
+    data = trained.data
+    users, items = (trained.store.get(kind, ids) for kind, ids in (("user", data.user_ids), ("item", data.item_ids)))
+    found = hit_rates_by_history({"vectors": users[data.holdout.users]}, items, data)
+    expected = {}
+    for user, target in zip(data.holdout.users, data.holdout.targets):
+        history = data.interactions.of(user)
+        scores = torch.cosine_similarity(users[user][None], items)
+        scores[history] = -torch.inf
+        expected.setdefault(len(history), []).append(int((scores > scores[target]).sum()) < 20)
+    assert sum(own["users"] for own in found.values()) == len(data.holdout.users)
+    assert set(found) <= {"1", "2", "3-5", "6-10", "11-20", "21-50", "from 51"} and len(found) > 1
+    for label, own in found.items():
+        first, _, last = label.removeprefix("from ").partition("-")
+        longest = int(last or (first if "from" not in label else 10**6))
+        hits = [hit for length, hits in expected.items() if int(first) <= length <= longest for hit in hits]
+        assert own == {"users": len(hits), "vectors": pytest.approx(np.mean(hits))}

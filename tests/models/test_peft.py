@@ -12,7 +12,6 @@ from tokenrec_hf import (
     EmbeddingStore,
     Recommender,
     T5ForGenerativeRetrieval,
-    T5GenerativeRetrievalConfig,
     TokenRecTokenizer,
 )
 
@@ -33,27 +32,21 @@ def example():
     del sys.modules["lora"]
 
 
-@pytest.fixture(scope="module")
-def parts(trained_repository):
-    return TokenRecTokenizer.from_pretrained(trained_repository), EmbeddingStore.from_pretrained(trained_repository)
+@pytest.fixture(params=["trained_repository", "fism_repository"], ids=["decoder", "history"])
+def folder(request):
+    """A repository of the paper's model, or of one that reads histories."""
+    return request.getfixturevalue(request.param)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
+def parts(folder):
+    return TokenRecTokenizer.from_pretrained(folder), EmbeddingStore.from_pretrained(folder)
+
+
+@pytest.fixture
 def codes(parts):
     ids = [torch.from_numpy(parts[0].code_token_ids(kind)).flatten() for kind in ("user", "item")]
     return torch.cat(ids)
-
-
-@pytest.fixture(params=["mean", "decoder"])
-def folder(request, trained_repository, tmp_path):
-    """A repository's model, without a decoder and with one."""
-    if request.param == "mean":
-        return trained_repository
-    config = T5GenerativeRetrievalConfig.from_pretrained(trained_repository)
-    config.pooling = "decoder"
-    torch.manual_seed(0)
-    T5ForGenerativeRetrieval(config).save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
 
 
 def batch(tokenizer):
@@ -71,14 +64,16 @@ def tuned(example, folder, parts, whole_rows):
     tokenizer, store = parts
     torch.manual_seed(0)
     base = T5ForGenerativeRetrieval.from_pretrained(folder)
-    base.bind_items(store.vectors("item"))
-    model = peft.get_peft_model(base, example.lora_config(tokenizer, 4, whole_rows))
+    base.bind_items(store.vectors("item"), tokenizer.item_tokens(store.ids("item")))
+    reads_history = base.config.pooling == "history"
+    model = peft.get_peft_model(base, example.lora_config(tokenizer, 4, whole_rows, not reads_history))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.1)
-    settings = {"labels": torch.tensor([[3], [5]]), "user_embeds": torch.randn(2, store.embedding_dim)}
+    # The item after each of the two items of the first prompt; the second prompt has none.
+    labels = torch.tensor([[-100, 4, 3], [5, -100, -100]]) if reads_history else torch.tensor([[3], [5]])
     for _ in range(3):
         optimizer.zero_grad()
-        model.train()(**batch(tokenizer), **settings).loss.backward()
+        model.train()(**batch(tokenizer), labels=labels).loss.backward()
         optimizer.step()
     return model
 
@@ -99,17 +94,21 @@ def test_a_gradient_arrives_at_everything_that_is_called_trainable(example, fold
         assert gradient is not None, name
         assert name in silent or gradient.abs().sum() > 0, name
     for part in ("SelfAttention.q.lora_", "SelfAttention.v.lora_", "projection", "embed_tokens"):
-        assert any(part in name for name in trained), part
+        has_part = part != "projection" or hasattr(model, "projection")
+        assert any(part in name for name in trained) == has_part, part
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     assert any("SelfAttention.k" in name for name in frozen) and any("DenseReluDense" in name for name in frozen)
 
 
 @BOTH
 def test_code_tokens_and_projection_change_and_words_do_not(example, folder, parts, codes, whole_rows):
-    tokenizer, _ = parts
+    tokenizer, store = parts
     before = T5ForGenerativeRetrieval.from_pretrained(folder)
+    reads_history = before.config.pooling == "history"
     merged = tuned(example, folder, parts, whole_rows).merge_and_unload()
-    used = torch.isin(codes, batch(tokenizer)["input_ids"])
+    # With history pooling, all items compete by their codes, and the codes of users do not go through T5.
+    read = tokenizer.item_tokens(store.ids("item")) if reads_history else batch(tokenizer)["input_ids"]
+    used = torch.isin(codes, torch.as_tensor(read))
     (words, rows), (new_words, new_rows) = words_and_codes(before, codes), words_and_codes(merged, codes)
     assert (new_rows[used] != rows[used]).any(dim=1).all()
     assert torch.equal(new_rows[~used], rows[~used])
@@ -117,7 +116,7 @@ def test_code_tokens_and_projection_change_and_words_do_not(example, folder, par
     # In low rank the words of the prompts move with the codes, as in full tuning; no others do.
     assert torch.equal(new_words[~read], words[~read])
     assert torch.equal(new_words[read], words[read]) == whole_rows
-    for number in (0, 3, 6):
+    for number in () if reads_history else (0, 3, 6):
         assert not torch.equal(merged.projection[number].weight, before.projection[number].weight)
 
 
@@ -148,12 +147,12 @@ def test_an_adapter_is_saved_loaded_and_merged(example, folder, parts, codes, wh
 
 
 @BOTH
-def test_a_model_with_an_adapter_recommends(example, trained_repository, parts, whole_rows):
+def test_a_model_with_an_adapter_recommends(example, folder, parts, whole_rows):
     tokenizer, store = parts
-    model = tuned(example, trained_repository, parts, whole_rows)
+    model = tuned(example, folder, parts, whole_rows)
     inputs = tokenizer(PROMPTS, padding=True, return_tensors="pt", return_entities=True)
     found = Recommender(model, tokenizer, store).answer(inputs, top_k=5)
-    plain = Recommender.from_pretrained(trained_repository).answer(inputs, top_k=5)
+    plain = Recommender.from_pretrained(folder).answer(inputs, top_k=5)
     assert [len(row) for row in found] == [5, 5] and found != plain
     scores = [
         row["score"] for row in Recommender(model.merge_and_unload(), tokenizer, store).answer(inputs, top_k=5)[0]

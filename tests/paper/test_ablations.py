@@ -44,7 +44,7 @@ def test_variants_differ_in_what_they_say_only_and_never_see_the_test_items(name
 
 
 def test_one_codebook_has_as_many_codewords_as_all_together():
-    usual = Recipe.load("cpu").mq_tokenizer.config["num_codebooks"] * 256
+    usual = Recipe.load("paper").mq_tokenizer.config["num_codebooks"] * 256
     changes = ablations.STUDIES["table6"]["without K ways"]
     assert changes["mq_tokenizer.config.num_codebooks"] * changes["mq_tokenizer.config.codebook_size"] == usual
 

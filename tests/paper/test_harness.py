@@ -187,9 +187,9 @@ def test_what_is_recorded_makes_a_table_without_a_fit(spied, tmp_path):
 def test_tokenrec_has_five_rows_from_one_training(tmp_path, tiny_recipe, monkeypatch):
     monkeypatch.setattr(harness, "_recipe", lambda model: harness.settings_of(tiny_recipe))
     fits = InProcess(tmp_path / "results", tmp_path / "work")
-    rows = study("demo", "tokenrec-cpu", seeds=1, fits=fits)
-    titles = ["TokenRec `cpu`", "TokenRec `cpu`, user id only", "TokenRec `cpu`, unseen prompt"]
-    titles += ["TokenRec `cpu`, history only", "TokenRec `cpu`, its vectors without T5"]
+    rows = study("demo", "tokenrec-paper", seeds=1, fits=fits)
+    titles = ["TokenRec `paper`", "TokenRec `paper`, user id only", "TokenRec `paper`, unseen prompt"]
+    titles += ["TokenRec `paper`, history only", "TokenRec `paper`, its vectors without T5"]
     assert [row["title"] for row in rows] == titles
     assert fits.count == 1
     repository = next((tmp_path / "work" / "demo").iterdir())
@@ -198,7 +198,7 @@ def test_tokenrec_has_five_rows_from_one_training(tmp_path, tiny_recipe, monkeyp
     assert rows[0]["validation"] == [metrics["validation"]["tokenrec"]]
     assert rows[4]["test"] == [metrics["test"]["collaborative_cosine"]]
     assert rows[0]["fit_seconds"][0] > 0
-    assert "recipe `cpu`" in markdown(rows, "demo")
+    assert "recipe `paper`" in markdown(rows, "demo")
     (record,) = lines_of(tmp_path / "results")
     assert record["audit"]["passed"] >= 10
 
@@ -207,7 +207,7 @@ def test_tokenrec_has_five_rows_from_one_training(tmp_path, tiny_recipe, monkeyp
     leak = SimpleNamespace(passed=False, finding="the test items were seen.")
     monkeypatch.setattr(Repository, "audit", lambda self: [leak])
     with pytest.raises(RuntimeError, match="the test items were seen"):
-        study("demo", "tokenrec-cpu", seeds=1, fits=fits)
+        study("demo", "tokenrec-paper", seeds=1, fits=fits)
     assert lines_of(tmp_path / "results") == []
 
 
@@ -281,7 +281,7 @@ def test_rows_of_different_data_make_no_table():
         ("tokenrec-paper-small", torch.bfloat16, False, True),
         ("tokenrec-paper-small", torch.float32, False, False),
         ("tokenrec-paper-small", torch.bfloat16, True, False),
-        ("tokenrec-cpu", torch.bfloat16, False, False),
+        ("tokenrec-paper", torch.bfloat16, False, False),
     ],
 )
 def test_a_t5_of_its_own_is_trained_in_bfloat16_where_the_cpu_can(

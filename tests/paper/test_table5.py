@@ -13,7 +13,7 @@ TINY = {"d_model": 32, "d_kv": 16, "num_heads": 2, "d_ff": 64, "num_layers": 2, 
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setitem(table5.BACKBONES, "cpu", TINY)
+    monkeypatch.setitem(table5.BACKBONES, "small", TINY)
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def demo(demo_splits):
 
 @pytest.mark.parametrize("kind", [table5.P5SID, table5.WrittenOutP5])
 def test_generate_and_our_beam_search_find_the_same_items(kind, tiny, demo):
-    p5 = table5.random_p5(kind, demo, "cpu")
+    p5 = table5.random_p5(kind, demo, "small")
     users = np.array([1, 5, 17, 300])
     ours = p5.recommend(users)[0].numpy()
     assert (table5.generate(p5, users) == ours).mean() > 0.95  # but for ties and rounding
@@ -32,7 +32,7 @@ def test_generate_and_our_beam_search_find_the_same_items(kind, tiny, demo):
 
 
 def test_every_method_gives_20_unseen_items(tiny, demo):
-    methods = table5.all_methods(demo, "cpu")
+    methods = table5.all_methods(demo, "small")
     assert len(methods) == 8
     for recommend in methods.values():
         for user, found in zip([3, 40], recommend([3, 40])):
@@ -42,7 +42,7 @@ def test_every_method_gives_20_unseen_items(tiny, demo):
 
 
 def test_a_written_out_id_is_two_tokens_and_an_end_longer(tiny, demo):
-    written, short = (table5.random_p5(kind, demo, "cpu") for kind in (table5.WrittenOutP5, table5.P5SID))
+    written, short = (table5.random_p5(kind, demo, "small") for kind in (table5.WrittenOutP5, table5.P5SID))
     assert written.codes.shape[1] == short.codes.shape[1] + 3
     assert written.item_tokens.shape[1] == short.item_tokens.shape[1] + 2
     assert (written.codes[:, 2:-1] == short.codes).all()
@@ -53,7 +53,7 @@ def test_the_records_are_written_and_the_table_is_printed(tiny, tmp_path, monkey
         "--dataset",
         "demo",
         "--backbones",
-        "cpu",
+        "small",
         "--batch-sizes",
         "1",
         "2",
@@ -72,4 +72,4 @@ def test_the_records_are_written_and_the_table_is_printed(tiny, tmp_path, monkey
     assert all(value > 0 for record in records for value in record["milliseconds"].values())
     printed = capsys.readouterr().out
     text = "\n".join(table5.table(records))
-    assert "cpu, 2 at once" in text and "vectorised" in text and text in printed
+    assert "small, 2 at once" in text and "vectorised" in text and text in printed

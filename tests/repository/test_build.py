@@ -22,7 +22,6 @@ from tokenrec_hf.repository import build as training
 from tokenrec_hf.repository.build import build_collator, build_retrieval_model, train
 from tokenrec_hf.repository.repository import Repository
 from tokenrec_hf.training import stages
-from tokenrec_hf.training.closed_forms import augment_norm
 from tokenrec_hf.training.recipe import Recipe
 
 TINY = {
@@ -33,8 +32,19 @@ TINY = {
     "mq_tokenizer.config": {"codebook_size": 8, "codebook_dim": 8, "hidden_dim": 16},
     "mq_tokenizer.evaluate_every": 5,
     "mq_tokenizer.training": {"max_steps": 12, "per_device_train_batch_size": 16},
-    "prompts": {"targets_per_prompt": 4, "train_history": 8},
-    "retrieval.config": {"d_model": 16, "d_kv": 8, "num_heads": 2, "d_ff": 32, "num_layers": 1, "projection_dim": 16},
+    "prompts": {"train_history": 8},
+    "retrieval.backbone": None,
+    "retrieval.num_negatives": 0,
+    "retrieval.config": {
+        "d_model": 16,
+        "d_kv": 8,
+        "num_heads": 2,
+        "d_ff": 32,
+        "num_layers": 1,
+        "num_decoder_layers": 1,
+        "projection_dim": 16,
+        "loss_type": "softmax",
+    },
     "retrieval.evaluate_every": 1,
     "retrieval.patience": 2,
     "retrieval.training": {"num_train_epochs": 3, "per_device_train_batch_size": 16, "warmup_steps": 2},
@@ -61,7 +71,7 @@ def splits():
 
 @pytest.fixture(scope="module")
 def recipe():
-    return Recipe.load("cpu", overrides=TINY)
+    return Recipe.load("paper", overrides=TINY)
 
 
 @pytest.fixture(scope="module")
@@ -154,9 +164,8 @@ def test_training_writes_a_repository(trained, splits):
         assert tokenizer.ids(kind) == store.ids(kind) == ids
         assert mqs[kind].space_id == tokenizer.space_ids[kind] == store.space_ids[kind] == model.config.space_ids[kind]
         assert tokenizer.codes(kind).tolist() == mqs[kind].encode(store.vectors(kind)).tolist()
-    # The recipe stores vectors whose cosine ranks as the dot product of these.
-    augmented = augment_norm(collaborative.user_embeddings(), collaborative.item_embeddings())
-    assert torch.equal(store.vectors("user"), augmented[0]) and torch.equal(store.vectors("item"), augmented[1])
+    assert torch.equal(store.vectors("user"), collaborative.user_embeddings())
+    assert torch.equal(store.vectors("item"), collaborative.item_embeddings())
     found = Recommender(model, tokenizer, store).recommend(["two"], [[]], top_k=30)[0]
     assert len(found) == 28
     assert not {"f001", "f002"} & {one["item"] for one in found}
@@ -167,7 +176,7 @@ def test_metrics_say_what_was_measured(trained, splits, recipe):
     assert metrics == trained.metrics
     assert {name: metrics[name] for name in ("dataset", "recipe", "seed", "refit")} == {
         "dataset": "small",
-        "recipe": "cpu",
+        "recipe": "paper",
         "seed": 0,
         "refit": True,
     }
@@ -175,7 +184,7 @@ def test_metrics_say_what_was_measured(trained, splits, recipe):
     assert metrics["interactions"] == sum(len(splits[name]) for name in splits)
     for split in ("validation", "test"):
         assert set(metrics[split]) == {
-            *("popularity", "collaborative_dot", "collaborative_cosine"),
+            *("popularity", "itemknn", "collaborative_dot", "collaborative_cosine"),
             *("tokenrec", "tokenrec_user_id_only", "tokenrec_unseen_prompt", "tokenrec_history_only"),
         }
         for values in metrics[split].values():
@@ -215,7 +224,7 @@ def test_one_seed_gives_one_result(trained, splits, recipe, tmp_path):
 
 
 def test_another_seed_gives_another_result(trained, splits, tmp_path):
-    train(splits, Recipe.load("cpu", overrides={**TINY, "seed": 1}), tmp_path)
+    train(splits, Recipe.load("paper", overrides={**TINY, "seed": 1}), tmp_path)
     changed, before = weights(tmp_path), weights(trained.folder)
     for name in ("model.safetensors", "collaborative/model.safetensors", "mq_user/model.safetensors"):
         assert changed[name] != before[name]
@@ -242,12 +251,12 @@ def test_without_refit_the_selection_is_the_result(trained, splits, recipe, tmp_
     [
         {"retrieval.config.loss_type": "cosine_ranking"},
         {"retrieval.num_negatives": 6},
-        {"retrieval.config.pooling": "decoder", "collaborative.model": "matrix_factorization"},
+        {"collaborative.model": "matrix_factorization"},
     ],
-    ids=["cosine ranking", "sampled softmax", "decoder and matrix factorization"],
+    ids=["cosine ranking", "sampled softmax", "matrix factorization"],
 )
 def test_the_alternatives_of_a_recipe_train(splits, tmp_path, overrides):
-    metrics = train(splits, Recipe.load("cpu", overrides=TINY | overrides), tmp_path, refit=False).metrics
+    metrics = train(splits, Recipe.load("paper", overrides=TINY | overrides), tmp_path, refit=False).metrics
     assert 0 <= metrics["validation"]["tokenrec"]["ndcg@20"] <= 1
 
 
@@ -319,7 +328,7 @@ def test_a_run_that_stops_again_and_again_within_its_stages_ends_the_same(
 
 
 def test_other_settings_are_refused_with_the_difference(trained, splits):
-    other = Recipe.load("cpu", overrides=TINY | {"retrieval.training.learning_rate": 0.125})
+    other = Recipe.load("paper", overrides=TINY | {"retrieval.training.learning_rate": 0.125})
     found = r"holds a run with recipe\.retrieval\.training\.learning_rate = .* where this one has 0\.125; give another"
     before = weights(trained.folder)
     with pytest.raises(ValueError, match=found):
@@ -413,7 +422,7 @@ def test_a_backbone_is_taken_over_exactly(parts, tmp_path, spare):
     settings = Recipe.load("paper").retrieval.model_copy(update=changes)
     model = build_retrieval_model(settings, parts.tokenizer, parts.user_mq, parts.item_mq)
     assert (model.config.num_layers, model.config.d_ff) == (2, 24)
-    assert (model.config.dropout_rate, model.config.embedding_dim) == (0.3, 8 + 1)
+    assert (model.config.dropout_rate, model.config.embedding_dim) == (0.3, 8)
     own = model.transformer.state_dict()
     for name, tensor in backbone.state_dict().items():
         if "embed_tokens" not in name and name not in ("shared.weight", "lm_head.weight"):
@@ -456,27 +465,26 @@ def test_a_backbone_that_cannot_be_had_is_named(parts, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "num_negatives", "with_seen_items"),
+    ("overrides", "num_negatives"),
     [
-        ({"retrieval.config.loss_type": "softmax"}, 0, True),
-        ({"retrieval.config.loss_type": "softmax", "retrieval.num_negatives": 7}, 7, False),
-        ({"retrieval.config.loss_type": "cosine_ranking"}, 4, False),
+        ({"retrieval.config.loss_type": "softmax"}, 0),
+        ({"retrieval.config.loss_type": "softmax", "retrieval.num_negatives": 7}, 7),
+        ({"retrieval.config.loss_type": "cosine_ranking"}, 1),
     ],
 )
-def test_the_collator_draws_what_the_loss_needs(parts, splits, overrides, num_negatives, with_seen_items):
-    recipe = Recipe.load("cpu", overrides=TINY | overrides)
+def test_the_collator_draws_what_the_loss_needs(parts, splits, overrides, num_negatives):
+    recipe = Recipe.load("paper", overrides=TINY | overrides)
     collator = build_collator(parts.tokenizer, index_splits(splits, "test"), recipe)
     batch = collator([{"user": row, "epoch": 0} for row in range(5)])
-    assert ("seen_items" in batch) == with_seen_items
     assert ("negative_ids" in batch) == bool(num_negatives)
     if num_negatives:
         assert batch["negative_ids"].shape == (5, num_negatives)
-    assert batch["labels"].shape == (5, 4)
+    assert batch["labels"].shape == (5, 1)
 
 
 def test_changes_of_the_collator_win_over_the_recipe(parts, splits, recipe):
-    collator = build_collator(parts.tokenizer, index_splits(splits, "test"), recipe, targets_per_prompt=2, seed=9)
-    assert (collator.targets_per_prompt, collator.seed) == (2, 9)
+    collator = build_collator(parts.tokenizer, index_splits(splits, "test"), recipe, num_negatives=2, seed=9)
+    assert (collator.num_negatives, collator.seed) == (2, 9)
 
 
 def test_the_collaborative_model_tells_whose_its_rows_are(trained_repository):
@@ -503,7 +511,7 @@ def test_order_counts_only_where_that_is_better_by_a_standard_error(gain, chosen
         "mq_tokenizer.training.max_steps": 5,
         "retrieval.training.num_train_epochs": 1,
     }
-    trained = train(demo_splits, Recipe.load("cpu", overrides=TINY).changed(**changes), tmp_path, refit=False)
+    trained = train(demo_splits, Recipe.load("paper", overrides=TINY).changed(**changes), tmp_path, refit=False)
     assert trained.recipe.collaborative.config["half_life"] == chosen
     assert FISMModel.from_pretrained(tmp_path / "collaborative").config.half_life == chosen
 
@@ -527,10 +535,9 @@ def test_whether_order_counts_is_chosen_on_validation_and_cold_start_users_have_
         "prompts.shuffle_history": "auto",
         "retrieval.training.num_train_epochs": 1,
         "retrieval.config.pooling": "history",
-        "retrieval.config.alignment_weight": 0.0,
         "retrieval.config.history_weight": "auto",
     }
-    recipe = Recipe.load("cpu", overrides=TINY).changed(**changes)
+    recipe = Recipe.load("paper", overrides=TINY).changed(**changes)
     quantised, quantise = [], training.train_mq_tokenizer
     sizes = lambda vectors, others: (len(vectors), 0 if others is None else len(others))  # noqa: E731
     monkeypatch.setattr(

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tokenrec_hf.models.configuration_tokenrec import FISMConfig
 from tokenrec_hf.models.modeling_collaborative import FISMModel
 from tokenrec_hf.training import closed_forms as module
-from tokenrec_hf.training.closed_forms import UnreachedError, align, augment_norm, fold_in, fold_in_items, smooth_tables
+from tokenrec_hf.training.closed_forms import UnreachedError, align, fold_in, fold_in_items, smooth_tables
 
 
 def random_interactions(generator, num_users, num_items, per_user):
@@ -273,25 +273,3 @@ def test_new_items_are_ranked_like_items_of_the_training():
     assert (own > other).float().mean() > 0.95
     trained = (users * rows[:40]).sum(dim=1)
     assert abs(own.mean() - trained.mean()) < 0.15
-
-
-def test_with_augmented_norms_cosine_ranks_as_the_dot_product_does():
-    generator = torch.Generator().manual_seed(2)
-    users, items = torch.randn(7, 5, generator=generator), torch.randn(11, 5, generator=generator)
-    augmented_users, augmented_items = augment_norm(users, items)
-    assert augmented_users.shape == (7, 6) and augmented_items.shape == (11, 6)
-    norms = np.linalg.norm(augmented_items.double().numpy(), axis=1)
-    assert np.allclose(norms, np.linalg.norm(items.double().numpy(), axis=1).max(), rtol=1e-5)
-    cosines = torch.nn.functional.cosine_similarity(augmented_users[:, None], augmented_items[None], dim=-1)
-    for user in range(7):
-        scores = [sum(float(a) * float(b) for a, b in zip(users[user], item)) for item in items]
-        assert np.argsort(scores).tolist() == cosines[user].argsort().tolist()
-
-
-def test_cold_start_items_are_augmented_to_the_norm_of_the_trained_items():
-    items = torch.tensor([[3.0, 0.0], [0.0, 5.0]])
-    _, whole = augment_norm(items, items)
-    _, added = augment_norm(items[:1], items[:1], norm=float(whole.norm(dim=1).max()))
-    assert torch.equal(added, whole[:1])
-    _, longer = augment_norm(items, 2 * items, norm=5.0)
-    assert longer[1].tolist() == [0.0, 10.0, 0.0]

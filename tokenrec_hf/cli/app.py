@@ -201,10 +201,9 @@ def train(
         ),
     ],
     output_dir: Annotated[str, Option("--output_dir", help="Folder of the trained repository.")],
-    recipe: Annotated[str, Option(help="Recipe: paper, best, cpu or quickstart.")] = "cpu",
+    recipe: Annotated[str, Option(help="Recipe: paper, best or quickstart.")] = "best",
     config: Annotated[str | None, Option(help="YAML file with the settings that differ from the recipe's.")] = None,
     seed: Annotated[int | None, Option(help="Seed of the recipe.")] = None,
-    loss_type: Annotated[str | None, Option("--loss_type", help="Short for --retrieval.config.loss_type.")] = None,
     no_refit: Annotated[bool, Option("--no-refit", help="Do not train again with the validation items.")] = False,
     min_rating: Annotated[float | None, Option("--min_rating", help="Drop interactions rated lower.")] = None,
     k_core: Annotated[int | None, Option("--k_core", help="Drop users and items with fewer interactions.")] = None,
@@ -217,13 +216,12 @@ def train(
     """Train a recommender, or resume the same command where it was stopped.
 
     Any field of transformers' TrainingArguments sets the T5 stage, as --num_train_epochs 3. Any setting of the recipe is named
-    with dots, as --retrieval.config.loss_type cosine_ranking. Columns are found by their usual names.
+    with dots, as --mq_tokenizer.config.codebook_size 512. Columns are found by their usual names.
     """
     from ..training.recipe import Recipe, SettingError
 
     name = _dataset_name(dataset)
-    shortcuts = {"seed": seed, "retrieval.config.loss_type": loss_type}
-    given = {setting: value for setting, value in shortcuts.items() if value is not None}
+    given = {} if seed is None else {"seed": seed}
     given |= read_settings(settings or ())
     try:
         loaded = Recipe.load(recipe, config, given)

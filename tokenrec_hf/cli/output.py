@@ -72,7 +72,7 @@ def show_train(document: Document) -> Blocks:
 
 
 def show_evaluation(document: Document) -> Blocks:
-    """A row for each metric and a column for each method; or a row for each check of an audit, and the verdict."""
+    """A row for each metric and a column for each method, and HR@20 by length of the history; or the checks of an audit."""
     if "checks" in document:
         checks = document["checks"]
         yield _table((), [[_VERDICTS[one["passed"]], one["run"], one["name"], one["finding"]] for one in checks])
@@ -84,6 +84,10 @@ def show_evaluation(document: Document) -> Blocks:
     yield f"{document['split']}, {document['users']} users"
     rows = [[key, *(_number(own.get(key)) for own in metrics.values())] for key in metrics[document["variant"]]]
     yield _table(["", *(LABELS[name] for name in metrics)], rows)
+    groups = document["hr@20_by_history"]
+    names = [name for name in next(iter(groups.values())) if name != "users"]
+    lengths = [[group, str(own["users"]), *(_number(own[name]) for name in names)] for group, own in groups.items()]
+    yield _table(["items of the history", "users", *(f"HR@20, {LABELS[name]}" for name in names)], lengths)
 
 
 def show_recommendations(document: Document, held_out: str | None = None) -> Blocks:

@@ -64,8 +64,8 @@ class DataCollatorForGenerativeRetrieval:
     """Makes the inputs of [`T5ForGenerativeRetrieval`] from examples of a [`PromptDataset`].
 
     In training, the interactions of a user are shuffled and split: a random number of them, from 1 to `train_history`, is
-    the history in the prompt, and up to `targets_per_prompt` others are the items to retrieve. Without `shuffle_history`
-    they are split at a random moment: the latest items before it are the history, the next items are the targets. With
+    the history in the prompt, and another is the item to retrieve. Without `shuffle_history` they are split at a random
+    moment: the latest items before it are the history, the next item is the target. With
     `next_items`, for `"history"` pooling, all items are targets: the prompt shows the history without its last item, and the
     labels are the item that follows each position. An example with a `target` keeps the whole history. A
     history has at most `max_history` items (the latest) and only as many whole items as fit into `max_length`. A user
@@ -82,20 +82,15 @@ class DataCollatorForGenerativeRetrieval:
         max_length: tokens of the longest prompt.
         max_history: items of the longest history.
         train_history: items of the longest history in training (default: `max_history`). Shorter histories train faster.
-        targets_per_prompt: P, the largest number of targets of a training prompt; 1 in the paper.
-        num_negatives: un-interacted items drawn for each example: P for the `cosine_ranking` loss, any number for a
-            sampled softmax.
-        with_seen_items: add the rows of the history as `seen_items`, which the full softmax excludes from the competition.
-        user_vectors: collaborative vectors `[num_users, d]`, given to the model as `user_embeds` for its alignment loss.
+        num_negatives: un-interacted items drawn for each example: 1 for the `cosine_ranking` loss, any number for a sampled
+            softmax.
         next_items: whether the labels are the items that follow each position of the history.
         shuffle_history: random order of the history, else time order.
         seed: seed of all random choices.
 
     Returns (when called):
-        LongTensors `input_ids` and `attention_mask` `[B, T]`; `labels` `[B, P]`, or with `next_items` `[B, 1 + S]`, padded with
-        -100; with `num_negatives`,
-        `negative_ids` `[B, num_negatives]`; with `with_seen_items`, `seen_items` `[B, S]`, padded with -100. With
-        `user_vectors`, `user_embeds` `[B, d]`.
+        LongTensors `input_ids` and `attention_mask` `[B, T]`; `labels` `[B, 1]`, or with `next_items` `[B, 1 + S]`, padded with
+        -100; with `num_negatives`, `negative_ids` `[B, num_negatives]`.
 
     Raises:
         ValueError: a template leaves no room for a history item within `max_length`.
@@ -113,10 +108,7 @@ class DataCollatorForGenerativeRetrieval:
         max_length: int = 512,
         max_history: int = 100,
         train_history: int | None = None,
-        targets_per_prompt: int = 1,
         num_negatives: int = 0,
-        with_seen_items: bool = False,
-        user_vectors: torch.Tensor | None = None,
         next_items: bool = False,
         shuffle_history: bool = True,
         seed: int = 0,
@@ -135,9 +127,7 @@ class DataCollatorForGenerativeRetrieval:
         # The templates for users without history. If all templates have a history, it is left empty.
         plain = np.flatnonzero(~self.uses_history)
         self.plain_pool = plain if len(plain) else np.arange(len(every))
-        self.shuffle_history, self.with_seen_items = shuffle_history, with_seen_items
-        self.user_vectors, self.next_items = user_vectors, next_items
-        self.targets_per_prompt, self.num_negatives = targets_per_prompt, num_negatives
+        self.shuffle_history, self.next_items, self.num_negatives = shuffle_history, next_items, num_negatives
         # Tokens of a prompt without its history, [templates].
         self.static = np.array([sum(map(len, parts)) for parts in self.parts])
         self.static += self.names_user * self.user_tokens.shape[1]
@@ -154,15 +144,13 @@ class DataCollatorForGenerativeRetrieval:
         targets = np.array([feature["target"] for feature in features]) if "target" in features[0] else None
         template = self._templates(users, epoch, training=targets is None)
         if self.next_items:
-            past, labels = self._next_items(users, epoch, template, targets)
-            shown = past
+            shown, labels = self._next_items(users, epoch, template, targets)
         elif targets is None:
             past, _, wanted = self._split(users, epoch, template)
             shown = _latest(past, np.where(self.uses_history[template], self.training_capacity[template], 0))
-            labels = np.full((len(users), self.targets_per_prompt), IGNORED)
-            labels[wanted.rows, wanted.ranks] = wanted.values
+            labels = wanted.padded(IGNORED)
         else:
-            past = shown = self._whole_history(users, epoch, template, self.capacity)
+            shown = self._whole_history(users, epoch, template, self.capacity)
             labels = targets[:, None]
         batch = self._assemble(self.user_tokens[users], template, shown) | {"labels": torch.from_numpy(labels)}
         if self.num_negatives:
@@ -170,10 +158,6 @@ class DataCollatorForGenerativeRetrieval:
                 users, self.num_negatives, seed=self.seed, epoch=epoch, examples=users, first_draw=_NEGATIVES
             )
             batch["negative_ids"] = torch.from_numpy(negatives)
-        if self.user_vectors is not None:
-            batch["user_embeds"] = self.user_vectors[torch.from_numpy(users)]
-        if self.with_seen_items:
-            batch["seen_items"] = torch.from_numpy(past.padded(IGNORED))
         return batch
 
     def _templates(self, users: np.ndarray, epoch: int, training: bool) -> np.ndarray:
@@ -186,7 +170,7 @@ class DataCollatorForGenerativeRetrieval:
         return np.where(short & self.uses_history[template], plain, template)
 
     def _split(self, users: np.ndarray, epoch: int, template: np.ndarray) -> HistorySplit:
-        """The interactions of each user, split into past and targets."""
+        """The interactions of each user, split into past and target."""
         histories = self.interactions.histories.take(users)
         longest = histories.lengths - 1
         if self.shuffle_history:
@@ -196,7 +180,7 @@ class DataCollatorForGenerativeRetrieval:
             histories,
             users,
             longest_past=np.where(known, np.maximum(longest, 1), 0),
-            num_targets=self.targets_per_prompt,
+            num_targets=1,
             shuffle=self.shuffle_history,
             seed=self.seed,
             epoch=epoch,

@@ -7,7 +7,7 @@ not grow with the number of users.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -42,6 +42,12 @@ def target_ranks(scores: Array, targets: Array, seen: SeenPairs | None = None) -
 def hit_rate(ranks: Array, k: int) -> float:
     """HR@K: the share of users with the target among the first `k`; `ranks` is int64 `[B]`, from 0."""
     return _metric("hr", _histogram(ranks, k), k)
+
+
+def user_ndcg(ranks: Array, k: int) -> torch.Tensor:
+    """NDCG@K of each user, float64 `[B]`; see [`ndcg`], which is their mean."""
+    ranks = torch.as_tensor(ranks).cpu()
+    return _GAINS["ndcg"](ranks.double()) * (ranks < k)
 
 
 def ndcg(ranks: Array, k: int) -> float:
@@ -161,6 +167,37 @@ def evaluate_embeddings(
     Raises:
         ValueError: the shapes do not fit, a score is NaN, or an item does not exist.
     """
+    metrics = RankingMetrics(len(items), top_ks, popularity)
+    for batch in _score_batches(queries, items, targets, seen_indptr, seen_indices, cosine, batch_size):
+        metrics._add(*batch)
+    return metrics.compute()
+
+
+def embedding_ranks(
+    queries: torch.Tensor,
+    items: torch.Tensor,
+    targets: Array,
+    seen_indptr: np.ndarray,
+    seen_indices: np.ndarray,
+    *,
+    cosine: bool,
+    batch_size: int = 512,
+) -> torch.Tensor:
+    """The rank of each user's target by vectors, int64 `[U]` from 0; see [`evaluate_embeddings`] and [`target_ranks`]."""
+    batches = _score_batches(queries, items, targets, seen_indptr, seen_indices, cosine, batch_size)
+    return torch.cat([_ranks(*_masked(*batch)) for batch in batches])
+
+
+def _score_batches(
+    queries: torch.Tensor,
+    items: torch.Tensor,
+    targets: Array,
+    seen_indptr: np.ndarray,
+    seen_indices: np.ndarray,
+    cosine: bool,
+    batch_size: int,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, SeenPairs]]:
+    """Scores `[B, n]`, targets and seen pairs of some users at a time; see [`evaluate_embeddings`]."""
     targets, indptr = torch.as_tensor(targets), np.asarray(seen_indptr)
     if len(targets) != len(queries) or len(indptr) != len(queries) + 1 or indptr[-1] != len(seen_indices):
         raise ValueError(
@@ -173,13 +210,11 @@ def evaluate_embeddings(
         )
     if cosine:
         queries, items = unit_rows(queries), unit_rows(items)
-    metrics = RankingMetrics(len(items), top_ks, popularity)
     for start in range(0, len(queries), batch_size):
         end = min(start + batch_size, len(queries))
         rows = np.repeat(np.arange(end - start), np.diff(indptr[start : end + 1]))
         seen = rows, np.asarray(seen_indices[indptr[start] : indptr[end]])
-        metrics._add(queries[start:end] @ items.T, targets[start:end], seen)
-    return metrics.compute()
+        yield queries[start:end] @ items.T, targets[start:end], seen
 
 
 def _copied(scores: Array) -> torch.Tensor:

@@ -5,6 +5,7 @@ All items are ranked for every user, except the items of the user's training int
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,28 +23,59 @@ from ..models.modeling_t5_retrieval import T5ForGenerativeRetrieval
 from ..models.prompts import HISTORY_TEMPLATES, PromptTemplate
 from ..models.recommender import load_history_encoder
 from ..models.tokenization_tokenrec import TokenRecTokenizer
-from .metrics import evaluate_embeddings
+from .metrics import RankingMetrics, embedding_ranks, evaluate_embeddings, hit_rate
 from .variants import BASELINES, VARIANTS
+
+# The longest histories of the groups of `hit_rates_by_history`.
+HISTORY_LENGTHS = (1, 2, 5, 10, 20, 50)
 
 
 def evaluate_baselines(data: IndexedSplits, store: Store) -> dict[str, dict[str, float]]:
-    """Metrics of popularity and of the collaborative vectors, by dot product and by cosine.
+    """Metrics of popularity, of ItemKNN, and of the collaborative vectors, by dot product and by cosine.
 
     Args:
         data: the interactions of the training and the held-out items.
         store: the collaborative vectors of all its users and items.
     """
-    holdout, popularity = data.holdout, data.interactions.popularity()
-    indptr, seen = data.interactions.of_users(holdout.users)
-    users = store.get("user", [data.user_ids[row] for row in holdout.users])
+    popularity = data.interactions.popularity()
+    users = store.get("user", [data.user_ids[row] for row in data.holdout.users])
     items = store.get("item", data.item_ids)
     # Popularity as a dot product: the vector of every user is [1].
     alike, counts = torch.ones(len(users), 1), torch.from_numpy(popularity).float()[:, None]
-    found = [
-        evaluate_embeddings(*vectors, holdout.targets, indptr, seen, cosine=cosine, popularity=popularity)
-        for vectors, cosine in (((alike, counts), False), ((users, items), False), ((users, items), True))
-    ]
+    found = (
+        evaluate_vectors(alike, counts, data, cosine=False),
+        evaluate_itemknn(data),
+        evaluate_vectors(users, items, data, cosine=False),
+        evaluate_vectors(users, items, data),
+    )
     return dict(zip(BASELINES, found, strict=True))
+
+
+def evaluate_itemknn(data: IndexedSplits, batch_size: int = 512) -> dict[str, float]:
+    """Metrics of ItemKNN with all neighbours (Sarwar et al., 2001).
+
+    The score of an item is the sum of its cosines with the items of the history; the vector of an item holds 1 for each of its
+    users.
+    """
+    interactions, holdout = data.interactions, data.holdout
+    popularity = interactions.popularity()
+    shape = (interactions.num_users, interactions.num_items)
+    values = torch.from_numpy(popularity[interactions.items].astype(np.float64) ** -0.5)
+    pairs = torch.from_numpy(np.stack([interactions.users, interactions.items]))
+    unit = torch.sparse_coo_tensor(
+        pairs, values, shape, check_invariants=False
+    ).coalesce()  # columns of length 1, [U, n]
+    transposed = unit.t().coalesce()
+    metrics = RankingMetrics(shape[1], popularity=popularity)
+    for start in range(0, len(holdout.users), batch_size):
+        users = holdout.users[start : start + batch_size]
+        own_indptr, own_items = interactions.of_users(users)
+        seen = np.repeat(np.arange(len(users)), np.diff(own_indptr)), own_items
+        histories = torch.zeros(shape[1], len(users), dtype=torch.float64)
+        histories[seen[1], seen[0]] = 1
+        scores = transposed @ (unit @ histories)  # [n, B]
+        metrics.update(scores.T.float(), holdout.targets[start : start + batch_size], seen)
+    return metrics.compute()
 
 
 def evaluate_retrieval(
@@ -65,9 +97,34 @@ def evaluate_retrieval(
         store: the item vectors; by default the repository's own store.
         batch_size: prompts per forward pass.
     """
-    parts, tokenizer = RepositoryFolder(folder), TokenRecTokenizer.from_pretrained(folder)
-    store = store or EmbeddingStore.open(parts.store)
-    chosen = VARIANTS[variant]
+    store = store or EmbeddingStore.open(RepositoryFolder(folder).store)
+    queries = retrieval_queries(folder, data, prompts, variant, batch_size)
+    return evaluate_vectors(queries, store.get("item", data.item_ids), data)
+
+
+def evaluate_vectors(
+    queries: torch.Tensor, items: torch.Tensor, data: IndexedSplits, cosine: bool = True
+) -> dict[str, float]:
+    """Metrics of queries `[U, d]` of the held-out users and vectors of all items `[num_items, d]`."""
+    return evaluate_embeddings(
+        queries,
+        items,
+        data.holdout.targets,
+        *data.interactions.of_users(data.holdout.users),
+        cosine=cosine,
+        popularity=data.interactions.popularity(),
+    )
+
+
+def retrieval_queries(
+    folder: str | os.PathLike,
+    data: IndexedSplits,
+    prompts: Mapping[str, Any],
+    variant: str = "tokenrec",
+    batch_size: int = 64,
+) -> torch.Tensor:
+    """Queries of the held-out users, float32 `[U, query_dim]`; arguments as in [`evaluate_retrieval`]."""
+    tokenizer, chosen = TokenRecTokenizer.from_pretrained(folder), VARIANTS[variant]
     templates = chosen.templates
     if not chosen.names_user and (encoder := load_history_encoder(folder)) is not None:
         # As the recommender does: the history is the only thing that is used of the user.
@@ -76,15 +133,37 @@ def evaluate_retrieval(
     collator = evaluation_collator(tokenizer, data, prompts, templates)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     model = T5ForGenerativeRetrieval.from_pretrained(folder).to(device or "cpu")
-    queries = encode_prompts(model, collator, data.holdout.users, batch_size, variant)
-    return evaluate_embeddings(
-        queries,
-        store.get("item", data.item_ids),
-        data.holdout.targets,
-        *data.interactions.of_users(data.holdout.users),
-        cosine=True,
-        popularity=data.interactions.popularity(),
-    )
+    return encode_prompts(model, collator, data.holdout.users, batch_size, variant)
+
+
+def hit_rates_by_history(
+    queries: Mapping[str, torch.Tensor], items: torch.Tensor, data: IndexedSplits
+) -> dict[str, dict[str, float]]:
+    """HR@20 of users with histories of similar length, by cosine.
+
+    Args:
+        queries: of the held-out users, float `[U, d]`, by name.
+        items: their vectors, float `[num_items, d]`.
+        data: the interactions of the training and the held-out items.
+
+    Returns:
+        For each range of lengths that has users, such as `"3-5"`: the number of `users`, and HR@20 by name.
+    """
+    users = data.holdout.users
+    lengths, seen = data.interactions.lengths[users], data.interactions.of_users(users)
+    ranks = {
+        name: embedding_ranks(own, items, data.holdout.targets, *seen, cosine=True).numpy()
+        for name, own in queries.items()
+    }
+    found = {}
+    for low, high in zip((1, *(length + 1 for length in HISTORY_LENGTHS)), (*HISTORY_LENGTHS, math.inf)):
+        members = (lengths >= low) & (lengths <= high)
+        if members.any():
+            label = f"from {low}" if high == math.inf else str(low) if low == high else f"{low}-{high}"
+            found[label] = {"users": int(members.sum())} | {
+                name: hit_rate(own[members], 20) for name, own in ranks.items()
+            }
+    return found
 
 
 def evaluation_collator(

@@ -55,6 +55,7 @@ VARIANTS = {
 }
 BASELINES = {
     "popularity": "popularity",
+    "itemknn": "ItemKNN",
     "collaborative_dot": "collaborative (dot product)",
     "collaborative_cosine": "collaborative (cosine)",
 }

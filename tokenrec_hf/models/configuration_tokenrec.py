@@ -171,15 +171,13 @@ class T5GenerativeRetrievalConfig(T5Config):
     Args:
         embedding_dim: d, the size of the item vectors that queries are compared with.
         projection_dim: width of the two hidden layers of the projection (Eq. 18). Default: `2 * d_model`.
-        pooling: how a prompt becomes one vector: `"decoder"` (one decoder step, as in the paper), `"mean"` (mean of the encoder's
-            outputs, without a decoder), or `"history"` (the decoder reads the items of the history, one position per item, and
-            its last output is taken; the encoder reads the words; see [`T5ForGenerativeRetrieval`]).
+        pooling: how a prompt becomes one vector: `"decoder"` (one decoder step, as in the paper), or `"history"` (the decoder
+            reads the items of the history, one position per item, and its last output is taken; the encoder reads the words; see
+            [`T5ForGenerativeRetrieval`]).
         loss_type: `"cosine_ranking"` (Eq. 20) or `"softmax"` (cross-entropy over cosine / `temperature`).
         margin: gamma of Eq. 20; negatives below this cosine add no loss. The paper uses 0 to 0.2.
         temperature: tau of the softmax loss. With `"history"` pooling, cos(p, q) / tau is the part of the collaborative vectors in
             the score.
-        alignment_weight: weight of 1 - cos(z, p_i), which draws the query to the collaborative vector of the prompt's user.
-            0, as in the paper, leaves the term out.
         history_weight: with `"history"` pooling, the weight of T5's part in the score. 0 ranks by the collaborative vectors.
         entity_tokens: with `"history"` pooling, how the tokenizer writes ids: for `"user"` and `"item"`, the vocabulary id `first`
             of the first code token, `num_codebooks` K, `codebook_size` L, and the number `prefix` of tokens before the codes.
@@ -195,7 +193,6 @@ class T5GenerativeRetrievalConfig(T5Config):
     loss_type: str = "cosine_ranking"
     margin: float | int = 0.1
     temperature: float | int = 0.07
-    alignment_weight: float | int = 0.0
     history_weight: float | int = 1.0
     entity_tokens: dict | None = None
     space_ids: dict | None = None
@@ -206,11 +203,12 @@ class T5GenerativeRetrievalConfig(T5Config):
         super().__post_init__(**kwargs)
         losses = ("cosine_ranking", "softmax")
         _require(self, "at least 1", lambda value: value >= 1, "embedding_dim")
-        _require(self, "at least 0", lambda value: value >= 0, "alignment_weight", "history_weight")
+        _require(self, "at least 0", lambda value: value >= 0, "history_weight")
         _require(self, "above 0", lambda value: value > 0, "temperature")
-        poolings = ("decoder", "mean", "history")
-        _require(self, "'decoder', 'mean' or 'history'", lambda value: value in poolings, "pooling")
+        _require(self, "'decoder' or 'history'", lambda value: value in ("decoder", "history"), "pooling")
         _require(self, "'cosine_ranking' or 'softmax'", lambda value: value in losses, "loss_type")
+        if self.pooling == "history" and self.loss_type != "softmax":
+            raise ValueError("pooling is 'history', which is trained with loss_type='softmax' only.")
 
     @property
     def query_dim(self) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import T5EncoderModel, T5Model
+from transformers import T5Model
 from transformers import initialization as init
 from transformers.models.t5.modeling_t5 import T5PreTrainedModel
 from transformers.utils import ModelOutput
@@ -99,7 +99,7 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
         config: a [`T5GenerativeRetrievalConfig`].
 
     Raises:
-        ValueError: `"history"` pooling without `entity_tokens`, or with another loss than `"softmax"`.
+        ValueError: `"history"` pooling without `entity_tokens`.
     """
 
     config_class = T5GenerativeRetrievalConfig
@@ -119,14 +119,12 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
 
     def __init__(self, config: T5GenerativeRetrievalConfig):
         super().__init__(config)
-        if config.pooling == "mean":
-            self.transformer: nn.Module = T5EncoderModel(config)
-            self._keys_to_ignore_on_load_unexpected = [r"lm_head\.weight", r"decoder\."]
-        else:
-            self.transformer = T5Model(config)
+        self.transformer = T5Model(config)
         if config.pooling == "history":
-            if config.entity_tokens is None or config.loss_type != "softmax" or config.alignment_weight:
-                raise ValueError("history pooling needs entity_tokens, loss_type='softmax' and no alignment_weight.")
+            if config.entity_tokens is None:
+                raise ValueError(
+                    "history pooling needs entity_tokens; build_retrieval_model sets them from the tokenizer."
+                )
             user = config.entity_tokens["user"]
             count = user["num_codebooks"] * user["codebook_size"]
             self.register_buffer("user_codewords", torch.zeros(count, config.embedding_dim))
@@ -232,17 +230,15 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
         if attention_mask is None and input_ids is not None:
             attention_mask = input_ids.ne(cast(int, self.config.pad_token_id)).long()
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
-        if self.config.pooling == "mean":
-            states = self.transformer(**inputs).last_hidden_state  # [B, T, d_model]
-            mask = states.new_ones(states.shape[:2]) if attention_mask is None else attention_mask.to(states)
-            hidden = (states * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
-        else:
-            batch = len(cast(torch.Tensor, inputs_embeds if input_ids is None else input_ids))
-            # A configuration made from scratch may lack the field; T5 starts with the padding token.
-            first = getattr(self.config, "decoder_start_token_id", self.config.pad_token_id) or 0
-            start = torch.full((batch, 1), first, dtype=torch.long, device=self.device)
-            hidden = self.transformer(**inputs, decoder_input_ids=start, use_cache=False).last_hidden_state[:, 0]
-        return self.projection(hidden)
+        start = self._start(len(cast(torch.Tensor, inputs_embeds if input_ids is None else input_ids)))
+        states = self.transformer(**inputs, decoder_input_ids=start, use_cache=False).last_hidden_state
+        return self.projection(states[:, 0])
+
+    def _start(self, batch: int) -> torch.Tensor:
+        """The token that decoders start with, `[B, 1]`."""
+        # A configuration made from scratch may lack the field; T5 starts with the padding token.
+        first = getattr(self.config, "decoder_start_token_id", self.config.pad_token_id) or 0
+        return torch.full((batch, 1), first, dtype=torch.long, device=self.device)
 
     def _read_history(
         self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, for_query: bool = False
@@ -266,13 +262,17 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
         width = max(int(words.sum(dim=1).max()), 1)
         order = (~words).long().argsort(dim=1, stable=True)[:, :width]  # places of the words, [B, W]
         embed = self._embeddings
-        # A configuration made from scratch may lack the field; T5 starts with the padding token.
-        first = getattr(self.config, "decoder_start_token_id", self.config.pad_token_id) or 0
-        start = embed(torch.full((len(input_ids), 1), first, device=input_ids.device))
+        start = embed(self._start(len(input_ids)))
         history = embed(items.tokens).sum(dim=2)  # one position per item, [B, S, d_model]
+        # -1 stands for padding. Prompts of the same wording share one row of the encoder.
+        texts = torch.where(words, input_ids, -1).gather(1, order)  # [B, W]
+        wordings, which = texts.unique(dim=0, return_inverse=True)
+        states = self.get_encoder()(
+            wordings.clamp(min=0), wordings.ge(0).long()
+        ).last_hidden_state  # [wordings, W, d_model]
         hidden = self.transformer(
-            input_ids=input_ids.gather(1, order),
-            attention_mask=words.gather(1, order).long(),
+            encoder_outputs=(states[which],),
+            attention_mask=texts.ge(0).long(),
             decoder_inputs_embeds=torch.cat([start, history], dim=1),
             decoder_attention_mask=F.pad(items.present.long(), (1, 0), value=1),
             use_cache=False,
@@ -315,8 +315,6 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         negative_ids: torch.Tensor | None = None,
-        seen_items: torch.Tensor | None = None,
-        user_embeds: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> GenerativeRetrievalOutput:
@@ -326,12 +324,8 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
             input_ids, attention_mask, inputs_embeds: see [`~T5ForGenerativeRetrieval.encode_queries`].
             labels: rows of the items to retrieve, `[B]` or `[B, P]`; -100 is padding. With `"history"` pooling, of the item that
                 follows each position of the history, `[B, 1 + S]`, the first item of the history included.
-            negative_ids: rows of items without an interaction. For `cosine_ranking` one per positive, `[B, P]` or `[B]` (surplus
-                columns are ignored); for `softmax` the sampled competitors, `[B, m]`, without which all bound items compete; those
-                of a batch compete for all its prompts with `"history"` pooling.
-            seen_items: rows of the items in each prompt, `[B, S]`; -100 is padding. They do not compete in the full softmax,
-                because they are never recommended.
-            user_embeds: collaborative vector p of each prompt's user, `[B, d]`, for `alignment_weight`.
+            negative_ids: rows of items without an interaction. For `cosine_ranking` one per label; for `softmax` the sampled
+                competitors of all labels of the batch, `[B, m]`, without which all bound items compete.
             num_items_in_batch: the number of positives to divide by; by default that of this batch. `Trainer` passes that of all
                 batches of a step, so that gradient accumulation and several processes do not change the loss.
 
@@ -348,79 +342,42 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
         if not len(self.item_embeddings):
             raise ValueError("the loss needs item vectors: call model.bind_items(store.vectors('item')) first.")
         labels = labels.view(len(labels), -1)  # [B, P]
-        if self.config.pooling == "history":
-            known = labels >= 0
-            terms = self._next_item_terms(
-                hidden[:, : labels.shape[1]][known], labels[known], negative_ids
-            )  # [number of labels]
-            count = max(len(terms), 1) if num_items_in_batch is None else num_items_in_batch
-            return GenerativeRetrievalOutput(loss=terms.sum() / count, query_embeds=queries)
-        unit = F.normalize(queries.float(), dim=-1)
-        if self.config.loss_type == "cosine_ranking":
-            terms = self._cosine_ranking_terms(unit, labels, negative_ids)  # [B, P]
-        else:
-            terms = self._softmax_terms(unit, labels, negative_ids, seen_items)  # [B, P]
-        if self.config.alignment_weight:
-            if user_embeds is None:
-                raise ValueError(
-                    "alignment_weight needs user_embeds; give the data collator user_vectors, or set it to 0."
-                )
-            aligned = (unit * F.normalize(user_embeds.to(unit), dim=-1)).sum(dim=-1, keepdim=True)  # [B, 1]
-            terms = terms + self.config.alignment_weight * (1 - aligned)
-        valid = labels >= 0
-        count = valid.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        return GenerativeRetrievalOutput(loss=(terms * valid).sum() / count, query_embeds=queries)
-
-    def _cosine_ranking_terms(
-        self, unit: torch.Tensor, labels: torch.Tensor, negative_ids: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Eq. 20 for each positive: 1 - cos(z, q_j) plus max(0, cos(z, q_j') - gamma) of its negative, `[B, P]`."""
-        if negative_ids is None:
+        if self.config.pooling != "history":
+            hidden = F.normalize(queries.float(), dim=-1)[:, None].expand(-1, labels.shape[1], -1)  # [B, P, d]
+        known = labels >= 0
+        predictions, targets = hidden[:, : labels.shape[1]][known], labels[known]  # [n, w], [n]
+        if self.config.loss_type == "softmax":
+            terms = self._softmax_terms(predictions.float(), targets, negative_ids)  # [n]
+        elif negative_ids is None:
             raise ValueError("the cosine_ranking loss needs negative_ids, one per label; the data collator draws them.")
-        # In evaluation a prompt has one label but the number of negatives of a training prompt.
-        negative_ids = negative_ids.view(len(labels), -1)[:, : labels.shape[1]].reshape(labels.shape)
-        negative = self._cosines(unit, negative_ids)  # [B, P]
-        return 1 - self._cosines(unit, labels.clamp(min=0)) + F.relu(negative - self.config.margin)
+        else:
+            terms = self._cosine_ranking_terms(predictions, targets, negative_ids.view(labels.shape)[known])  # [n]
+        count = max(len(terms), 1) if num_items_in_batch is None else num_items_in_batch
+        return GenerativeRetrievalOutput(loss=terms.sum() / count, query_embeds=queries)
+
+    def _cosine_ranking_terms(self, unit: torch.Tensor, targets: torch.Tensor, negatives: torch.Tensor) -> torch.Tensor:
+        """Eq. 20 of unit queries `[n, d]`: 1 - cos(z, q_j) plus max(0, cos(z, q_j') - gamma) of a negative, `[n]`."""
+        # Casting the model, for example to bfloat16, casts the bound items too.
+        positive, negative = ((unit * self.item_embeddings[rows].to(unit)).sum(dim=-1) for rows in (targets, negatives))
+        return 1 - positive + F.relu(negative - self.config.margin)
 
     def _softmax_terms(
-        self,
-        unit: torch.Tensor,
-        labels: torch.Tensor,
-        negative_ids: torch.Tensor | None,
-        seen_items: torch.Tensor | None,
+        self, predictions: torch.Tensor, targets: torch.Tensor, negative_ids: torch.Tensor | None
     ) -> torch.Tensor:
-        """-log softmax of cos(z, q_j) / tau for each positive, `[B, P]`."""
-        positive = self._cosines(unit, labels.clamp(min=0)) / self.config.temperature  # [B, P]
-        if negative_ids is not None:
-            competitors = self._cosines(unit, negative_ids) / self.config.temperature  # [B, m]
-            # A positive competes with the sampled negatives and itself.
-            return torch.logaddexp(positive, competitors.logsumexp(dim=-1, keepdim=True)) - positive
-        scores = unit @ self.item_embeddings.to(unit).T / self.config.temperature  # [B, n]
-        if seen_items is not None:
-            # Padding goes to an extra column, which is cut off.
-            width = scores.shape[1]
-            banned = torch.zeros(len(scores), width + 1, dtype=torch.bool, device=scores.device)
-            banned.scatter_(1, torch.where(seen_items >= 0, seen_items, width), True)
-            scores = scores.masked_fill(banned[:, :width], float("-inf"))
-        return scores.logsumexp(dim=-1, keepdim=True) - positive
-
-    def _next_item_terms(
-        self, hidden: torch.Tensor, targets: torch.Tensor, negative_ids: torch.Tensor | None
-    ) -> torch.Tensor:
-        """-log softmax of h . e_j for each output h `[n, d_model]` and the item `[n]` that follows it: `[n]`."""
-        tokens, hidden = cast(torch.Tensor, self.item_tokens), hidden.float()
+        """-log softmax of x . y_j for each prediction x `[n, w]` and its item `[n]`: `[n]`. Without negatives all items compete."""
         if negative_ids is None:
-            return F.cross_entropy(hidden @ self._learned(tokens).T, targets, reduction="none")
+            return F.cross_entropy(predictions @ self._competitors().T, targets, reduction="none")
         negatives = negative_ids.flatten()
-        scores = hidden @ self._learned(tokens[negatives]).T  # [n, B * m]
+        scores = predictions @ self._competitors(negatives).T  # [n, B * m]
         scores = scores.masked_fill(negatives == targets[:, None], float("-inf"))
-        positive = (hidden * self._learned(tokens[targets])).sum(dim=-1)  # [n]
+        positive = (predictions * self._competitors(targets)).sum(dim=-1)  # [n]
         return torch.logaddexp(positive, scores.logsumexp(dim=-1)) - positive
 
-    def _cosines(self, unit: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """cos(z, q_j) (Eq. 19) of unit queries `[B, d]` and item rows `[B, m]`: `[B, m]`."""
-        # Casting the model, for example to bfloat16, casts the bound items too.
-        return torch.einsum("bd,bmd->bm", unit, self.item_embeddings[rows].to(unit))
+    def _competitors(self, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+        """y of bound items, float32 `[m, w]`: q / temperature, or e with `"history"` pooling."""
+        if self.config.pooling == "history":
+            return self._learned(cast(torch.Tensor, self.item_tokens)[rows])
+        return self.item_embeddings[rows].float() / self.config.temperature
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -23,11 +23,10 @@ from ..models.modeling_collaborative import load_collaborative
 from ..models.modeling_mq_tokenizer import MQTokenizerModel
 from ..models.recommender import load_model
 from ..models.tokenization_tokenrec import TokenRecTokenizer
-from ..training.closed_forms import augment_norm
 from ..training.recipe import Recipe
 from .repository import REFIT, SELECTION, Repository
 
-# Relative error of a vector; the square root of `augment_norm` turns rounding errors into less than this.
+# Relative error of a vector by rounding.
 TOLERANCE = 1e-3
 # Prompts that are decoded at once.
 BATCH = 1024
@@ -248,8 +247,6 @@ class _RunFiles:
     def vectors(self) -> Result:
         """Whether the vectors of the store are those of the collaborative model."""
         vectors = self.model.user_embeddings(), self.model.item_embeddings()
-        if self.recipe.collaborative.augment_norm:
-            vectors = augment_norm(*vectors)
         compared, wrong, foreign = 0, [], []
         for kind, expected in zip(KINDS, vectors):
             ids = self.store.ids(kind)

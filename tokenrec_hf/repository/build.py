@@ -31,7 +31,6 @@ from ..models.modeling_collaborative import COLLABORATIVE_MODELS, load_collabora
 from ..models.modeling_mq_tokenizer import MQTokenizerModel
 from ..models.pipeline_generative_retrieval import GenerativeRetrievalPipeline
 from ..models.tokenization_tokenrec import TokenRecTokenizer
-from ..training.closed_forms import augment_norm
 from ..training.datasets import past_user_embeddings
 from ..training.initialization import build_retrieval_model, build_tokenizer, retrieval_store
 from ..training.recipe import AUTO, Recipe, Setting
@@ -117,16 +116,13 @@ def build_collator(
     """The training collator of a recipe without `auto`; `changes` replace single arguments."""
     negatives = recipe.retrieval.num_negatives
     if recipe.retrieval.loss_type == "cosine_ranking":
-        negatives = recipe.prompts.targets_per_prompt  # Eq. 20: one for each positive
+        negatives = 1  # of Eq. 20
     settings = {
         "num_negatives": negatives,
+        "next_items": recipe.reads_history,
         **recipe.collator_arguments,
         **changes,
     }
-    if recipe.reads_history:
-        settings["next_items"] = True
-    elif recipe.retrieval.loss_type == "softmax" and not negatives:
-        settings["with_seen_items"] = True
     return DataCollatorForGenerativeRetrieval(tokenizer, data.interactions, data.user_ids, data.item_ids, **settings)
 
 
@@ -269,8 +265,6 @@ class _TrainingRun:
         """The store of the collaborative vectors, computed from the collaborative model."""
         model = load_collaborative(self.parts.collaborative)[0]
         users, items = model.user_embeddings(), model.item_embeddings()
-        if self.recipe.collaborative.augment_norm:
-            users, items = augment_norm(users, items)
         store = EmbeddingStore(items.shape[1])
         store.upsert("user", data.user_ids, users)
         store.upsert("item", data.item_ids, items)
@@ -309,12 +303,9 @@ class _TrainingRun:
         )
         model = build_retrieval_model(settings, tokenizer, user_mq, item_mq, seed=self.recipe.seed)
         model.bind_items(store.vectors("item"), tokenizer.item_tokens(data.item_ids))
-        extras: dict[str, Any] = {}
-        if model.config.alignment_weight:
-            extras["user_vectors"] = store.vectors("user")
         result = train_retrieval(
             model,
-            build_collator(tokenizer, data, self.resolved, **extras),
+            build_collator(tokenizer, data, self.resolved),
             settings,
             checkpoints,
             holdout=holdout,

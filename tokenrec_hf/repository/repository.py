@@ -102,14 +102,15 @@ class Repository:
             store: item vectors in place of the repository's own.
 
         Returns:
-            `split`, `variant`, the number of `users`, and the `metrics` by row.
+            `split`, `variant`, the number of `users`, the `metrics` by row, and HR@20 by length of the history
+            (`hr@20_by_history`) of the variant and of the collaborative vectors.
 
         Raises:
             FileNotFoundError: the repository is unfinished or has no interactions.
             ValueError: `store` with a split that another model is evaluated on.
         """
         from ..data.splits import index_splits
-        from ..evaluation.ranking import evaluate_baselines, evaluate_retrieval
+        from ..evaluation.ranking import evaluate_baselines, evaluate_vectors, hit_rates_by_history, retrieval_queries
         from ..models.recommender import Recommender
 
         check_repository(self.folder)
@@ -122,8 +123,20 @@ class Repository:
         store = Recommender.from_pretrained(folder, store=store).store
         metrics = evaluate_baselines(data, store)
         batch_size = recipe.retrieval.training["per_device_eval_batch_size"]
-        metrics[variant] = evaluate_retrieval(folder, data, recipe.collator_arguments, variant, store, batch_size)
-        return {"split": split, "variant": variant, "users": len(data.holdout.users), "metrics": metrics}
+        users = [data.user_ids[row] for row in data.holdout.users]
+        queries = retrieval_queries(folder, data, recipe.collator_arguments, variant, batch_size)
+        items = store.get("item", data.item_ids)
+        metrics[variant] = evaluate_vectors(queries, items, data)
+        by_history = hit_rates_by_history(
+            {"collaborative_cosine": store.get("user", users), variant: queries}, items, data
+        )
+        return {
+            "split": split,
+            "variant": variant,
+            "users": len(users),
+            "metrics": metrics,
+            "hr@20_by_history": by_history,
+        }
 
     def add(
         self,

@@ -11,7 +11,6 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -30,7 +29,7 @@ from ..models.modeling_collaborative import FISMModel, HistoryEncoder, load_coll
 from ..models.modeling_mq_tokenizer import MQTokenizerModel
 from ..models.recommender import load_history_encoder, load_model
 from ..models.tokenization_tokenrec import TokenRecTokenizer
-from ..training.closed_forms import UnreachedError, align, augment_norm, fold_in, fold_in_items
+from ..training.closed_forms import UnreachedError, align, fold_in, fold_in_items
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -50,7 +49,7 @@ class NewVectors:
 
     Args:
         ids: n ids.
-        vectors: `[n, d]`, in the space of the collaborative model, with or without the coordinate of `augment_norm`.
+        vectors: `[n, d]`, in the space of the collaborative model.
         metadata: the metadata of each item; items only.
     """
 
@@ -194,31 +193,19 @@ class _Space:
         self.retrieval = T5GenerativeRetrievalConfig.from_pretrained(repository.folder)
         # Dimensions of the collaborative vectors; T5's part follows them.
         self.dim = self.retrieval.embedding_dim
-        # M of `augment_norm`, before any change.
-        vectors = self.store.vectors("item")[:, : self.dim]
-        self.norm = float(vectors.norm(dim=1).max()) if len(vectors) else None
-
-    @cached_property
-    def augmented(self) -> bool:
-        """Whether the vectors have the coordinate of `augment_norm`."""
-        return self.repository.recipe.collaborative.augment_norm
 
     def plain(self, kind: str) -> torch.Tensor:
-        """All collaborative vectors of a kind, without the coordinate of `augment_norm`."""
-        return self.store.vectors(kind)[:, : self.dim - self.augmented]
+        """All collaborative vectors of a kind."""
+        return self.store.vectors(kind)[:, : self.dim]
 
     def lifted(self, kind: str, vectors: torch.Tensor) -> torch.Tensor:
         """Vectors of the collaborative model or of the store as vectors of the store, without T5's part."""
-        if vectors.shape[1] in (self.dim, self.store.embedding_dim):
-            return F.pad(vectors[:, : self.dim], (0, self.store.embedding_dim - self.dim))
-        plain = self.dim - self.augmented
-        if not self.augmented or vectors.shape[1] != plain:
-            sizes = f"{plain}" + f" or {plain + 1}" * self.augmented
+        if vectors.shape[1] not in (self.dim, self.store.embedding_dim):
             raise ValueError(
-                f"the {kind} vectors have {vectors.shape[1]} dimensions but those of {self.repository.folder} have {sizes}; pass "
+                f"the {kind} vectors have {vectors.shape[1]} dimensions but those of {self.repository.folder} have {self.dim}; pass "
                 "vectors of the collaborative model of its training."
             )
-        return self.lifted(kind, augment_norm(vectors, vectors, self.norm)[kind == "item"])
+        return F.pad(vectors[:, : self.dim], (0, self.store.embedding_dim - self.dim))
 
     def new(self, kind: str, ids: Sequence[str]) -> list[str]:
         """The ids that are not in the store, each once."""

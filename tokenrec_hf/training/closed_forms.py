@@ -4,7 +4,7 @@
 calibrated by ridge regression on the users and items with known vectors. It takes milliseconds and works for any collaborative
 model. With FISM, whose items have rows in two or three tables, `fold_in_items` finds these rows and `smooth_tables` improves
 those of rare items. *Alignment* rotates the vectors of a retrained model back into the old space. All leave MQ-Tokenizers and
-T5 valid. `augment_norm` makes cosine rank as the dot product does. Rows and vectors only, no ids and no files.
+T5 valid. Rows and vectors only, no ids and no files.
 """
 
 from __future__ import annotations
@@ -194,30 +194,6 @@ def align(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     """
     u, _, v = torch.linalg.svd(new.double().T @ old.double())
     return (u @ v).to(new.dtype)
-
-
-def augment_norm(
-    users: torch.Tensor, items: torch.Tensor, norm: float | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Vectors of one more dimension, of which the *cosine* ranks items as the dot product of the given vectors does.
-
-    Retrieval is by cosine (Eq. 19), but BPR trains dot products, in which the norm of an item carries its popularity. With M
-    the largest norm of an item, (q, sqrt(M^2 - ||q||^2)) has norm M for every item and (p, 0) leaves the product unchanged
-    (Bachrach et al., 2014).
-
-    Args:
-        users: p, `[num_users, d]`.
-        items: q, `[num_items, d]`.
-        norm: M; by default that of `items`. For cold-start items it is that of the trained items; a longer vector keeps its
-            own length.
-
-    Returns:
-        `[num_users, d + 1]` and `[num_items, d + 1]`.
-    """
-    squares = items.square().sum(dim=1, keepdim=True)
-    largest = squares.max() if norm is None else norm**2
-    rest = (largest - squares).clamp(min=0).sqrt()
-    return torch.cat([users, torch.zeros_like(users[:, :1])], dim=1), torch.cat([items, rest], dim=1)
 
 
 def _rows(model: FISMModel) -> list[torch.Tensor]:

@@ -186,7 +186,7 @@ def build_retrieval_model(
             reason = str(error).strip().split("\n")[0]
             raise ValueError(
                 f"the backbone {settings.backbone!r} is no folder here and could not be fetched from the Hub ({reason}); "
-                "connect, give the folder of a T5 checkpoint as retrieval.backbone, or train from scratch with --recipe cpu."
+                "connect, give the folder of a T5 checkpoint as retrieval.backbone, or train from scratch with --recipe best."
             ) from None
         if len(tokenizer) > model.config.vocab_size:
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)

@@ -1,6 +1,6 @@
 """Recipes: the typed settings of a training run, read and validated once from YAML and the command line.
 
-A recipe has a section for each stage. The four recipes of the package (`paper`, `best`, `cpu`, and `quickstart` for the demo)
+A recipe has a section for each stage. The three recipes of the package (`paper`, `best`, and `quickstart` for the demo)
 are complete; a user's file needs only the settings that differ. Fields of the models' configurations and of transformers'
 `TrainingArguments` keep their names and are validated by these classes.
 """
@@ -23,7 +23,7 @@ from ..models.codes import atomic_write
 if TYPE_CHECKING:
     from ..models.configuration_tokenrec import CollaborativeConfig, MQTokenizerConfig
 
-RECIPES = ("paper", "best", "cpu", "quickstart")
+RECIPES = ("paper", "best", "quickstart")
 AUTO = "auto"
 _FOLDER = Path(__file__).parents[1] / "assets" / "recipes"
 # Sections with the fields of a configuration class or of TrainingArguments.
@@ -83,12 +83,10 @@ class CollaborativeSettings(SelectedStageSettings):
     Args:
         model: the kind of collaborative model.
         num_negatives: items without an interaction that are drawn for each interaction.
-        augment_norm: add the dimension that makes cosine rank as the dot product does.
     """
 
     model: Literal["lightgcn", "matrix_factorization", "fism"]
     num_negatives: Annotated[int, Field(ge=0)]
-    augment_norm: bool
 
     def model_configuration(self) -> CollaborativeConfig:
         """The configuration of the model, with the fields that this kind of model has and that are not `auto`."""
@@ -129,14 +127,12 @@ class PromptSettings(_Section):
         max_length: tokens of the longest prompt.
         max_history: items of the longest history.
         train_history: items of the longest history while training.
-        targets_per_prompt: the most items to retrieve for a training prompt.
         shuffle_history: random order of a history; `auto`: random unless the model has a `half_life`.
     """
 
     max_length: Positive
     max_history: Positive
     train_history: Positive
-    targets_per_prompt: Positive
     shuffle_history: bool | Literal["auto"]
 
 
@@ -175,7 +171,7 @@ class Recipe(_Section):
         'fism'
     """
 
-    recipe: Literal["paper", "best", "cpu", "quickstart"]
+    recipe: Literal["paper", "best", "quickstart"]
     seed: int
     collaborative: CollaborativeSettings
     mq_tokenizer: MQTokenizerSettings
@@ -194,12 +190,12 @@ class Recipe(_Section):
 
     @classmethod
     def load(
-        cls, name: str = "cpu", config: str | os.PathLike | None = None, overrides: Mapping[str, Setting] | None = None
+        cls, name: str = "best", config: str | os.PathLike | None = None, overrides: Mapping[str, Setting] | None = None
     ) -> Recipe:
         """A complete recipe, validated.
 
         Args:
-            name: one of `paper`, `best`, `cpu`, `quickstart`.
+            name: one of `paper`, `best`, `quickstart`.
             config: a YAML file with entries that replace those of the named recipe; its `recipe:` entry overrides `name`.
             overrides: single settings by dotted name, e.g. `{"retrieval.config.loss_type": "cosine_ranking"}`.
 
@@ -369,14 +365,6 @@ def _check_field(place: str, value: Setting, is_known: bool, usual: Setting, own
 
 def _check_combinations(recipe: Recipe) -> None:
     """Refuses settings that contradict each other across sections."""
-    from ..models.modeling_collaborative import COLLABORATIVE_MODELS
-
-    model = recipe.collaborative.model
-    if COLLABORATIVE_MODELS[model].users_are_histories and recipe.collaborative.augment_norm:
-        raise SettingError(
-            "collaborative.augment_norm",
-            f"collaborative.augment_norm does nothing for {model}, whose items all have the same length; set it to false.",
-        )
     if recipe.reads_history and not recipe.mq_tokenizer.config.get("residual"):
         raise SettingError(
             "retrieval.config.pooling",

@@ -36,7 +36,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..data.collator import DataCollatorForGenerativeRetrieval, PromptDataset
 from ..data.interaction_matrix import InteractionMatrix
 from ..data.splits import Holdout
-from ..evaluation.metrics import evaluate_embeddings
+from ..evaluation.metrics import embedding_ranks, evaluate_embeddings, user_ndcg
 from ..models.modeling_collaborative import COLLABORATIVE_MODELS, CollaborativeModel, FISMModel
 from ..models.modeling_mq_tokenizer import MQTokenizerModel
 from ..models.modeling_t5_retrieval import T5ForGenerativeRetrieval
@@ -52,8 +52,8 @@ from .recipe import (
 )
 
 SELECT_BY = "ndcg@20"
-# Weights of T5's part beside the collaborative vectors that are tried on validation, with at most so many of the users.
-HISTORY_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0)
+# Weights of T5's part beside the collaborative vectors that are tried on validation besides 0, with at most so many users.
+HISTORY_WEIGHTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0)
 WEIGHING_USERS = 4096
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -248,7 +248,8 @@ def train_retrieval(
         settings: the recipe's section.
         folder: for checkpoints.
         holdout: the validation items; the best epoch by NDCG@20 is kept. Without it, all `epochs` count. With `"history"`
-            pooling, the best `history_weight` is chosen too and is among the metrics.
+            pooling, `history_weight` is chosen too and is among the metrics: the best one, or 0 if T5's part gains no more
+            than the standard error of its gain.
         epochs: stop after so many, with the learning-rate schedule unchanged (the refit).
         seed: of everything random except the collator's draws.
     """
@@ -263,19 +264,14 @@ def train_retrieval(
         # Queries have T5's part as it is; `metrics` weighs it.
         model.config.history_weight = 1.0
 
-    def measured(queries: torch.Tensor, items: torch.Tensor, rows: slice, weight: float) -> dict[str, float]:
-        assert holdout is not None
-        weighed = torch.cat([queries[rows, :d], weight * queries[rows, d:]], dim=1)
-        users, targets = holdout.users[rows], holdout.targets[rows]
-        return evaluate_embeddings(weighed, items, targets, *interactions.of_users(users), cosine=True)
-
     def metrics(prediction: EvalPrediction) -> dict[str, float]:
+        assert holdout is not None
         queries, items = torch.from_numpy(prediction.predictions).float(), model.bound_vectors().cpu()
-        if model.config.pooling != "history":
-            return measured(queries, items, slice(None), 1.0)
-        some = slice(None, None, math.ceil(len(queries) / WEIGHING_USERS))
-        weight = max(HISTORY_WEIGHTS, key=lambda weight: measured(queries, items, some, weight)[SELECT_BY])
-        return measured(queries, items, slice(None), weight) | {"history_weight": weight}
+        seen, chosen = interactions.of_users(holdout.users), {}
+        if model.config.pooling == "history":
+            chosen["history_weight"] = choose_history_weight(queries, items, d, holdout, interactions)
+            queries = weighed(queries, d, chosen["history_weight"])
+        return evaluate_embeddings(queries, items, holdout.targets, *seen, cosine=True) | chosen
 
     return _fit(
         model,
@@ -289,6 +285,35 @@ def train_retrieval(
         epochs=epochs,
         seed=seed,
     )
+
+
+def weighed(queries: torch.Tensor, dim: int, weight: float) -> torch.Tensor:
+    """Queries `[n, query_dim]` with T5's part, the dimensions from `dim` on, multiplied by a weight."""
+    return torch.cat([queries[:, :dim], weight * queries[:, dim:]], dim=1)
+
+
+def choose_history_weight(
+    queries: torch.Tensor, items: torch.Tensor, dim: int, holdout: Holdout, interactions: InteractionMatrix
+) -> float:
+    """The weight of T5's part with the best NDCG@20, or 0 if its mean gain over users is within the standard error of this mean.
+
+    Args:
+        queries: of the held-out users, T5's part with weight 1, `[n, query_dim]`.
+        items: the vectors that queries are compared with, `[num_items, query_dim]`.
+        dim: d, the dimensions of the collaborative vectors.
+        holdout: the validation items.
+        interactions: the training interactions, which are not ranked.
+    """
+    some = slice(None, None, math.ceil(len(queries) / WEIGHING_USERS))
+    known = holdout.targets[some], *interactions.of_users(holdout.users[some])
+    found = [
+        user_ndcg(embedding_ranks(weighed(queries[some], dim, weight), items, *known, cosine=True), 20)
+        for weight in (0.0, *HISTORY_WEIGHTS)
+    ]
+    gains = torch.stack(found[1:]) - found[0]  # [weights, users]
+    best = int(gains.mean(dim=1).argmax())
+    clear = gains[best].mean() > gains[best].std() / math.sqrt(len(gains[best]))
+    return HISTORY_WEIGHTS[best] if clear else 0.0
 
 
 def by_history_length(holdout: Holdout, interactions: InteractionMatrix) -> Holdout:

@@ -3,7 +3,7 @@
 The user and each item of the history are one soft token each: their LightGCN vector, mapped by an MLP into T5's input space.
 The original predicts whether a user will like an item, with one run of the language model for each user and item. As in
 TokenRec's comparison, the model here writes the sequential id of the next item, as in P5. LightGCN has the settings of recipe
-`cpu` and is trained on the same interactions for a fixed number of epochs; its vectors are frozen.
+`paper` and is trained on the same interactions for a fixed number of epochs; its vectors are frozen.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class CoLLM(P5SID):
     def build(self, train):
         """See [`P5.build`]; trains LightGCN first."""
         with TemporaryDirectory() as folder:
-            settings = Recipe.load("cpu").collaborative
+            settings = Recipe.load("paper").collaborative
             model = train_collaborative(train, settings, Path(folder), epochs=LIGHTGCN_EPOCHS, seed=self.seed).model
         kinds = model.user_embeddings(), model.item_embeddings()
         self.vectors = torch.cat([(rows - rows.mean(dim=0)) / rows.std() for rows in kinds])

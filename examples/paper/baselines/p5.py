@@ -1,8 +1,8 @@
 """P5 with random, sequential and collaborative item ids (Geng et al., RecSys 2022, arXiv 2203.13366; Hua et al., 2023).
 
 A T5 reads a prompt of words, the user's id and the ids of the history, and writes the id of the next item, symbol by symbol.
-As in P5, the tokens of an id share a whole-word embedding. The T5 is the small one of recipe `cpu`, from scratch, with a decoder
-of one layer; the wordings are those of TokenRec. Decoding is a beam search over valid ids of unseen items. The score of an item
+As in P5, the tokens of an id share a whole-word embedding. The T5 is a small one from scratch (`T5_SIZES`); the wordings are those of
+TokenRec. Decoding is a beam search over valid ids of unseen items. The score of an item
 is the log-probability of its id; items outside the beams have no score.
 
 Training prompts end at a random position of a user's training sequence. The items after it are the targets: one in the original,
@@ -21,7 +21,6 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
-from tokenrec_hf import Recipe
 from tokenrec_hf.data.interaction_matrix import InteractionMatrix
 from tokenrec_hf.data.splits import Holdout
 from tokenrec_hf.data.stateless_random import bounded, stateless_random
@@ -34,7 +33,7 @@ from .item_ids import BASE, collaborative_ids, numbers_as_symbols, random_ids, s
 from .sequence import FastDropout
 
 IGNORED = -100
-T5_SIZES = ("d_model", "d_kv", "num_heads", "d_ff", "num_layers", "num_decoder_layers")
+T5_SIZES = {"d_model": 128, "d_kv": 32, "num_heads": 4, "d_ff": 512, "num_layers": 2, "num_decoder_layers": 1}
 
 
 class IdGenerator(nn.Module):
@@ -189,14 +188,13 @@ class P5(Baseline):
         self.user_tokens = len(tokenizer) + numbers_as_symbols(np.arange(train.num_users))
         first = len(tokenizer) + BASE
         self.item_tokens = np.where(self.codes >= 0, first + self.codes, self.pad_token_id)
-        sizes = Recipe.load("cpu").retrieval.config
         config = T5Config(
             vocab_size=first + self.trie.num_symbols,
             pad_token_id=self.pad_token_id,
             eos_token_id=self.eos_token_id,
             decoder_start_token_id=self.pad_token_id,
             dropout_rate=self.settings["dropout"],
-            **{name: sizes[name] for name in T5_SIZES} | self.settings["t5"],
+            **(T5_SIZES | self.settings["t5"]),
         )
         self.network = self.make_network(config, self.trie.num_symbols, self.settings["max_history"] + 2)
 
