@@ -338,7 +338,7 @@ def test_a_finished_quickstart_is_shown_again(capsys, monkeypatch, repository, t
     status, out, err = run(capsys, "quickstart", "--output_dir", repository)
     assert (status, err) == (0, "")
     metrics = json.loads((repository / "metrics.json").read_text())
-    for method in ("popularity", "collaborative_dot", "tokenrec"):
+    for method in ("popularity", "itemknn", "collaborative_dot", "tokenrec"):
         row = next(line for line in out.splitlines() if line.startswith(LABELS[method]))
         for split in ("validation", "test"):
             for key in ("hr@10", "hr@20", "ndcg@20"):

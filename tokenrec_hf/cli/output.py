@@ -49,7 +49,7 @@ def working(message: str) -> AbstractContextManager:
 def show_quickstart(document: Document) -> Blocks:
     """Results, recommendations for some users, and further commands."""
     folder, first = document["repository"], document["users"][0]
-    yield _results(document["metrics"], ("popularity", "collaborative_dot", "tokenrec"))
+    yield _results(document["metrics"], ("popularity", "itemknn", "collaborative_dot", "tokenrec"))
     for user in document["users"]:
         yield from show_recommendations(user, document["held_out"][user["user"]])
     seen = " ".join(first["history"][-2:])
