@@ -65,10 +65,9 @@ class DataCollatorForGenerativeRetrieval:
 
     In training, the interactions of a user are shuffled and split: a random number of them, from 1 to `train_history`, is
     the history in the prompt, and another is the item to retrieve. Without `shuffle_history` they are split at a random
-    moment: the latest items before it are the history, the next item is the target. With
-    `next_items`, for `"history"` pooling, all items are targets: the prompt shows the history without its last item, and the
-    labels are the item that follows each position. An example with a `target` keeps the whole history. A
-    history has at most `max_history` items (the latest) and only as many whole items as fit into `max_length`. A user
+    moment: the latest items before it are the history, the next item is the target. With `next_items`, for `"history"`
+    pooling, all items are targets: the prompt shows the history without its last item, and the labels are the item that
+    follows each position. An example with a `target` keeps the whole history. A history has at most `max_history` items (the latest) and only as many whole items as fit into `max_length`. A user
     without history gets a template without history.
 
     Args:

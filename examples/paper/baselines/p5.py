@@ -1,9 +1,9 @@
 """P5 with random, sequential and collaborative item ids (Geng et al., RecSys 2022, arXiv 2203.13366; Hua et al., 2023).
 
 A T5 reads a prompt of words, the user's id and the ids of the history, and writes the id of the next item, symbol by symbol.
-As in P5, the tokens of an id share a whole-word embedding. The T5 is a small one from scratch (`T5_SIZES`); the wordings are those of
-TokenRec. Decoding is a beam search over valid ids of unseen items. The score of an item
-is the log-probability of its id; items outside the beams have no score.
+As in P5, the tokens of an id share a whole-word embedding. The T5 is a small one from scratch (`T5_SIZES`); the wordings are
+those of TokenRec. Decoding is a beam search over valid ids of unseen items. The score of an item is the log-probability of its
+id; items outside the beams have no score.
 
 Training prompts end at a random position of a user's training sequence. The items after it are the targets: one in the original,
 `targets` here, because further targets cost little once the prompt is encoded.
