@@ -17,6 +17,7 @@ os.environ.pop("TTY_INTERACTIVE", None)
 
 import pytest
 import torch
+from filelock import FileLock
 
 from tokenrec_hf import Recipe, leave_one_out, load_interactions, train
 
@@ -64,12 +65,22 @@ def tiny_recipe():
     return Recipe.load("paper", overrides=TINY)
 
 
+def made_once(tmp_path_factory, name, make):
+    """The folder that `make` fills, which all workers of pytest-xdist share; the first one makes it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "metrics.json").is_file():
+            make(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def trained_repository(tmp_path_factory, demo_splits, tiny_recipe):
     """The folder of a repository trained on the demo data, with refit. Shared: copy it before changing anything in it."""
-    folder = tmp_path_factory.mktemp("trained") / "repository"
-    train(demo_splits, tiny_recipe, folder, dataset_name="demo")
-    return folder
+    return made_once(
+        tmp_path_factory, "trained", lambda folder: train(demo_splits, tiny_recipe, folder, dataset_name="demo")
+    )
 
 
 @pytest.fixture(scope="session")
@@ -90,9 +101,10 @@ def fism_repository(tmp_path_factory, demo_splits):
         },
         "retrieval.training": {"num_train_epochs": 4, "warmup_steps": 2},
     }
-    folder = tmp_path_factory.mktemp("fism") / "repository"
-    train(demo_splits, Recipe.load("best", overrides=small), folder, dataset_name="demo", refit=False)
-    return folder
+    recipe = Recipe.load("best", overrides=small)
+    return made_once(
+        tmp_path_factory, "fism", lambda folder: train(demo_splits, recipe, folder, dataset_name="demo", refit=False)
+    )
 
 
 @pytest.fixture(scope="session")

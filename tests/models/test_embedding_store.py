@@ -27,7 +27,8 @@ from tokenrec_hf.models.embedding_store import (
     check_metadata,
     check_where,
     exact_search,
-    inverse_lengths,
+    scorable,
+    search_one,
     stable_topk,
     unit_rows,
 )
@@ -852,7 +853,7 @@ no_pairs = (torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
 
 def with_lengths(items):
     """Item vectors as `exact_search` takes them."""
-    return items, inverse_lengths(items)
+    return scorable(items)
 
 
 def naive_order(scores):
@@ -921,6 +922,7 @@ def test_search_in_chunks_is_a_stable_sort_of_all_cosines(data, num_items, num_q
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "QUERY_CHUNK", data.draw(st.integers(1, 4)))
         patch.setattr(module, "ITEM_CHUNK", data.draw(st.integers(1, 12)))
+        patch.setattr(module, "SCORES", data.draw(st.integers(0, 60)))
         rows, scores = exact_search(
             unit_rows(torch.from_numpy(queries)),
             *with_lengths(torch.from_numpy(items)),
@@ -931,6 +933,14 @@ def test_search_in_chunks_is_a_stable_sort_of_all_cosines(data, num_items, num_q
         )
     assert rows.shape == scores.shape == (num_queries, top_k)
     for query in range(num_queries):
+        unit = unit_rows(torch.from_numpy(queries[[query]]))[0].numpy()
+        scored = [part.numpy() for part in with_lengths(torch.from_numpy(items))]
+        excluded = np.array([item for row, item in pairs if row == query and item < num_items], dtype=np.int64)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "GROUP", data.draw(st.sampled_from([1, 2, 32])))
+            alone, cosines = search_one(unit, *scored, top_k, excluded, allowed)
+        left = rows[query] >= 0
+        assert alone.tolist() == rows[query][left].tolist() and cosines.tolist() == scores[query][left].tolist()
         lengths = np.linalg.norm(items, axis=1) * np.linalg.norm(queries[query])
         own = np.round(items @ queries[query] / np.where(lengths > 0, lengths, 1), 4)
         left = [
@@ -991,8 +1001,10 @@ def test_cosines_are_right_beside_vectors_of_any_size(size, num_queries):
     torch.testing.assert_close(scores, torch.tensor([[-score for score, _ in expected]] * num_queries))
 
 
-def test_inverse_lengths_say_where_they_cannot_be_used():
-    vectors = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1e-30, 0.0], [1e30, 0.0], [3e38, 3e38]])
-    inverse = inverse_lengths(vectors)
-    assert inverse[0] == 0.2
-    assert inverse[1:].isnan().all()
+@pytest.mark.parametrize("size", [1e-30, 1e30, 3e38])
+def test_vectors_are_scored_as_they_are_unless_one_is_too_short_or_long(size):
+    vectors = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+    items, factors = scorable(vectors)
+    assert items is vectors and factors.tolist() == pytest.approx([0.2, 0.0])
+    items, factors = scorable(torch.cat([vectors, torch.tensor([[size, size]])]))
+    torch.testing.assert_close(items * factors[:, None], torch.tensor([[0.6, 0.8], [0.0, 0.0], [0.5**0.5, 0.5**0.5]]))

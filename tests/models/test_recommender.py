@@ -2,6 +2,7 @@ import re
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -84,47 +85,52 @@ def test_a_prompt_names_users_and_items_by_the_codes_of_their_vectors(parts, mqs
     assert [one for one in tokens if re.fullmatch(r"<[uv]\d+-\d+>", one)] == expected
 
 
-def items_of(prompt):
-    return re.findall(r"item_(\S+)", prompt)
+def prompts(recommender, *request):
+    """The tokens of each prompt, without padding."""
+    inputs = recommender.tokenize(*request)
+    return [row[mask.bool()].tolist() for row, mask in zip(inputs["input_ids"], inputs["attention_mask"])]
+
+
+def tokens(recommender, *texts):
+    """The tokens of texts, which the tokenizer reads."""
+    return [recommender.tokenizer(text)["input_ids"] for text in texts]
 
 
 def test_a_short_history_is_written_out_whole_and_in_order(recommender):
     """Eq. 15: the words, the user and the items interacted with."""
-    prompt = recommender.prompts(["bob"], [["i9", "i4"]])
-    assert prompt == [render(HISTORY_TEMPLATES[0], "bob", ["i9", "i4"])]
+    expected = tokens(recommender, render(HISTORY_TEMPLATES[0], "bob", ["i9", "i4"]))
+    assert prompts(recommender, ["bob"], [["i9", "i4"]]) == expected
 
 
 def test_no_history_given_means_what_the_store_knows(recommender):
     """Eq. 15, both families: by user id only where nothing is known."""
-    prompts = recommender.prompts(["ann", "bob"])
-    assert prompts[0] == render(HISTORY_TEMPLATES[0], "ann", SEEN["ann"])
-    assert prompts[1] == render(USER_ONLY_TEMPLATES[0], "bob")
-    assert recommender.prompts(["ann", "bob"], [None, None]) == prompts
+    texts = [render(HISTORY_TEMPLATES[0], "ann", SEEN["ann"]), render(USER_ONLY_TEMPLATES[0], "bob")]
+    assert prompts(recommender, ["ann", "bob"]) == tokens(recommender, *texts)
+    assert prompts(recommender, ["ann", "bob"], [None, None]) == tokens(recommender, *texts)
     assert recommender.recommend(["ann", "bob"]) == recommender.recommend(["ann", "bob"], [SEEN["ann"], []])
 
 
 def test_an_empty_history_asks_by_user_id_only(recommender):
-    assert recommender.prompts(["ann"], [[]]) == [render(USER_ONLY_TEMPLATES[0], "ann")]
+    assert prompts(recommender, ["ann"], [[]]) == tokens(recommender, render(USER_ONLY_TEMPLATES[0], "ann"))
 
 
 @pytest.mark.parametrize("template", [None, UNSEEN_TEMPLATE])
 @pytest.mark.parametrize("count", [1, 5, 9, 10, 11, 12, 30])
 def test_a_long_history_loses_its_oldest_items_whole(recommender, template, count):
     history = LONG[:count]
-    prompt = recommender.prompts(["ann"], [history], template)[0]
-    kept = items_of(prompt)
-    assert kept == history[len(history) - len(kept) :] and kept
-    limit, tokenizer = recommender.tokenizer.model_max_length, recommender.tokenizer
-    length = len(tokenizer(prompt)["input_ids"])
-    assert length <= limit
-    if len(kept) < count:
-        one_more = render(template or HISTORY_TEMPLATES[0], "ann", history[len(history) - len(kept) - 1 :])
-        assert len(tokenizer(one_more)["input_ids"]) > limit
+
+    def written(kept):
+        return tokens(recommender, render(template or HISTORY_TEMPLATES[0], "ann", history[count - kept :]))[0]
+
+    prompt, limit = prompts(recommender, ["ann"], [history], template)[0], recommender.tokenizer.model_max_length
+    kept = next(kept for kept in range(count + 1) if len(written(kept)) == len(prompt))
+    assert kept and prompt == written(kept) and len(prompt) <= limit
+    assert kept == count or len(written(kept + 1)) > limit
 
 
 def test_a_template_without_history_leaves_the_history_out(recommender):
     template = USER_ONLY_TEMPLATES[2]
-    assert recommender.prompts(["ann"], [["i5"]], template) == [render(template, "ann")]
+    assert prompts(recommender, ["ann"], [["i5"]], template) == tokens(recommender, render(template, "ann"))
 
 
 @pytest.mark.parametrize("template", [None, USER_ONLY_TEMPLATES[0], UNSEEN_TEMPLATE])
@@ -143,9 +149,9 @@ def test_seen_items_come_back_where_they_are_asked_for(recommender):
 
 
 def test_recommendations_are_those_of_the_model_for_the_prompts(recommender):
-    prompts = recommender.prompts(list(SEEN))
-    for user, prompt, row in zip(SEEN, prompts, recommender.recommend(list(SEEN), top_k=5)):
-        query = recommender.model.encode_queries(**recommender.tokenizer(prompt, return_tensors="pt"))[0]
+    for user, prompt, row in zip(SEEN, prompts(recommender, list(SEEN)), recommender.recommend(list(SEEN), top_k=5)):
+        ids = torch.tensor([prompt])
+        query = recommender.model.encode_queries(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
         query = query.detach().double().numpy()
         vectors = recommender.store.vectors("item").double().numpy()
         cosines = vectors @ query / np.linalg.norm(vectors, axis=1) / np.linalg.norm(query)
@@ -207,7 +213,52 @@ def test_similar_items_can_be_filtered_by_metadata(parts, own_store):
 
 
 def test_no_users_have_no_recommendations_in_their_prompts(recommender):
-    assert recommender.prompts([]) == []
+    assert prompts(recommender, []) == [] == recommender.recommend([])
+
+
+@pytest.mark.parametrize("strange", ["ann item_i3", "ann\nx", "i1 item_i2", "<u1-1><u2-2><u3-3>", "ann'", ""])
+def test_an_id_is_never_read_as_text(recommender, strange):
+    """A request names one user and its items: what an id holds cannot add others, or stand for the tokens of one."""
+    with pytest.raises(KeyError, match="unknown"):
+        recommender.recommend([strange])
+    with pytest.raises(KeyError, match="unknown"):
+        recommender.recommend(["ann"], [["i1", strange]])
+
+
+@pytest.mark.parametrize(
+    "users, histories, sentence",
+    [
+        ("ann", None, "users must be a list of ids, not 'ann'"),
+        (None, None, "users must be a list of ids, not None"),
+        ([7], None, "users must be a list of ids, which are strings, but one is 7"),
+        (["ann"], "i3", "there are a single string for 1 users"),
+        (["ann"], ["i3"], "the history of request 0 must be a list of ids, not 'i3'"),
+        (["ann"], [[3]], "the history of request 0 must be a list of ids, which are strings, but one is 3"),
+        (["ann"], [[["i3"]]], "one is ['i3']"),
+        (["ann"], [["i3"], ["i4"]], "there are 2 histories for 1 users"),
+    ],
+)
+def test_what_is_no_list_of_ids_is_refused(recommender, users, histories, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        recommender.recommend(users, histories)
+
+
+@pytest.mark.parametrize(
+    "wrap", [np.array, lambda ids: np.array(ids, dtype=object), lambda ids: pd.Series(ids, index=[5, 6])]
+)
+def test_ids_may_come_in_arrays_and_series(recommender, wrap):
+    users, history = ["ann", "cid"], ["i3", "i4"]
+    assert recommender.recommend(wrap(users)) == recommender.recommend(users)
+    assert recommender.recommend(users, [wrap(history)] * 2) == recommender.recommend(users, [history] * 2)
+    assert torch.equal(recommender.store.get("item", wrap(history)), recommender.store.get("item", history))
+    assert (
+        recommender.tokenizer.codes("item", wrap(history)).tolist()
+        == recommender.tokenizer.codes("item", history).tolist()
+    )
+    assert recommender.store.seen(wrap(users)) == recommender.store.seen(users)
+    for unknown in (lambda ids: recommender.store.get("user", ids), recommender.recommend):
+        with pytest.raises(KeyError, match="zoe"):
+            unknown(wrap(["ann", "zoe"]))
 
 
 def test_an_unknown_user_or_item_is_named(recommender):
@@ -310,10 +361,8 @@ def test_somebody_without_an_id_is_written_in_the_tokens_of_the_history(parts, m
     tokenizer.attach(user_mq=mqs["user"])
     recommender = Recommender(model, tokenizer, store)
     recommender.history_encoder = Reader(store, "cid")
-    anonymous = recommender.prompts([None, "ann"], [["i3", "i4"], ["i3", "i4"]])
-    named = recommender.prompts(["cid", "ann"], [["i3", "i4"], ["i3", "i4"]])
-    assert anonymous != named
-    assert tokenizer(anonymous)["input_ids"] == tokenizer(named)["input_ids"]
+    anonymous = prompts(recommender, [None, "ann"], [["i3", "i4"], ["i3", "i4"]])
+    assert anonymous == prompts(recommender, ["cid", "ann"], [["i3", "i4"], ["i3", "i4"]])
     # What a user is shown is that of the request, and is not recommended again.
     found = recommender.recommend([None], [["i3", "i4"]], top_k=NUM_ITEMS)[0]
     assert {row["item"] for row in found} == {f"i{n}" for n in range(NUM_ITEMS)} - {"i3", "i4"}
@@ -323,14 +372,14 @@ def test_a_history_that_tells_nothing_of_its_user_is_shown_alone(parts, recommen
     reader = Recommender(*parts)
     reader.history_encoder = Reader(parts[2], "cid")
     for one in (reader, recommender):
-        assert one.prompts([None], [["i30"]]) == ["What fits item_i30 best?"]
-    assert recommender.prompts([None], [["i3"]]) == ["What fits item_i3 best?"]
-    with pytest.raises(ValueError, match="names a user, but the request has no user id"):
-        reader.prompts([None], [["i30"]], UNSEEN_TEMPLATE)
+        assert prompts(one, [None], [["i30"]]) == tokens(one, "What fits item_i30 best?")
+    assert prompts(recommender, [None], [["i3"]]) == tokens(recommender, "What fits item_i3 best?")
+    with pytest.raises(ValueError, match="names a user, but request 0 has no user id"):
+        reader.tokenize([None], [["i30"]], UNSEEN_TEMPLATE)
 
 
 def test_neither_a_user_nor_a_history_is_refused(recommender):
     with pytest.raises(ValueError, match="request 1 names neither a user nor a history"):
-        recommender.prompts(["ann", None], [["i3"], []])
+        recommender.tokenize(["ann", None], [["i3"], []])
     with pytest.raises(ValueError, match="request 0 names neither a user nor a history"):
         recommender.recommend([None])

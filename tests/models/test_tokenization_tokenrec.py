@@ -326,6 +326,14 @@ BY_HAND = [
         {"add_special_tokens": False},
         {"max_length": 6, "truncation": True, "return_overflowing_tokens": True, "stride": 1},
         {"return_offsets_mapping": True, "return_length": True, "return_special_tokens_mask": True},
+        {"padding": True, "pad_to_multiple_of": 8, "return_tensors": "np"},
+        {"padding": True, "padding_side": "left", "return_attention_mask": False},
+        {"padding": "max_length", "max_length": 7},
+        {"padding": "max_length", "max_length": 9, "truncation": "only_first", "padding_side": "left"},
+        {"padding": True, "max_length": 8, "truncation": True, "pad_to_multiple_of": 4, "return_tensors": "np"},
+        {"padding": "max_length", "max_length": 5, "truncation": True, "add_special_tokens": False},
+        {"max_length": 1, "truncation": True},
+        {"split_special_tokens": True},
     ],
 )
 def test_a_batch_is_what_t5_makes_of_the_expanded_text(shared, plain, kwargs):
@@ -333,6 +341,63 @@ def test_a_batch_is_what_t5_makes_of_the_expanded_text(shared, plain, kwargs):
     assert ours.keys() == theirs.keys()
     for key in theirs:
         np.testing.assert_equal(ours[key], theirs[key])
+
+
+PIECES = [
+    "the",
+    "music",
+    "user_03",
+    "(user_7)",
+    "item_08",
+    "item_24,",
+    "x_y",
+    "</s>",
+    "<extra_id_0>",
+    "  ",
+    "\n",
+    "\u00a0ﬁ",
+    "é",
+    "▁",
+]
+
+
+@pytest.mark.filterwarnings("ignore:`max_length` is ignored")
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.lists(st.sampled_from(PIECES), max_size=9).map(" ".join), min_size=1, max_size=3), st.data())
+def test_what_is_remembered_of_texts_is_what_the_backend_makes_of_them(shared, plain, texts, data):
+    """Any texts, cut and padded in any way, against a tokenizer that is given the code tokens."""
+    by_hand = []
+    for text in texts:
+        for kind, table in (("user", USERS), ("item", ITEMS)):
+            for one in table:
+                text = re.sub(rf"{kind}_{re.escape(one)}(?!\w)", entity(kind, one), text)
+        by_hand.append(text)
+    several = {
+        "padding": st.sampled_from([False, True, "max_length"]),
+        "padding_side": st.sampled_from(["left", "right"]),
+        "truncation": st.booleans(),
+        "max_length": st.integers(1, 30),
+        "add_special_tokens": st.booleans(),
+    }
+    kwargs = data.draw(st.fixed_dictionaries(several))
+    if data.draw(st.booleans()):
+        texts, by_hand = texts[0], by_hand[0]
+    assert shared(texts, **kwargs).data == plain(by_hand, **kwargs).data
+
+
+def test_tokens_words_and_offsets_are_there_when_they_are_asked_for(shared, plain):
+    ours, theirs = shared(TEXTS, padding=True), plain(BY_HAND, padding=True)
+    assert ours.is_fast and ours.tokens(1) == theirs.tokens(1) and ours.word_ids(1) == theirs.word_ids(1)
+    assert ours.char_to_token(0, 5) == theirs.char_to_token(0, 5) and ours[2].ids == theirs[2].ids
+    again = pickle.loads(pickle.dumps(ours))
+    assert again.data == ours.data and again.tokens(0) == theirs.tokens(0)
+
+
+def test_a_new_token_counts_at_once(tokenizer):
+    before = tokenizer("some music please").input_ids
+    tokenizer.add_tokens(["music"])
+    after = tokenizer("some music please")
+    assert after.input_ids != before and "music" in after.tokens()
 
 
 def test_one_text_has_no_batch_dimension_until_tensors_are_asked_for(shared, plain):

@@ -275,31 +275,42 @@ def test_a_second_call_repeats_nothing(splits, recipe, tmp_path, monkeypatch):
     assert all("finished already" in line for line in log)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("function", [*STAGES, "evaluate_retrieval"])
-@pytest.mark.parametrize("run", ["selection", "refit"])
-def test_a_run_that_stopped_between_stages_goes_on(trained, splits, recipe, tmp_path, monkeypatch, function, run):
-    original, calls = getattr(training, function), []
-    # How often each is called in the selection: the second MQ-Tokenizer is the one cut off.
-    allowed = {"train_mq_tokenizer": 1}.get(function, 0)
-    if run == "refit":
-        allowed += {"train_mq_tokenizer": 2, "evaluate_retrieval": len(training.VARIANTS)}.get(function, 1)
+def test_a_run_that_stops_before_each_of_its_stages_goes_on(trained, splits, recipe, tmp_path, monkeypatch):
+    finished, called = [], []
 
-    def stop(*args, **kwargs):
-        calls.append(1)
-        return original(*args, **kwargs) if len(calls) <= allowed else cut()
+    def interrupted(function, name):
+        """The stage; each attempt runs the one that the last attempt stopped at, and stops at the next one."""
 
-    with monkeypatch.context() as patch:
-        patch.setattr(training, function, stop)
+        def stage(*args, **kwargs):
+            # The variants of an evaluation are one stage.
+            if [name] != called[-1:] or name != "evaluate_retrieval":
+                called.append(name)
+                if len(called) == 1 + bool(finished):
+                    cut()
+            return function(*args, **kwargs)
+
+        return stage
+
+    for name in (*STAGES, "evaluate_retrieval"):
+        monkeypatch.setattr(training, name, interrupted(getattr(training, name), name))
+    order = 2 * [
+        "train_collaborative",
+        "train_mq_tokenizer",
+        "train_mq_tokenizer",
+        "train_retrieval",
+        "evaluate_retrieval",
+    ]
+    for stage in order:
+        log = []
+        called.clear()
         with pytest.raises(PowerCut):
-            train(splits, recipe, tmp_path, dataset_name="small")
-    assert not (tmp_path / "metrics.json").exists()
-    log = []
-    metrics = train(splits, recipe, tmp_path, dataset_name="small", log=log.append).metrics
-    finished = sum("finished already" in line for line in log)
-    order = ("train_collaborative", "train_mq_tokenizer", "", "train_retrieval", "evaluate_retrieval")
-    expected = order.index(function) + (function == "train_mq_tokenizer") + 5 * (run == "refit")
-    assert finished == expected
+            train(splits, recipe, tmp_path, dataset_name="small", log=log.append)
+        assert called[-1] == stage and not (tmp_path / "metrics.json").exists()
+        finished.append(sum("finished already" in line for line in log))
+    assert finished == [0, *range(9)]
+    called.clear()
+    metrics = train(splits, recipe, tmp_path, dataset_name="small").metrics
+    assert called == ["evaluate_retrieval"]
     assert without_seconds(metrics) == without_seconds(trained.metrics)
     assert weights(tmp_path) == weights(trained.folder)
 

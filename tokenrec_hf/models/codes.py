@@ -183,7 +183,7 @@ class CodeTable:
             raise ValueError(f"{self.kind} ids are the single string {ids[:60]!r}; pass a list of ids.")
         rows = self.index.rows(ids)
         if (rows < 0).any():
-            name = ids[int(np.argmax(rows < 0))]
+            name = str(list(ids)[int(np.argmax(rows < 0))])
             raise KeyError(
                 f"{self.kind} {name!r} is unknown to this tokenizer; add it with `tokenrec add`, or give it codes with "
                 f"add_{self.kind}s."

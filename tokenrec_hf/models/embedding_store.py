@@ -26,6 +26,7 @@ from typing import Any, Protocol, TypeVar, cast
 import huggingface_hub
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -34,8 +35,9 @@ from .codes import MANIFEST, STORE_FOLDER, IdIndex, atomic_write, check_ids, dam
 KINDS = ("user", "item")
 FORMAT_VERSION = 1
 WITHDRAWN = "withdrawn"
-# Rows scored at once; both bound the memory of a search. 16,384 items was the fastest of the sizes measured.
-ITEM_CHUNK, QUERY_CHUNK = 16_384, 1_024
+# Rows scored at once. 16,384 items was the fastest of the sizes measured for many queries; a few queries are scored with so many
+# items that there are as many scores. All three bound the memory of a search.
+ITEM_CHUNK, QUERY_CHUNK, SCORES = 16_384, 1_024, 1 << 20
 # Scores that are represented by their maximum while the best are looked for.
 GROUP = 32
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
@@ -172,10 +174,10 @@ class EmbeddingStore(Store):
         self._lock = threading.RLock()
         self._index = {kind: IdIndex() for kind in KINDS}
         self._vectors = {kind: torch.empty(0, self.embedding_dim) for kind in KINDS}
-        # Item rows of each user, int32, and the inverse lengths of the item vectors, once they are needed.
+        # Item rows of each user, int32, and the item vectors with their factors, once they are needed.
         self._seen = Ragged(np.zeros(1, dtype=np.int64), np.empty(0, dtype=np.int32))
         self._metadata = ItemMetadata()
-        self._inverse: torch.Tensor | None = None
+        self._scorable: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{kind}s={self.count(kind)}" for kind in KINDS)
@@ -307,7 +309,7 @@ class EmbeddingStore(Store):
             else:
                 self._metadata.add_items(int(new.sum()))
         if kind == "item":
-            self._inverse = None
+            self._scorable = None
 
     @_locked
     def delete(self, kind: str, ids: Sequence[str]) -> None:
@@ -323,7 +325,7 @@ class EmbeddingStore(Store):
             moved = (np.cumsum(keep, dtype=np.int32) - 1)[items[stays]]
             self._seen = Ragged.from_lengths(np.bincount(users[stays], minlength=len(self._seen)), moved)
             self._metadata.keep(keep)
-            self._inverse = None
+            self._scorable = None
         self._index[kind] = self._index[kind].kept(keep)
         self._vectors[kind] = self._vectors[kind][keep]
 
@@ -336,7 +338,8 @@ class EmbeddingStore(Store):
         """
         rows = self.rows(kind, ids)
         if (rows < 0).any():
-            raise KeyError(f"{kind} {ids[int(np.argmax(rows < 0))]!r} is not in the store; add it with upsert.")
+            name = str(list(ids)[int(np.argmax(rows < 0))])
+            raise KeyError(f"{kind} {name!r} is not in the store; add it with upsert.")
         return self._vectors[kind][rows]
 
     @_locked
@@ -461,12 +464,16 @@ class EmbeddingStore(Store):
         """
         unit, lists, lengths = check_search(self.embedding_dim, queries, top_k, exclude)
         allowed = self.allowed(where)
-        if self._inverse is None:
-            self._inverse = inverse_lengths(self._vectors["item"])
+        if self._scorable is None:
+            self._scorable = scorable(self._vectors["item"])
+        if len(unit) == 1:
+            items, factors = (part.numpy() for part in self._scorable)
+            excluded = self._index["item"].rows(list(lists[0]))
+            best, cosines = search_one(unit[0].numpy(), items, factors, top_k, excluded, allowed)
+            return [self._index["item"].ids(best)], [cosines.tolist()]
         rows, scores = exact_search(
             unit,
-            self._vectors["item"],
-            self._inverse,
+            *self._scorable,
             # Beyond the number of items there is only padding.
             min(top_k, max(self.count("item"), 1)),
             torch.from_numpy(np.repeat(np.arange(len(unit)), lengths)),
@@ -492,7 +499,7 @@ class EmbeddingStore(Store):
         """The row of each id, or a ValueError that names the first id that is not in the store."""
         rows = self.rows(kind, ids)
         if (rows < 0).any():
-            name = ids[int(np.argmax(rows < 0))]
+            name = str(list(ids)[int(np.argmax(rows < 0))])
             raise ValueError(
                 f"{kind} {name!r} of {place} is not in the store; add it first with upsert({kind!r}, ...)."
             )
@@ -654,10 +661,44 @@ class Ragged:
         return table
 
 
+def search_one(
+    query: np.ndarray,
+    items: np.ndarray,
+    factors: np.ndarray,
+    top_k: int,
+    excluded: np.ndarray,
+    allowed: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`exact_search` for one query, several times as fast: most of its time would go into calls of small tensors.
+
+    Args:
+        query: float32 `[d]`, of length 1.
+        items, factors: float32 `[n, d]` and `[n]`, of `scorable`.
+        top_k: how many items to return; fewer come back only where fewer remain.
+        excluded: rows of items that must not be returned; those below 0 are ignored.
+        allowed: boolean `[n]`, the items that may be returned at all; by default all.
+
+    Returns:
+        Rows of `items`, int64 `[k]`, and their cosines, float32 `[k]`, best first, equal scores in row order.
+    """
+    scores = items @ query
+    scores *= factors
+    scores[excluded[excluded >= 0]] = -np.inf
+    if allowed is not None:
+        scores[~allowed] = -np.inf
+    # The k-th highest maximum of groups of items is no higher than the k-th highest score.
+    width = len(scores) // GROUP * GROUP
+    maxima = scores[:width].reshape(-1, GROUP).max(axis=1) if width > 2 * top_k * GROUP else scores
+    bound = np.partition(maxima, -top_k)[-top_k] if top_k < len(maxima) else -np.inf
+    candidates = np.flatnonzero((scores >= bound) & (scores > -np.inf))
+    best = candidates[np.argsort(-scores[candidates], kind="stable")[:top_k]]
+    return best, scores[best]
+
+
 def exact_search(
     queries: torch.Tensor,
     items: torch.Tensor,
-    inverse: torch.Tensor,
+    factors: torch.Tensor,
     top_k: int,
     exclude_queries: torch.Tensor,
     exclude_items: torch.Tensor,
@@ -667,8 +708,7 @@ def exact_search(
 
     Args:
         queries: float32 `[B, d]`, unit rows.
-        items: float32 `[n, d]`.
-        inverse: their `inverse_lengths`, float32 `[n]`.
+        items, factors: float32 `[n, d]` and `[n]`, of `scorable`.
         top_k: how many items to return for each query.
         exclude_queries: int64 `[m]`, with `exclude_items` the pairs that must not be returned: rows of `queries`,
         exclude_items: int64 `[m]`, and rows of `items`; pairs with a row outside `items` are ignored.
@@ -677,29 +717,46 @@ def exact_search(
     Returns:
         Rows of `items`, int64 `[B, top_k]`, and their cosines, float32 `[B, top_k]`; -1 and `-inf` where none is left.
     """
-    rows = torch.full((len(queries), top_k), -1)
-    scores = torch.full((len(queries), top_k), -torch.inf)
-    exclude_items, order = exclude_items.sort()
-    exclude_queries = exclude_queries[order]
+    found = [
+        _search_part(part, number * QUERY_CHUNK, items, factors, top_k, exclude_queries, exclude_items, allowed)
+        for number, part in enumerate(queries.split(QUERY_CHUNK))
+    ]
+    rows, scores = found[0] if len(found) == 1 else map(torch.cat, zip(*found))
+    rows = rows.masked_fill(scores == -torch.inf, -1)
+    missing = (0, top_k - rows.shape[1])
+    return F.pad(rows, missing, value=-1), F.pad(scores, missing, value=-torch.inf)
+
+
+def _search_part(
+    queries: torch.Tensor,
+    first: int,
+    items: torch.Tensor,
+    factors: torch.Tensor,
+    top_k: int,
+    exclude_queries: torch.Tensor,
+    exclude_items: torch.Tensor,
+    allowed: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`exact_search` of the queries from row `first` on: rows and cosines `[B, k]`, with k at most `top_k` and the items."""
+    size = max(1, min(len(items), max(ITEM_CHUNK, SCORES // max(1, len(queries)))))
     # Allocated once: fresh memory for every chunk would cost as much as the product in it.
-    memory = torch.empty(min(len(queries), QUERY_CHUNK) * min(len(items), ITEM_CHUNK))
-    for first in range(0, len(queries), QUERY_CHUNK):
-        part = slice(first, min(first + QUERY_CHUNK, len(queries)))
-        for start in range(0, len(items), ITEM_CHUNK):
-            end = min(start + ITEM_CHUNK, len(items))
-            chunk = _cosines(queries[part], items[start:end], inverse[start:end], memory)
-            low, high = torch.searchsorted(exclude_items, torch.tensor([start, end])).tolist()
-            excluded, columns = exclude_queries[low:high] - first, exclude_items[low:high] - start
-            mine = (excluded >= 0) & (excluded < len(chunk))
-            chunk[excluded[mine], columns[mine]] = -torch.inf
-            if allowed is not None:
-                chunk.masked_fill_(~allowed[start:end], -torch.inf)
-            columns, values = _topk(chunk, min(top_k, end - start))
-            columns, values = _ordered(
-                torch.cat([rows[part], columns + start], dim=1), torch.cat([scores[part], values], dim=1)
-            )
-            rows[part], scores[part] = columns[:, :top_k], values[:, :top_k]
-    return rows.masked_fill_(scores == -torch.inf, -1), scores
+    memory = torch.empty(len(queries) * size)
+    mine = (exclude_queries >= first) & (exclude_queries < first + len(queries))
+    excluded, unwanted = exclude_queries[mine] - first, exclude_items[mine]
+    rows, scores = torch.empty(len(queries), 0, dtype=torch.int64), torch.empty(len(queries), 0)
+    for start in range(0, len(items), size):
+        end = min(start + size, len(items))
+        chunk = _cosines(queries, items[start:end], factors[start:end], memory)
+        if len(unwanted):
+            here = (unwanted >= start) & (unwanted < end)
+            chunk[excluded[here], unwanted[here] - start] = -torch.inf
+        if allowed is not None:
+            chunk.masked_fill_(~allowed[start:end], -torch.inf)
+        columns, values = _topk(chunk, min(top_k, end - start))
+        if start:
+            columns, values = torch.cat([rows, columns + start], dim=1), torch.cat([scores, values], dim=1)
+        rows, scores = (part[:, :top_k] for part in _ordered(columns, values))
+    return rows, scores
 
 
 def stable_topk(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -726,31 +783,32 @@ def unit_rows(vectors: torch.Tensor) -> torch.Tensor:
     return scaled.div_(torch.where(length > 0, length, 1.0))
 
 
-def inverse_lengths(vectors: torch.Tensor) -> torch.Tensor:
-    """1 / length of each row of `vectors` `[n, d]`, float32 `[n]`.
+def scorable(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Vectors `[n, d]` and a factor for each, `[n]`, as `exact_search` takes them: their products have length 1.
 
-    NaN where the row is zero, or so short or long that the product of the two would not be exact: `unit_rows` must be
-    taken instead.
+    The vectors are the given ones, unless one is so short or long that its product with the factor would not be exact. The factor
+    of a zero vector is zero.
     """
     lengths = torch.cat([part.norm(dim=1) for part in vectors.split(ITEM_CHUNK)]) if len(vectors) else vectors[:, 0]
-    return torch.where((lengths > 1e-15) & (lengths < 1e15), 1 / lengths, torch.nan)
+    is_zero = lengths == 0
+    if ((lengths > 1e-15) & (lengths < 1e15) | is_zero & (vectors == 0).all(dim=1)).all():
+        return vectors, torch.where(is_zero, 0.0, 1 / lengths)
+    return unit_rows(vectors), torch.ones(len(vectors))
 
 
-def _cosines(queries: torch.Tensor, vectors: torch.Tensor, inverse: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+def _cosines(queries: torch.Tensor, vectors: torch.Tensor, factors: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
     """Cosines of unit `queries` `[B, d]` with the rows of a chunk `[c, d]`, in `memory` of at least B * c numbers: `[B, c]`."""
     scores = memory[: len(queries) * len(vectors)].view(len(queries), len(vectors))
-    if inverse.isnan().any():
-        return torch.mm(queries, unit_rows(vectors).T, out=scores)
     # Whatever is smaller is scaled: the scores [B, c] or the vectors [c, d].
     if len(queries) < vectors.shape[1]:
-        return torch.mm(queries, vectors.T, out=scores).mul_(inverse)
-    return torch.mm(queries, (vectors * inverse[:, None]).T, out=scores)
+        return torch.mm(queries, vectors.T, out=scores).mul_(factors)
+    return torch.mm(queries, (vectors * factors[:, None]).T, out=scores)
 
 
 def _topk(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Columns `[B, k]` and values of the k highest scores, of equal ones those of the lowest columns, in any order."""
     width = scores.shape[1] // GROUP * GROUP
-    if 4 * k * GROUP > width:
+    if 4 * k * GROUP > width or scores.numel() <= ITEM_CHUNK:
         return _plain_topk(scores, k)
     # The best k lie in the k groups with the highest maxima (equal ones: the first): else each of these had a better one.
     groups = scores[:, :width].unflatten(1, (-1, GROUP))  # [B, width / GROUP, GROUP]
@@ -812,8 +870,8 @@ def check_search(
 ) -> tuple[torch.Tensor, Sequence[Sequence[str]], np.ndarray]:
     """Unit queries, float32 `[B, embedding_dim]`, the ids to exclude for each, and their numbers; errors of `search`."""
     matrix = _checked_matrix(embedding_dim, queries, "queries", "B")
-    if top_k < 1:
-        raise ValueError(f"top_k is {top_k}; ask for at least 1 item.")
+    if isinstance(top_k, bool) or not isinstance(top_k, (int, np.integer)) or top_k < 1:
+        raise ValueError(f"top_k is {top_k!r}; ask for at least 1 item, in whole numbers.")
     if (row := _first_not_finite(matrix)) is not None:
         raise ValueError(f"query {row} holds NaN or an infinity; no item can be compared with it.")
     lists = [()] * len(matrix) if exclude is None else exclude
@@ -836,6 +894,8 @@ def _checked_matrix(embedding_dim: int, vectors: Vectors, role: str, rows: str) 
 
 def _first_not_finite(matrix: torch.Tensor) -> int | None:
     """The first row of `[n, d]` with NaN or an infinity."""
+    if math.isfinite(matrix.sum()):
+        return None
     # In parts, because the masks of a large matrix would take as much memory as the matrix.
     for start, part in zip(range(0, len(matrix), ITEM_CHUNK), matrix.split(ITEM_CHUNK)):
         if not (fine := torch.isfinite(part).all(dim=1)).all():

@@ -299,14 +299,15 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
         # The longest prompt of a group is at most twice as long as its shortest.
         groups = lengths.clamp(min=SHORT_PROMPT).float().log2().ceil()
         queries = torch.empty(len(input_ids), self.config.query_dim, dtype=self.dtype, device=self.device)
-        was_training = self.training
-        self.eval()
+        if was_training := self.training:
+            self.eval()
         for group in groups.unique():
             rows = (groups == group).nonzero().flatten()
             width = int(lengths[rows].max())
             ids, mask = (part[rows, :width].to(self.device) for part in (input_ids, attention_mask))
             queries[rows.to(self.device)] = self.encode_queries(ids, mask).to(queries)
-        self.train(was_training)
+        if was_training:
+            self.train()
         return queries
 
     def forward(

@@ -122,21 +122,23 @@ class GenerativeRetrievalPipeline(Pipeline):
         """The tokens of a request's prompt, `[1, T]`, and the ids of its users and items."""
         users: list[str] = []
         history: list[str] = []
-        if isinstance(request, str):
-            text = request
-        else:
+        if not isinstance(request, str):
             users, history = self._read(request)
             if prompt is None or {"{", "}"} & set(prompt):
                 template = None if prompt is None else PromptTemplate(prompt)
-                text = self.recommender.prompts(users or [None], [history], template)[0]
-            else:
-                text = prompt
+                inputs = self.recommender.tokenize(users or [None], [history], template)
+                return {**inputs, "user_ids": tuple(inputs["user_ids"][0]), "item_ids": tuple(inputs["item_ids"][0])}
+        text = request if isinstance(request, str) else prompt
         encoded = self.tokenizer([text], return_tensors="pt", return_entities=True)
+        if isinstance(request, str) and not (encoded["user_ids"][0] or encoded["item_ids"][0]):
+            raise ValueError(
+                f"the prompt {_short(request)} names no user and no item, as in 'What would user_03 enjoy next?'; for an id alone "
+                'pass {"user": "03"} or {"history": ["08"]}.'
+            )
         return {
             "input_ids": encoded["input_ids"],
             "attention_mask": encoded["attention_mask"],
             "user_ids": (*encoded["user_ids"][0], *users),
-            # Whole histories: items that are cut from the prompt have been seen too.
             "item_ids": (*encoded["item_ids"][0], *history),
         }
 

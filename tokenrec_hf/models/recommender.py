@@ -7,11 +7,13 @@ cosine (Eq. 19). Nothing here changes a repository.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 
@@ -19,7 +21,7 @@ from .codes import RepositoryFolder, check_repository, fetch_repository
 from .embedding_store import EmbeddingStore, Store
 from .modeling_collaborative import HistoryEncoder, collaborative_class, load_collaborative
 from .modeling_t5_retrieval import T5ForGenerativeRetrieval
-from .prompts import HISTORY_ONLY_TEMPLATE, HISTORY_TEMPLATES, USER_ONLY_TEMPLATES, PromptTemplate, render
+from .prompts import HISTORY_ONLY_TEMPLATE, HISTORY_TEMPLATES, USER_ONLY_TEMPLATES, PromptTemplate
 from .tokenization_tokenrec import TokenRecTokenizer
 
 
@@ -142,14 +144,12 @@ class Recommender:
 
         Raises:
             KeyError: an id is unknown to the tokenizer.
-            ValueError: the number of histories is not that of users, a request has neither a user nor a history, or the template
-                does not fit the request.
+            ValueError: an argument is no list of ids, the number of histories is not that of users, a request has neither a user
+                nor a history, or the template does not fit the request.
         """
-        shown = self._histories(users, histories)
-        prompts = self.prompts(users, shown, template)
-        inputs = self.tokenizer(prompts, padding=True, return_tensors="pt", return_entities=True)
-        # Whole histories: items that are cut from the prompt have been seen too.
-        return self.answer({**inputs, "item_ids": shown}, top_k=top_k, exclude_seen=exclude_seen, where=where)
+        return self.answer(
+            self.tokenize(users, histories, template), top_k=top_k, exclude_seen=exclude_seen, where=where
+        )
 
     def similar_items(
         self, item_ids: Sequence[str], *, top_k: int = 10, where: Mapping[str, Any] | None = None
@@ -169,30 +169,33 @@ class Recommender:
         """
         return self._search(self.store.get("item", item_ids), top_k, [[item] for item in item_ids], where)
 
-    def prompts(
+    def tokenize(
         self,
         users: Sequence[str | None],
         histories: Sequence[Sequence[str] | None] | None = None,
         template: PromptTemplate | None = None,
-    ) -> list[str]:
-        """The prompts of `recommend`, with histories cut to the latest items that fit into the model's input."""
+    ) -> dict[str, Any]:
+        """The prompts of `recommend` as `answer` takes them, with histories cut to the latest items that fit the model's input.
+
+        Prompts are made of the tokens of ids, not of text, so that an id cannot be read as anything else.
+        """
+        users = check_list(users, "users", optional=True)
         shown = self._histories(users, histories)
-        written = []
-        for user, history, name in zip(users, shown, self._names(users, shown)):
-            default = (
-                HISTORY_ONLY_TEMPLATE if name is None else (HISTORY_TEMPLATES if history else USER_ONLY_TEMPLATES)[0]
-            )
-            wording = template or default
-            if wording.names_user and name is None:
-                raise ValueError(
-                    f"prompt template {wording.text!r} names a user, but the request has no user id and no user tokens can be "
-                    "made from its history; use a template with {history} alone."
-                )
-            if user is not None and not wording.names_user:
-                raise ValueError(f"prompt template {wording.text!r} must hold {{user}} once, because it is for a user.")
-            latest = history[len(history) - self._room(wording, len(history)) :]
-            written.append(render(wording, name or "", latest))
-        return written
+        rows = [
+            self._prompt(number, tokens, history, template if template else _wording(tokens, history), user is not None)
+            for number, (user, tokens, history) in enumerate(zip(users, self._user_tokens(users, shown), shown))
+        ]
+        lengths = np.array([len(row) for row in rows], dtype=np.int64)
+        is_token = np.arange(lengths.max(initial=0)) < lengths[:, None]  # [B, T]
+        tokens = np.full(is_token.shape, self.tokenizer.pad_token_id, dtype=np.int64)
+        tokens[is_token] = np.concatenate([*rows, np.empty(0, dtype=np.int64)])
+        return {
+            "input_ids": torch.from_numpy(tokens),
+            "attention_mask": torch.from_numpy(is_token.astype(np.int64)),
+            "user_ids": [[] if user is None else [user] for user in users],
+            # Whole histories: items that are cut from the prompt have been seen too.
+            "item_ids": shown,
+        }
 
     def answer(
         self,
@@ -212,6 +215,8 @@ class Recommender:
         Raises:
             ValueError: `exclude_seen` without the ids.
         """
+        if not len(inputs["input_ids"]):
+            return []
         queries = self.model.encode_by_length(inputs["input_ids"], inputs["attention_mask"])
         excluded = None
         if exclude_seen:
@@ -233,33 +238,76 @@ class Recommender:
         ids, scores = self.store.search(queries, top_k, excluded, where)
         return [[{"item": item, "score": score} for item, score in zip(*row)] for row in zip(ids, scores)]
 
-    def _names(self, users: Sequence[str | None], histories: Sequence[list[str]]) -> list[str | None]:
-        """The text after `user_` in each prompt: an id, the code tokens of an anonymous user's history, or None."""
-        names = list(users)
-        rows = [row for row, user in enumerate(users) if user is None]
-        if (empty := next((row for row in rows if not histories[row]), None)) is not None:
+    def _user_tokens(self, users: Sequence[str | None], histories: Sequence[list[str]]) -> list[np.ndarray | None]:
+        """The tokens of each user, those of the history of an anonymous one, or None where no tokens can be made."""
+        known = [row for row, user in enumerate(users) if user is not None]
+        tokens: list[np.ndarray | None] = [None] * len(users)
+        for row, own in zip(known, self.tokenizer.entity_token_ids("user", [cast(str, users[row]) for row in known])):
+            tokens[row] = own
+        anonymous = [row for row, user in enumerate(users) if user is None]
+        if (empty := next((row for row in anonymous if not histories[row]), None)) is not None:
             raise ValueError(f"request {empty} names neither a user nor a history; give one of them.")
-        if rows and self.history_encoder is not None:
-            vectors, known = self.history_encoder.encode([histories[row] for row in rows])
-            for row, text, is_known in zip(rows, self.tokenizer.code_text("user", vectors), known):
-                names[row] = text if is_known else None
-        return names
+        if anonymous and self.history_encoder is not None:
+            vectors, is_known = self.history_encoder.encode([histories[row] for row in anonymous])
+            made = self.tokenizer.vector_token_ids("user", vectors)
+            for row, own, useful in zip(anonymous, made, is_known):
+                tokens[row] = own if useful else None
+        return tokens
+
+    def _prompt(
+        self, number: int, user: np.ndarray | None, history: list[str], wording: PromptTemplate, is_named: bool
+    ) -> np.ndarray:
+        """The tokens of one prompt, int64 `[T]`."""
+        if wording.names_user and user is None:
+            raise ValueError(
+                f"prompt template {wording.text!r} names a user, but request {number} has no user id and no user tokens can be "
+                "made from its history; use a template with {history} alone."
+            )
+        if is_named and not wording.names_user:
+            raise ValueError(f"prompt template {wording.text!r} must hold {{user}} once, because it is for a user.")
+        words, entities = self.tokenizer.split_prompt(wording), []
+        if user is not None and wording.names_user:
+            entities.append(user)
+        if wording.uses_history:
+            size = self.tokenizer.entity_token_ids("item", []).shape[1]
+            room = self.tokenizer.model_max_length - sum(map(len, (*words, *entities)))
+            latest = history[len(history) - min(len(history), room // size) :]
+            entities.append(self.tokenizer.entity_token_ids("item", latest).ravel())
+        return np.concatenate([words[0], *chain.from_iterable(zip(entities, words[1:]))])
 
     def _histories(
         self, users: Sequence[str | None], histories: Sequence[Sequence[str] | None] | None
     ) -> list[list[str]]:
         """The given history of each user, and the one in the store where None is given."""
         given = [None] * len(users) if histories is None else histories
-        if len(given) != len(users):
-            raise ValueError(f"there are {len(given)} histories for {len(users)} users; pass one for each, or None.")
+        if isinstance(given, str) or len(given) != len(users):
+            found = "a single string" if isinstance(given, str) else f"{len(given)} histories"
+            raise ValueError(f"there are {found} for {len(users)} users; pass one history for each, or None.")
         seen = iter(self.store.seen([user for user in users if user is not None]))
         recorded = [[] if user is None else next(seen) for user in users]
-        return [own if history is None else list(history) for history, own in zip(given, recorded)]
+        return [
+            own if history is None else check_list(history, f"the history of request {row}")
+            for row, (history, own) in enumerate(zip(given, recorded))
+        ]
 
-    def _room(self, template: PromptTemplate, wanted: int) -> int:
-        """How many of `wanted` history items fit beside the words of a template."""
-        if not template.uses_history or not wanted:
-            return 0
-        words = sum(map(len, self.tokenizer.split_prompt(template)))
-        user, item = (self.tokenizer.entity_token_ids(kind, []).shape[1] for kind in ("user", "item"))
-        return min(wanted, (self.tokenizer.model_max_length - words - user * template.names_user) // item)
+
+def _wording(user: np.ndarray | None, history: list[str]) -> PromptTemplate:
+    """The default template of a request."""
+    if user is None:
+        return HISTORY_ONLY_TEMPLATE
+    return (HISTORY_TEMPLATES if history else USER_ONLY_TEMPLATES)[0]
+
+
+def check_list(ids: Any, what: str, optional: bool = False) -> list:
+    """`ids` as a list.
+
+    Raises:
+        ValueError: it is a single string or no sequence, or an entry is no string (nor None, if that is allowed).
+    """
+    if isinstance(ids, (str, bytes, Mapping)) or not isinstance(ids, Iterable):
+        raise ValueError(f"{what} must be a list of ids, not {ids!r:.100}.")
+    listed = list(ids)
+    for one in listed:
+        if not isinstance(one, str) and not (optional and one is None):
+            raise ValueError(f"{what} must be a list of ids, which are strings, but one is {one!r:.100}.")
+    return listed

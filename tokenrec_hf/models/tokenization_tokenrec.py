@@ -12,32 +12,46 @@ import os
 import re
 import threading
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
-from functools import reduce
-from itertools import chain
-from operator import add
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, zip_longest
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 from tokenizers import Tokenizer
-from transformers import TokenizersBackend
+from transformers import BatchEncoding, TokenizersBackend
 
 from .codes import MAX_ID_LENGTH, MQ_FOLDERS, CodeTable, IdIndex, check_ids, load_tables, save_tables
 from .prompts import PromptTemplate
 
 if TYPE_CHECKING:
     import torch
-    from transformers import BatchEncoding
 
     from .modeling_mq_tokenizer import MQTokenizerModel
 
 LETTERS = {"user": "u", "item": "v"}
 
 # "superuser_03" and "multi-item_list" name nothing, and expanded names stay. The second group is the run of characters that the
-# id begins; it is not consumed, because more names may follow in it.
-_MENTION = re.compile(rf"(?<!\w)(?<!\w-)(user|item)_(?!<[uv]\d+-\d+>)(?=(\S{{1,{MAX_ID_LENGTH + 1}}}))")
+# id begins; it is not consumed, because more names may follow in it. The pattern begins with a character that few words have,
+# and looks back from there, because that is five times as fast.
+_MENTION = re.compile(
+    rf"_(?<=(user|item)_)(?<!\w.{{5}})(?<!\w-.{{5}})(?!<[uv]\d+-\d+>)(?=(\S{{1,{MAX_ID_LENGTH + 1}}}))", re.DOTALL
+)
 _CODE_TOKEN = re.compile(r"<[uv]\d+-\d+>")
 _NON_WORD = re.compile(r"\W")
+# Texts and entities whose tokens are remembered at most, of each kind.
+_REMEMBERED = 65_536
+# Arguments of an encoding that `_assemble` knows. Others come with a value that says no, or the backend encodes.
+_SIMPLE = {
+    *(
+        "add_special_tokens",
+        "padding_strategy",
+        "truncation_strategy",
+        "max_length",
+        "pad_to_multiple_of",
+        "padding_side",
+    ),
+    *("return_tensors", "return_attention_mask", "verbose"),
+}
 # T5's pipeline begins a new word after an added token, so it decodes "item_08," as "item_08 ,".
 _SPACE_AFTER_CODE = re.compile(r"(<[uv]\d+-\d+>) (?=[,.;:!?)\]}'’”»…])")
 
@@ -97,12 +111,13 @@ class TokenRecTokenizer(TokenizersBackend):
         # transformers saves the attributes that are named like arguments of `super().__init__`.
         self.codebooks = {kind: list(codebooks[kind]) for kind in LETTERS}
         self.space_ids, self.on_unknown = dict(space_ids or {}), on_unknown
+        self._transient = _Transient()
         super().__init__(*args, codebooks=self.codebooks, space_ids=self.space_ids, on_unknown=on_unknown, **kwargs)
         self._vocabularies = {
             kind: _CodeVocabulary(kind, self.backend_tokenizer, *self.codebooks[kind]) for kind in LETTERS
         }
         self._tables = tables or load_tables(str(codes_file), self.codebooks)
-        self._mqs: dict[str, MQTokenizerModel] = {}
+        self._end: list[int] = self.backend_tokenizer.encode("").ids
         self._revision: str | None = None
 
     @classmethod
@@ -168,16 +183,15 @@ class TokenRecTokenizer(TokenizersBackend):
                     f"the {kind} codes of this tokenizer were made by MQ-Tokenizer {self.space_ids[kind]} but the one given is "
                     f"{mq.space_id}; use the one of the same repository, or make a new tokenizer with build_tokenizer."
                 )
-            self._mqs[kind] = mq
+            self._transient.mqs[kind] = mq
 
-    def code_text(self, kind: str, vectors: torch.Tensor) -> list[str]:
-        """The code tokens of vectors `[n, d]`, to be written after `user_` or `item_` in place of an id.
+    def vector_token_ids(self, kind: str, vectors: torch.Tensor) -> np.ndarray:
+        """The tokens of users or items that have vectors `[n, d]` and no id, as [`~TokenRecTokenizer.entity_token_ids`].
 
         Raises:
             ValueError: there is no MQ-Tokenizer of this tokenizer's space, or the vectors have another size.
         """
-        codes, names = self._mq(kind).encode(vectors).cpu().numpy(), self._vocabularies[kind].names  # [n, K], [K, L]
-        return ["".join(tokens) for tokens in names[np.arange(len(names)), codes]]
+        return self._vocabularies[kind].entity_tokens(self._mq(kind).encode(vectors).cpu().numpy())
 
     def code_token_ids(self, kind: str) -> np.ndarray:
         """The vocabulary id of each code token, int64 `[K, L]`."""
@@ -196,15 +210,13 @@ class TokenRecTokenizer(TokenizersBackend):
             IndexError: a row is out of range.
         """
         table, vocabulary = self._table(kind), self._vocabularies[kind]
-        if len(ids_or_rows) and isinstance(ids_or_rows[0], str):
+        if isinstance(next(iter(ids_or_rows), None), str):
             rows = table.rows(cast("Sequence[str]", ids_or_rows))
         else:
             rows = np.asarray(ids_or_rows, dtype=np.int64)
             if len(rows) and not 0 <= rows.min() <= rows.max() < len(table):
                 raise IndexError(f"{kind} rows {rows.min()} to {rows.max()} are not all in [0, {len(table)}).")
-        codes = vocabulary.token_ids[np.arange(len(vocabulary.token_ids)), table.codes[rows]]
-        prefix = np.broadcast_to(vocabulary.prefix_ids, (len(rows), len(vocabulary.prefix_ids)))
-        return np.concatenate([prefix, codes], axis=1)
+        return vocabulary.entity_tokens(table.codes[rows])
 
     def item_tokens(self, ids: Sequence[str]) -> np.ndarray:
         """The code tokens of items, int64 `[n, K]`, as [`~T5ForGenerativeRetrieval.bind_items`] takes them.
@@ -221,7 +233,7 @@ class TokenRecTokenizer(TokenizersBackend):
         the end-of-sequence token.
         """
         *before, after = template.static_parts
-        parts = [self.encode(part, add_special_tokens=False) for part in before] + [self.encode(after)]
+        parts = [*map(self._tokens, before), [*self._tokens(after), *self._end]]
         return tuple(np.array(part, dtype=np.int64) for part in parts)
 
     @classmethod
@@ -229,33 +241,112 @@ class TokenRecTokenizer(TokenizersBackend):
         """Keeps `tokenizer_file`, which the inherited method would rebuild without its normaliser and decoder."""
         return kwargs
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_mqs": {}}
-
     def _encode_plus(  # type: ignore[override]
         self, text: Any, text_pair: Any = None, return_entities: bool = False, **kwargs: Any
     ) -> BatchEncoding:
-        expanded, named = self._expand([*_strings(text), *_strings(text_pair)])
-        remaining = iter(expanded)
-        text, text_pair = _replaced(text, remaining), _replaced(text_pair, remaining)
-        with self._lock:
-            encoding = super()._encode_plus(text, text_pair, **kwargs)
+        is_words = bool(kwargs.get("is_split_into_words") and text and isinstance(text[0], str))
+        batched = isinstance(text, (list, tuple)) and not is_words
+        parsed = self._parse([*_strings(text), *_strings(text_pair)])
+        if text_pair is None and self._is_simple(text, kwargs):
+            data = self._assemble(parsed, **kwargs)
+            if not batched and not kwargs.get("return_tensors"):
+                data = {name: rows[0] for name, rows in data.items()}
+            encoding: BatchEncoding = _TextEncoding(
+                data, kwargs.get("return_tensors"), lambda: self._by_backend(text, None, parsed, kwargs)
+            )
+        else:
+            encoding = self._by_backend(text, text_pair, parsed, kwargs)
         if not return_entities:
             return encoding
 
-        is_words = kwargs.get("is_split_into_words") and text and isinstance(text[0], str)
-        batched = isinstance(text, (list, tuple)) and not is_words
         parts = (text, text_pair or ()) if batched else ([text], [text_pair])
         owners = [row for part in parts for row, example in enumerate(part) for _ in _strings(example)]
         for kind in LETTERS:
             found: list[list[str]] = [[] for _ in parts[0]]
-            for row, entities in zip(owners, named):
-                found[row] += [name for entity_kind, name in entities if entity_kind == kind]
+            for row, (_, entities) in zip(owners, parsed):
+                found[row] += [entity.name for entity in entities if entity.kind == kind]
             if kwargs.get("return_overflowing_tokens"):
                 found = [found[row] for row in encoding["overflow_to_sample_mapping"]]
             flat = not batched and kwargs.get("return_tensors") is None and not kwargs.get("return_overflowing_tokens")
             encoding[f"{kind}_ids"] = found[0] if flat else found
         return encoding
+
+    def _by_backend(self, text: Any, text_pair: Any, parsed: Sequence[_Parsed], kwargs: Mapping) -> BatchEncoding:
+        """The encoding of texts in which the code tokens are written out."""
+        written = iter(
+            "".join(chain.from_iterable(zip_longest(words, (one.text for one in entities), fillvalue="")))
+            for words, entities in parsed
+        )
+        text, text_pair = _replaced(text, written), _replaced(text_pair, written)
+        with self._lock:
+            return super()._encode_plus(text, text_pair, **kwargs)
+
+    def _is_simple(self, text: Any, kwargs: Mapping[str, Any]) -> bool:
+        """Whether `_assemble` makes all that is asked for: the tokens of texts without pairs, cut and padded."""
+        texts = [text] if isinstance(text, str) else text
+        truncation, length = kwargs.get("truncation_strategy", "do_not_truncate"), kwargs.get("max_length")
+        return (
+            bool(texts)
+            and all(isinstance(one, str) for one in texts)
+            and not any(value for name, value in kwargs.items() if name not in _SIMPLE)
+            and truncation in ("do_not_truncate", "longest_first", "only_first")
+            and not (kwargs.get("padding_strategy") == "max_length" and truncation == "do_not_truncate")
+            and (length is None or length > len(self._end))
+            and not self.split_special_tokens
+        )
+
+    def _assemble(
+        self,
+        parsed: Sequence[_Parsed],
+        add_special_tokens: bool = True,
+        padding_strategy: str = "do_not_pad",
+        truncation_strategy: str = "do_not_truncate",
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_tensors: str | None = None,
+        return_attention_mask: bool | None = None,
+        verbose: bool = True,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """What the backend makes of texts, from the tokens of words and entities, which are remembered.
+
+        Code tokens part a text: the backend encodes the words on both sides of them independently.
+        """
+        end = self._end if add_special_tokens else []
+        known = {word: self._tokens(word) for word in set(chain.from_iterable(words for words, _ in parsed))}
+        rows = []
+        for words, entities in parsed:
+            row: list[int] = []
+            for word, entity in zip(words, entities):
+                row += known[word]
+                row += entity.tokens
+            row += known[words[-1]]
+            if truncation_strategy != "do_not_truncate" and max_length is not None:
+                room = max_length - len(end)
+                row = row[max(0, len(row) - room) :] if self.truncation_side == "left" else row[:room]
+            rows.append(row + end)
+            self._eventual_warn_about_too_long_sequence(rows[-1], max_length, verbose)
+        lengths = np.array([len(row) for row in rows])
+        data: dict[str, Any]
+        if padding_strategy != "do_not_pad" or (return_tensors and lengths.min() == lengths.max()):
+            width = lengths.max() if padding_strategy != "max_length" or max_length is None else max_length
+            if padding_strategy != "do_not_pad" and pad_to_multiple_of:
+                width = -(-width // pad_to_multiple_of) * pad_to_multiple_of
+            place = np.arange(width)
+            if (padding_side or self.padding_side) == "left":
+                place = place[::-1]
+            is_token = place < lengths[:, None]  # [B, T]
+            tokens = np.full(is_token.shape, self.pad_token_id, dtype=np.int64)
+            tokens[is_token] = np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=lengths.sum())
+            data = {"input_ids": tokens, "attention_mask": is_token.astype(np.int64)}
+            if not return_tensors:
+                data = {name: array.tolist() for name, array in data.items()}
+        else:
+            data = {"input_ids": rows, "attention_mask": [[1] * length for length in lengths.tolist()]}
+        if return_attention_mask is False:
+            del data["attention_mask"]
+        return data
 
     def _decode(  # type: ignore[override]
         self, token_ids: int | list[int], *args: Any, resolve_ids: bool = True, **kwargs: Any
@@ -303,7 +394,7 @@ class TokenRecTokenizer(TokenizersBackend):
             self._tables = {**self._tables, kind: self._tables[kind].updated(ids, added.codes)}
 
     def _mq(self, kind: str) -> MQTokenizerModel:
-        if kind not in self._mqs:
+        if kind not in self._transient.mqs:
             from .modeling_mq_tokenizer import MQTokenizerModel
 
             name, folder = self.name_or_path, MQ_FOLDERS[kind]
@@ -317,52 +408,134 @@ class TokenRecTokenizer(TokenizersBackend):
                     f"the one that made this tokenizer's codes with attach({kind}_mq=...)."
                 ) from error
             self.attach(**{f"{kind}_mq": mq})
-        return self._mqs[kind]
+        return self._transient.mqs[kind]
 
-    def _expand(self, texts: Sequence[str]) -> tuple[list[str], list[list[tuple[str, str]]]]:
-        """Replaces ids by code tokens; returns the texts and, per text, the entities found as (kind, id)."""
-        found = self._find({mention for text in texts for mention in _MENTION.findall(text)})
-        expanded, named = [], []
-        for text in texts:
-            pieces: list[str] = []
-            entities: list[tuple[str, str]] = []
+    def _parse(self, texts: Sequence[str]) -> list[_Parsed]:
+        """Parts each text into words and the entities between them: n + 1 strings, which are words, and n entities."""
+        matches = [[(match.end(), match[1], match[2]) for match in _MENTION.finditer(text)] for text in texts]
+        runs = {(kind, run) for mentions in matches for _, kind, run in mentions}
+        found = {kind: self._resolved(kind, [run for of, run in runs if of == kind]) for kind in LETTERS}
+        parsed = []
+        for text, mentions in zip(texts, matches):
+            words: list[str] = []
+            entities: list[_Entity] = []
             end = 0
-            for match in _MENTION.finditer(text):
+            for after, kind, run in mentions:
                 # A name within the last id is part of that id.
-                if match.start() < end:
+                if after - len("user_") < end:
                     continue
-                kind, run = match.groups()
-                if (kind, run) not in found:
+                entity = found[kind][run]
+                if entity is None:
                     if self.on_unknown == "error" and (name := _without_end(run)):
                         raise KeyError(
                             f"the text names {kind} {name!r}, which is unknown to this tokenizer; add it with `tokenrec add`, give "
                             f"it codes with add_{kind}s, or set on_unknown='keep' to leave such words as they are."
                         )
                     continue
-                name, tokens = found[kind, run]
-                entities.append((kind, name))
-                pieces += (text[end : match.start()], tokens)
-                end = match.end() + len(name)
-            expanded.append("".join([*pieces, text[end:]]))
-            named.append(entities)
-        return expanded, named
+                words.append(text[end:after])
+                entities.append(entity)
+                end = after + len(entity.name)
+            parsed.append(([*words, text[end:]], entities))
+        return parsed
 
-    def _find(self, mentions: set[tuple[str, str]]) -> dict[tuple[str, str], tuple[str, str]]:
-        """Finds the known id that begins each run of characters: (kind, run) to (id, its expansion)."""
-        found = {}
-        for kind, table in self._tables.items():
-            candidates = {run: _beginnings(run, table.longest) for run_kind, run in mentions if run_kind == kind}
-            ids = list(dict.fromkeys(chain.from_iterable(candidates.values())))
-            rows = table.index.rows(ids)
-            known = np.flatnonzero(rows >= 0)
-            names = self._vocabularies[kind].names
-            tokens = reduce(add, [names[k][codes] for k, codes in enumerate(table.codes[rows[known]].T)], f"{kind}_")
-            expansions = {ids[at]: text for at, text in zip(known.tolist(), tokens)}
-            for run, beginnings in candidates.items():
-                name = next((name for name in beginnings if name in expansions), None)
-                if name is not None:
-                    found[kind, run] = name, expansions[name]
-        return found
+    def _resolved(self, kind: str, runs: Iterable[str]) -> Mapping[str, _Entity | None]:
+        """The known id that begins each run of characters, if there is any, among those of earlier texts."""
+        table = self._tables[kind]
+        of_table, known = self._transient.found.get(kind, (None, {}))
+        if of_table is not table or len(known) > _REMEMBERED:
+            known = {}
+            self._transient.found[kind] = table, known
+        if missing := [run for run in runs if run not in known]:
+            known |= self._find(kind, table, missing)
+        return known
+
+    def _find(self, kind: str, table: CodeTable, runs: Sequence[str]) -> dict[str, _Entity | None]:
+        """The known id that begins each run of characters."""
+        candidates = {run: _beginnings(run, table.longest) for run in runs}
+        ids = list(dict.fromkeys(chain.from_iterable(candidates.values())))
+        rows = table.index.rows(ids)
+        at = np.flatnonzero(rows >= 0)
+        texts, tokens = self._vocabularies[kind].expansions(table.codes[rows[at]])
+        known = [ids[one] for one in at.tolist()]
+        entities = {name: _Entity(kind, name, text, own) for name, text, own in zip(known, texts, tokens)}
+        return {
+            run: next((entities[name] for name in beginnings if name in entities), None)
+            for run, beginnings in candidates.items()
+        }
+
+    def _tokens(self, words: str) -> list[int]:
+        """The tokens of a text without entities and without the end-of-sequence token, remembered."""
+        known = self._transient.words
+        if (tokens := known.get(words)) is None:
+            with self._lock:
+                backend = self.backend_tokenizer
+                backend.no_padding()
+                backend.no_truncation()
+                backend.encode_special_tokens = False
+                tokens = backend.encode(words, add_special_tokens=False).ids
+            if len(known) >= _REMEMBERED:
+                known.clear()
+            if len(words) <= MAX_ID_LENGTH:
+                known[words] = tokens
+        return tokens
+
+    def _add_tokens(self, *args: Any, **kwargs: Any) -> int:
+        # A new token changes how words are split.
+        self._transient.words.clear()
+        return super()._add_tokens(*args, **kwargs)
+
+
+class _Transient:
+    """What a tokenizer can make or load again; no part of its pickles, copies and fingerprints.
+
+    Attributes:
+        words: the tokens of texts without entities.
+        found: by kind, the table of ids and the entity that each run of characters begins with.
+        mqs: the MQ-Tokenizer of each kind.
+    """
+
+    def __init__(self) -> None:
+        self.words: dict[str, list[int]] = {}
+        self.found: dict[str, tuple[CodeTable, dict[str, _Entity | None]]] = {}
+        self.mqs: dict[str, MQTokenizerModel] = {}
+
+    def __reduce__(self) -> tuple:
+        return _Transient, ()
+
+
+class _Entity(NamedTuple):
+    """A user or an item that a text names, with its code tokens as text and as vocabulary ids."""
+
+    kind: str
+    name: str
+    text: str
+    tokens: list[int]
+
+
+# The n + 1 words around n entities, and the entities.
+_Parsed = tuple[list[str], list[_Entity]]
+
+
+class _TextEncoding(BatchEncoding):
+    """A `BatchEncoding` of which the backend's view (`tokens()`, `word_ids()`, offsets) is made when it is first asked for."""
+
+    def __init__(self, data: dict[str, Any], tensor_type: str | None, by_backend: Callable[[], BatchEncoding]):
+        self._made: Any = None
+        super().__init__(data, tensor_type=tensor_type)
+        self._by_backend = by_backend
+
+    @property
+    def _encodings(self) -> Any:
+        if self._made is None:
+            self._made = self._by_backend().encodings
+        return self._made
+
+    @_encodings.setter
+    def _encodings(self, value: Any) -> None:
+        self._made = value
+
+    def __reduce__(self) -> tuple:
+        return BatchEncoding, (self.data, self._encodings)
 
 
 class _CodeVocabulary:
@@ -381,6 +554,16 @@ class _CodeVocabulary:
         self.prefix_ids = np.array(entity[:-num_codebooks], dtype=np.int64)
         books = "".join(rf"<{LETTERS[kind]}{k}-([1-9]\d{{0,8}})>" for k in range(1, num_codebooks + 1))
         self.pattern = re.compile(rf"(?<!\w){kind}_{books}")
+
+    def entity_tokens(self, codes: np.ndarray) -> np.ndarray:
+        """The tokens of entities with these codes `[n, K]`, int64 `[n, P + K]`."""
+        prefix = np.broadcast_to(self.prefix_ids, (len(codes), len(self.prefix_ids)))
+        return np.concatenate([prefix, self.token_ids[np.arange(len(self.names)), codes]], axis=1)
+
+    def expansions(self, codes: np.ndarray) -> tuple[list[str], list[list[int]]]:
+        """The code tokens of codes `[n, K]`, as text and as vocabulary ids."""
+        books = np.arange(len(self.names))
+        return ["".join(names) for names in self.names[books, codes]], self.token_ids[books, codes].tolist()
 
 
 def token_names(kind: str, num_codebooks: int, codebook_size: int) -> np.ndarray:
