@@ -425,6 +425,30 @@ def test_the_codes_of_a_training_step_are_the_nearest_codewords_also_when_it_rev
     assert torch.equal(model.codewords(output.codes), used)
 
 
+@pytest.mark.parametrize(
+    "freeze", [lambda model: model.requires_grad_(False), lambda model: torch.set_grad_enabled(False)]
+)
+def test_a_frozen_codebook_does_not_move(freeze):
+    model = prepared(codebook_size=32).train()
+    before = model.space_id
+    try:
+        freeze(model)
+        for _ in range(200):
+            model(vectors()[:2])
+    finally:
+        torch.set_grad_enabled(True)
+    assert model.space_id == before
+
+
+@pytest.mark.parametrize("settings", [{}, {"residual": True, "codebook_dim": 6}])
+def test_codes_and_decoded_vectors_do_not_depend_on_the_precision_around_them(settings):
+    model, x = prepared(num_codebooks=6, codebook_size=32, **settings), vectors(200)
+    codes, decoded = model.encode(x), model.decode(model.encode(x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(model.encode(x), codes)
+        assert torch.equal(model.decode(codes), decoded)
+
+
 def test_an_unused_codeword_is_not_revived_before_its_record_has_decayed():
     model, x = prepared(mask_ratio=0.0).train(), vectors()
     model.codebooks.data[2, 7] = 1e6

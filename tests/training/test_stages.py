@@ -173,6 +173,28 @@ def interrupt_at(monkeypatch):
     return interrupt
 
 
+@pytest.mark.parametrize(
+    ("stage", "name"),
+    [
+        ("lightgcn", "collaborative model"),
+        ("fism", "collaborative model"),
+        ("mq", "item MQ-Tokenizer"),
+        ("retrieval", "T5 retrieval"),
+        ("history", "T5 retrieval"),
+    ],
+)
+def test_a_learning_rate_that_breaks_a_model_is_named(run_stage, tmp_path, monkeypatch, stage, name):
+    for settings in ("COLLABORATIVE", "MQ_TOKENIZER", "RETRIEVAL"):
+        values = globals()[settings]
+        broken = changed(values, training={**values.training, "learning_rate": 1e38})
+        monkeypatch.setitem(globals(), settings, broken)
+    options = {"settings": globals()["RETRIEVAL"]} if name == "T5 retrieval" else {}
+    with pytest.raises(
+        ValueError, match=rf"{name} are not finite after step \d+, with the learning rate 1e\+38; lower it"
+    ):
+        run_stage(stage, tmp_path, **options)
+
+
 @pytest.fixture
 def scripted_metrics(monkeypatch):
     """Validation results that are given, evaluation after evaluation, also across resumptions."""

@@ -446,7 +446,8 @@ class HistoryEncoder:
         items = self.items.rows([item for history in histories for item in history])
         inside = items >= 0
         row, item, age = (torch.from_numpy(array[inside]) for array in (rows, items, ages))
-        with torch.no_grad():
+        # The vectors are stored and encoded: they must not depend on the precision that the caller computes in.
+        with torch.no_grad(), torch.autocast(self.model.device.type, enabled=False):
             vectors = self.model.history_vectors(row, item, age, len(sizes))
         return vectors, np.bincount(rows[inside], minlength=len(sizes)) > 0
 

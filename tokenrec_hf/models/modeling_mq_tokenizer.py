@@ -98,7 +98,9 @@ class MQTokenizerModel(PreTrainedModel):
             ValueError: wrong shape, or a value that is not finite.
         """
         parts = self.checked(vectors).split(ENCODE_CHUNK)
-        return torch.cat([self.quantise(self.standardise(part))[1] for part in parts])
+        # Codes identify: they must not depend on the precision that the caller computes in.
+        with torch.autocast(self.mean.device.type, enabled=False):
+            return torch.cat([self.quantise(self.standardise(part))[1] for part in parts])
 
     @torch.no_grad()
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
@@ -112,7 +114,8 @@ class MQTokenizerModel(PreTrainedModel):
             raise ValueError(f"codes have shape {tuple(codes.shape)} but the MQ-Tokenizer expects [n, {count}].")
         if len(codes) and (codes.min() < 0 or codes.max() >= size):
             raise ValueError(f"codes must be in [0, {size}) but range from {int(codes.min())} to {int(codes.max())}.")
-        return self.mean + self.scale * self.decoder(self._combined(self.codewords(codes)))
+        with torch.autocast(self.mean.device.type, enabled=False):
+            return self.mean + self.scale * self.decoder(self._combined(self.codewords(codes)))
 
     def summands(self) -> torch.Tensor:
         """The contribution of each codeword to a decoded vector, `[K, L, d]`: `decode` returns the sum over the codes.
@@ -175,7 +178,7 @@ class MQTokenizerModel(PreTrainedModel):
         """
         x = self.standardise(vectors)
         outputs, codes = self.quantise(self.mask(x) if self.training else x)  # a: [B, K, d_c], w: [B, K]
-        if self.training and self.config.revive_dead:
+        if self.training and self.config.revive_dead and torch.is_grad_enabled() and self.codebooks.requires_grad:
             self._revive_dead(outputs.detach(), codes)
         words = self.codewords(codes)  # c: [B, K, d_c]
         # Straight-through estimator: the decoder reads the codewords, its gradient goes to the encoder outputs.

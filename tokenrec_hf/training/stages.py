@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 import torch
@@ -52,6 +52,8 @@ from .recipe import (
 )
 
 SELECT_BY = "ndcg@20"
+# Steps between two looks at whether all weights are finite; every evaluation and checkpoint looks too.
+CHECK_EVERY = 50
 # Weights of T5's part beside the collaborative vectors that are tried on validation besides 0, with at most so many users.
 HISTORY_WEIGHTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0)
 WEIGHING_USERS = 4096
@@ -109,7 +111,7 @@ class StopAt(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """A progress bar with the stage's name and its latest evaluation."""
+    """A progress bar with the stage's name and its latest evaluation, and an end to a training that went wrong."""
 
     def __init__(self, name: str, shown: Sequence[str]):
         self.name, self.shown = name, shown
@@ -118,9 +120,21 @@ class Progress(TrainerCallback):
         """Opens the bar at the first step of this process."""
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.name, unit="step", mininterval=1.0)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: object, **__: object) -> None:
-        """Advances the bar."""
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Advances the bar.
+
+        Raises:
+            ValueError: a weight is not finite.
+        """
         self.bar.update(state.global_step - self.bar.n)
+        is_looked_at = control.should_evaluate or control.should_save or control.should_training_stop
+        if is_looked_at or state.global_step % CHECK_EVERY == 0:
+            if not all(bool(torch.isfinite(weights).all()) for weights in kwargs["model"].parameters()):
+                self.bar.close()
+                raise ValueError(
+                    f"the weights of the {self.name} are not finite after step {state.global_step}, with the learning rate "
+                    f"{args.learning_rate:g}; lower it, or look for vectors of very different sizes."
+                )
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, *_: object, **__: object) -> None:
         """Shows the latest metrics."""
