@@ -23,20 +23,29 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 MAX_ID_LENGTH = 256
-# Half of a surrogate pair is no Unicode text.
-_ID = re.compile(rf"[^\s\ud800-\udfff]{{1,{MAX_ID_LENGTH}}}")
+# White space, control and format characters (categories Cc and Cf), which cannot be seen; half of a surrogate pair is no text.
+_NOT_IN_IDS = (
+    r"\s\x00-\x1f\x7f-\x9f\xad\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064"
+    r"\u2066-\u206f\ufeff\ufff9-\ufffb\U000110bd\U000110cd\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"
+    r"\U000e0001\U000e0020-\U000e007f\ud800-\udfff"
+)
+_ID = re.compile(rf"[^{_NOT_IN_IDS}]{{1,{MAX_ID_LENGTH}}}")
+_UNSEEN = re.compile(rf"[{_NOT_IN_IDS}]")
 
 
 def check_ids(ids: Iterable[str], kind: str = "id") -> list[str]:
     """Returns `ids` as a list of strings after checking each of them.
 
     Raises:
-        ValueError: an id is empty, longer than 256 characters, contains white space, or is not Unicode text.
+        ValueError: an id is empty, longer than 256 characters, contains white space, control or format characters, or is not
+            Unicode text.
     """
     checked = [str(name) for name in ids]
     for name in checked:
         if not _ID.fullmatch(name):
-            problem = "contains white space" if re.search(r"\s", name) else "is not Unicode text"
+            problem = "contains white space" if re.search(r"\s", name) else "contains a control or format character"
+            if re.search("[\ud800-\udfff]", name):
+                problem = "is not Unicode text"
             if not 1 <= len(name) <= MAX_ID_LENGTH:
                 problem = f"has {len(name)} characters, more than {MAX_ID_LENGTH}" if name else "is empty"
             raise ValueError(
@@ -117,10 +126,15 @@ class IdIndex:
         Raises:
             ValueError: the arrays do not fit together.
         """
-        blob, offsets = arrays["blob"].tobytes(), arrays["offsets"].tolist()
-        if not offsets or offsets[0] != 0 or offsets[-1] != len(blob) or (np.diff(arrays["offsets"]) < 1).any():
+        blob, bounds = arrays["blob"].tobytes(), arrays["offsets"]
+        offsets = bounds.tolist()
+        is_whole = bounds.ndim == 1 and bounds.dtype.kind == "i" and bool(offsets)
+        if not is_whole or offsets[0] != 0 or offsets[-1] != len(blob) or (np.diff(bounds) < 1).any():
             raise ValueError("the id table is damaged: its offsets do not fit its text.")
-        return cls._of([blob[start:end].decode() for start, end in zip(offsets, offsets[1:])])
+        index = cls._of([blob[start:end].decode() for start, end in zip(offsets, offsets[1:])])
+        # Much faster than to check one id after the other, which finds what is wrong.
+        is_fine = not _UNSEEN.search(blob.decode()) and np.diff(bounds).max(initial=0) <= MAX_ID_LENGTH
+        return index if is_fine and len(index._positions()) == len(index) else cls(index._ids)
 
     def __getstate__(self) -> dict[str, list[str]]:
         # `datasets` takes fingerprints of pickles, and looking ids up must not change them.
@@ -313,7 +327,15 @@ def damage_named(path: str | os.PathLike, advice: str) -> Iterator[None]:
     """Turns an error about the content of a file into a ValueError that names the file and says what to do."""
     try:
         yield
-    except (SafetensorError, LookupError, TypeError, AttributeError, ValueError) as error:
+    except (
+        SafetensorError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise ValueError(f"{path} is damaged ({error}); {advice}.") from error
 
 

@@ -8,6 +8,9 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, T5Config
 
+# Beyond these a configuration is damaged; a model of it would fill any memory.
+MOST_WIDTH, MOST_LAYERS, MOST_NUMBERS = 1 << 20, 1 << 10, 1 << 36
+
 
 def _require(config: PreTrainedConfig, allowed: str, holds: Callable[[Any], bool], *names: str) -> None:
     """Raises ValueError for a field that is not as `allowed`; fields that are None are skipped."""
@@ -152,6 +155,8 @@ class MQTokenizerConfig(PreTrainedConfig):
             self.codebook_dim = self.embedding_dim
         sizes = ("embedding_dim", "num_codebooks", "codebook_size", "codebook_dim", "hidden_dim")
         _require(self, "at least 1", lambda value: value >= 1, *sizes)
+        numbers = self.num_codebooks * self.codebook_size * self.codebook_dim
+        _require(self, "smaller, or the codebooks fill any memory", lambda _: numbers <= MOST_NUMBERS, "codebook_size")
         _require(self, "at least 0", lambda value: value >= 0, "commitment_weight")
         _require(self, "between 0 and 1", lambda value: 0 <= value <= 1, "mask_ratio")
 
@@ -202,7 +207,17 @@ class T5GenerativeRetrievalConfig(T5Config):
             self.projection_dim = 2 * self.d_model
         super().__post_init__(**kwargs)
         losses = ("cosine_ranking", "softmax")
-        _require(self, "at least 1", lambda value: value >= 1, "embedding_dim")
+        widths = ("embedding_dim", "projection_dim", "d_model", "d_kv", "d_ff", "num_heads")
+        _require(self, f"from 1 to {MOST_WIDTH}", lambda value: 1 <= value <= MOST_WIDTH, *widths)
+        _require(
+            self,
+            f"from 1 to {MOST_LAYERS}",
+            lambda value: 1 <= value <= MOST_LAYERS,
+            "num_layers",
+            "num_decoder_layers",
+        )
+        numbers = self.vocab_size * self.d_model
+        _require(self, "smaller, or the embeddings fill any memory", lambda _: numbers <= MOST_NUMBERS, "vocab_size")
         _require(self, "at least 0", lambda value: value >= 0, "history_weight")
         _require(self, "above 0", lambda value: value > 0, "temperature")
         _require(self, "'decoder' or 'history'", lambda value: value in ("decoder", "history"), "pooling")

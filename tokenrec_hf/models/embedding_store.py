@@ -542,9 +542,13 @@ class EmbeddingStore(Store):
         index = IdIndex.from_arrays(arrays)
         if vectors.dtype != torch.float32 or vectors.shape != (len(index), self.embedding_dim):
             raise ValueError(f"there are no {len(index)} float32 {kind} vectors of {self.embedding_dim} dimensions")
+        if (row := _first_not_finite(vectors)) is not None:
+            raise ValueError(f"the vector of {kind} {index[row]!r} holds NaN or an infinity")
         self._index[check_kind(kind)], self._vectors[kind] = index, vectors
         if kind == "item":
             known = json.loads(arrays["metadata"].tobytes())
+            if not all(row.isdecimal() for row in known):
+                raise ValueError("the metadata do not name items by their rows")
             self._metadata = ItemMetadata([{}] * len(index))
             self._metadata.set(list(map(int, known)), check_metadata(list(known.values()), len(known)))
         else:
@@ -650,7 +654,8 @@ class Ragged:
 
     def is_valid(self, bound: int) -> bool:
         """Whether the arrays fit together, with all values in `[0, bound)`."""
-        starts_at_0 = len(self.indptr) > 0 and self.indptr[0] == 0 and self.indptr[-1] == len(self.values)
+        is_whole = self.indptr.ndim == self.values.ndim == 1 and self.indptr.dtype == np.int64
+        starts_at_0 = is_whole and len(self.indptr) > 0 and self.indptr[0] == 0 and self.indptr[-1] == len(self.values)
         in_range = self.values.min(initial=0) >= 0 and self.values.max(initial=-1) < bound
         return bool(starts_at_0 and (self.lengths >= 0).all() and in_range)
 

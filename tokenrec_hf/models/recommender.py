@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from .codes import RepositoryFolder, check_repository, fetch_repository
+from .codes import RepositoryFolder, check_repository, damage_named, fetch_repository, read_json
+from .configuration_tokenrec import T5GenerativeRetrievalConfig
 from .embedding_store import EmbeddingStore, Store
 from .modeling_collaborative import HistoryEncoder, collaborative_class, load_collaborative
 from .modeling_t5_retrieval import T5ForGenerativeRetrieval
@@ -36,14 +37,18 @@ def load_model(folder: str | os.PathLike) -> T5ForGenerativeRetrieval:
     """Loads the T5 of a trained repository.
 
     Raises:
-        ValueError: the weights are damaged.
+        ValueError: the configuration or the weights are damaged.
     """
+    advice = "restore it from a copy or train again"
+    read_json(Path(folder) / "config.json")
+    with damage_named(Path(folder) / "config.json", advice):
+        config = T5GenerativeRetrievalConfig.from_pretrained(folder)
     try:
-        return T5ForGenerativeRetrieval.from_pretrained(folder)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{Path(folder) / 'model.safetensors'} is damaged ({error}); restore it from a copy or train again."
-        ) from None
+        return T5ForGenerativeRetrieval.from_pretrained(folder, config=config)
+    except (SafetensorError, RuntimeError) as error:
+        # The report of transformers about weights of another size comes before its error.
+        reason = " ".join(str(error).split()) if isinstance(error, SafetensorError) else "it does not fit config.json"
+        raise ValueError(f"{Path(folder) / 'model.safetensors'} is damaged ({reason}); {advice}.") from None
 
 
 def load_history_encoder(folder: str | os.PathLike) -> HistoryEncoder | None:

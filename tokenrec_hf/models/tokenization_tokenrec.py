@@ -14,13 +14,14 @@ import threading
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, zip_longest
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 from tokenizers import Tokenizer
 from transformers import BatchEncoding, TokenizersBackend
 
-from .codes import MAX_ID_LENGTH, MQ_FOLDERS, CodeTable, IdIndex, check_ids, load_tables, save_tables
+from .codes import MAX_ID_LENGTH, MQ_FOLDERS, CodeTable, IdIndex, check_ids, load_tables, read_json, save_tables
 from .prompts import PromptTemplate
 
 if TYPE_CHECKING:
@@ -109,10 +110,17 @@ class TokenRecTokenizer(TokenizersBackend):
         if on_unknown not in ("error", "keep"):
             raise ValueError(f"on_unknown is {on_unknown!r}; it must be 'error' or 'keep'.")
         # transformers saves the attributes that are named like arguments of `super().__init__`.
-        self.codebooks = {kind: list(codebooks[kind]) for kind in LETTERS}
+        self.codebooks = {kind: list(codebooks[kind]) for kind in LETTERS if kind in codebooks}
         self.space_ids, self.on_unknown = dict(space_ids or {}), on_unknown
         self._transient = _Transient()
         super().__init__(*args, codebooks=self.codebooks, space_ids=self.space_ids, on_unknown=on_unknown, **kwargs)
+        for kind in LETTERS:
+            sizes = self.codebooks.get(kind, [])
+            if len(sizes) != 2 or not all(type(size) is int and 1 <= size <= len(self) for size in sizes):
+                raise ValueError(
+                    f"the codebooks of {kind}s are {str(sizes):.80} but must be their number and their size, which the vocabulary of "
+                    f"{len(self)} tokens has code tokens for; load the files of one save together."
+                )
         self._vocabularies = {
             kind: _CodeVocabulary(kind, self.backend_tokenizer, *self.codebooks[kind]) for kind in LETTERS
         }
@@ -122,8 +130,20 @@ class TokenRecTokenizer(TokenizersBackend):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> TokenRecTokenizer:
-        """Loads the tokenizer as every other one and records the revision, which is also that of the MQ-Tokenizers."""
-        tokenizer = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        """Loads the tokenizer as every other one and records the revision, which is also that of the MQ-Tokenizers.
+
+        Raises:
+            ValueError: a file is damaged.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        try:
+            tokenizer = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except Exception:
+            # The message of a parser does not say which file it parsed.
+            for path in (folder / "tokenizer_config.json", folder / cls.vocab_files_names["tokenizer_file"]):
+                if path.is_file():
+                    read_json(path)
+            raise
         tokenizer._revision = kwargs.get("revision")
         return tokenizer
 

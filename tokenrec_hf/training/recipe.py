@@ -274,7 +274,7 @@ def _read(path: Path) -> dict[str, Setting]:
         raise FileNotFoundError(f"there is no recipe file {path}; check --config.")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold settings as `name: value` lines; see a recipe.yaml that training wrote.")
