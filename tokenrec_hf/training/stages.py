@@ -128,13 +128,14 @@ class Progress(TrainerCallback):
         """
         self.bar.update(state.global_step - self.bar.n)
         is_looked_at = control.should_evaluate or control.should_save or control.should_training_stop
-        if is_looked_at or state.global_step % CHECK_EVERY == 0:
-            if not all(bool(torch.isfinite(weights).all()) for weights in kwargs["model"].parameters()):
-                self.bar.close()
-                raise ValueError(
-                    f"the weights of the {self.name} are not finite after step {state.global_step}, with the learning rate "
-                    f"{args.learning_rate:g}; lower it, or look for vectors of very different sizes."
-                )
+        if not is_looked_at and state.global_step % CHECK_EVERY:
+            return
+        if not all(bool(torch.isfinite(weights).all()) for weights in kwargs["model"].parameters()):
+            self.bar.close()
+            raise ValueError(
+                f"the weights of the {self.name} are not finite after step {state.global_step}, with the learning rate "
+                f"{args.learning_rate:g}; lower it, or look for vectors of very different sizes."
+            )
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, *_: object, **__: object) -> None:
         """Shows the latest metrics."""
