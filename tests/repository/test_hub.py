@@ -58,7 +58,15 @@ print(json.dumps([dict(zip(users, way.recommend(users, top_k=5))) for way in (on
 
 
 def test_a_push_is_one_commit_of_what_a_repository_holds(hub, repository):
-    (repository / "notes.txt").write_text("mine")
+    strays = [
+        "credentials.json",
+        "notes.txt",
+        "private.py",
+        "store/items-0000000000000000.safetensors",
+        "store/my.json",
+    ]
+    for name in strays:
+        (repository / name).write_text("mine")
     address = Repository(repository).push_to_hub(NAME, include_users=True)
     pushed = hub.repositories["model", NAME]
     assert pushed.messages == ["initial commit", "Upload TokenRec recommender"]
@@ -73,8 +81,30 @@ def test_a_push_is_one_commit_of_what_a_repository_holds(hub, repository):
         "mq_item/config.json",
     } <= set(files)
     assert {"store/store.json", "collaborative/model.safetensors"} <= set(files)
-    assert "notes.txt" not in files
+    assert not set(strays) & set(files)
+    assert "mine" not in files.values()
     assert not any(path.startswith("training/") for path in files)
+
+
+def test_the_command_names_the_files_that_it_leaves_out(hub, repository, capsys):
+    (repository / "credentials.json").write_text("{}")
+    assert main(["push", str(repository), NAME]) == 0
+    assert "not uploaded: credentials.json." in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "store/store.json", "mq_item/model.safetensors"])
+def test_a_link_to_a_file_elsewhere_is_not_pushed(hub, repository, tmp_path, name):
+    (repository / name).rename(tmp_path / "secret")
+    (repository / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match=r"is a link to .*secret, outside the repository"):
+        Repository(repository).push_to_hub(NAME)
+    assert ("model", NAME) not in hub.repositories or set(hub.files(NAME)) <= {".gitattributes"}
+
+
+def test_what_was_downloaded_can_be_pushed_again(hub, repository):
+    Repository(repository).push_to_hub(NAME)
+    Repository.from_pretrained(NAME).push_to_hub("tester/again")
+    assert set(hub.files("tester/again")) == set(hub.files(NAME))
 
 
 def test_nothing_of_users_is_pushed_unless_asked(hub, repository):
@@ -95,7 +125,7 @@ def test_a_repository_without_users_recommends_to_histories(hub, repository):
     recommender = Recommender.from_pretrained(NAME)
     assert recommender.store.count("user") == 0
     assert recommender.store.ids("item") == EmbeddingStore.open(repository).ids("item")
-    with pytest.raises(KeyError, match="names user 'u001', which is unknown to this tokenizer"):
+    with pytest.raises(KeyError, match="user 'u001' is unknown to this tokenizer"):
         recommender.recommend(["u001"])
     from transformers import pipeline
 

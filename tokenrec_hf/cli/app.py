@@ -405,12 +405,13 @@ def push(
     Data of users (ids, vectors, seen items, codes, the collaborative model) are personal. They stay on this machine unless
     --include-users is given.
     """
+    from ..repository.hub import strays
     from ..repository.repository import Repository
 
     commit = Repository(repository).push_to_hub(
         repo_id, private=private or None, revision=revision, include_users=include_users
     )
-    return {"repository": repo_id, "commit": commit, "users": include_users}
+    return {"repository": repo_id, "commit": commit, "users": include_users, "left_out": strays(Path(repository))}
 
 
 @_command("tokenrec info out", show=output.show_info)

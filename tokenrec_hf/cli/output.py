@@ -110,6 +110,8 @@ def show_push(document: Document) -> Blocks:
     yield document["commit"]
     if not document["users"]:
         yield "Users are left out: recommend to histories, or push with --include-users."
+    if document["left_out"]:
+        yield f"These files are not part of the repository and were not uploaded: {', '.join(document['left_out'])}."
     yield f"Try: tokenrec info {document['repository']}"
 
 

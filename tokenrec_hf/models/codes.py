@@ -360,7 +360,7 @@ MQ_FOLDERS = {"user": "mq_user", "item": "mq_item"}
 MANIFEST = "store.json"
 # Files without which a folder is not a trained repository.
 REQUIRED = ("config.json", "tokenizer.json", "codes.safetensors", f"{STORE_FOLDER}/{MANIFEST}", "model.safetensors")
-# The files of a trained repository; other files in its folder, such as checkpoints, are ignored.
+# The files of a trained repository that are downloaded.
 CONTENT = (
     *("*.json", "*.safetensors", "*.py", "README.md", "recipe.yaml", f"{STORE_FOLDER}/*"),
     *(f"{folder}/*" for folder in MQ_FOLDERS.values()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -9,12 +10,36 @@ from pathlib import Path
 import numpy as np
 from huggingface_hub import HfApi
 
-from ..models.codes import CONTENT, WITH_USERS, RepositoryFolder, check_repository, forget_ids, hub_errors
+from .. import models
+from ..models.codes import (
+    COLLABORATIVE,
+    MANIFEST,
+    MQ_FOLDERS,
+    STORE_FOLDER,
+    RepositoryFolder,
+    check_repository,
+    forget_ids,
+    hub_errors,
+    read_json,
+)
 from ..models.embedding_store import EmbeddingStore
 from ..models.modeling_collaborative import save_collaborative
 from ..models.recommender import load_history_encoder
 from .card import write_model_card
 from .repository import Repository
+
+_CODE = {path.name for path in Path(models.__path__[0]).glob("[!_]*.py")}
+_MODEL = {"config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json"} | _CODE
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+# The files of each folder that are shared, besides parts of large weights and the data files of the store.
+_SHARED = {
+    "": _MODEL
+    | {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "codes.safetensors"}
+    | {"README.md", "metrics.json", "additions.json", "recipe.yaml"},
+    STORE_FOLDER: {MANIFEST},
+    COLLABORATIVE: _MODEL | {"ids.safetensors"},
+    **dict.fromkeys(MQ_FOLDERS.values(), _MODEL),
+}
 
 
 def push(
@@ -32,7 +57,8 @@ def push(
     An interrupted push leaves the Hub repository as it was.
 
     Args:
-        repository: a finished repository; its folder `training` is not uploaded.
+        repository: a finished repository. Only its own files are uploaded, not its folder `training` and not the files that
+            [`strays`] names.
         repo_id: `name` or `organisation/name`; created if absent.
         private: whether a created repository is private; by default the setting of the organisation.
         revision: the branch, created if absent; by default the main branch.
@@ -69,15 +95,47 @@ def push(
     return str(commit.commit_url)
 
 
+def strays(folder: Path) -> list[str]:
+    """The files beside those of a trained repository, in the same folders; they are not uploaded."""
+    shared = set(_shared_files(folder))
+    found = (
+        path for part in _SHARED for path in (folder / part).glob("[!.]*") if path.is_file() and path not in shared
+    )
+    return sorted(path.relative_to(folder).as_posix() for path in found)
+
+
+def _shared_files(folder: Path) -> list[Path]:
+    """The files of a trained repository that may be uploaded.
+
+    Raises:
+        ValueError: one of them is a link to a file elsewhere, which an upload would take along.
+    """
+    data = {entry["file"] for entry in read_json(folder / STORE_FOLDER / MANIFEST)["files"].values()}
+    names = _SHARED | {STORE_FOLDER: {MANIFEST} | data}
+    paths = [
+        path
+        for part, known in names.items()
+        for path in sorted((folder / part).glob("*"))
+        if path.is_file() and (path.name in known or (_SHARD.fullmatch(path.name) and part != STORE_FOLDER))
+    ]
+    # In the cache of the Hub's client, the files of a snapshot are links into the folder `blobs` of its repository.
+    allowed = (folder.resolve(), folder.resolve().parents[1] / "blobs" if len(folder.resolve().parts) > 2 else folder)
+    for path in paths:
+        if not any(path.resolve().is_relative_to(place) for place in allowed):
+            raise ValueError(
+                f"{path} is a link to {path.resolve()}, outside the repository; replace it by a file of its own."
+            )
+    return paths
+
+
 def copy_shared(folder: Path, target: Path, include_users: bool) -> None:
     """Copies the shared files of a trained repository, without its users unless asked for."""
     source, copied = RepositoryFolder(folder), RepositoryFolder(target)
-    for pattern in (*CONTENT, *WITH_USERS * include_users):
-        for path in folder.glob(pattern):
-            if path.is_file():
-                copy = target / path.relative_to(folder)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, copy)
+    for path in _shared_files(folder):
+        copy = target / path.relative_to(folder)
+        if include_users or copy.parent != copied.collaborative:
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
     if not include_users:
         shutil.rmtree(copied.store)
         EmbeddingStore.open(source.store).save_pretrained(copied.store, include_users=False)

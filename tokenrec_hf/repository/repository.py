@@ -63,7 +63,8 @@ class Repository:
             raise FileNotFoundError(
                 f"there is no folder {folder}; train one with `tokenrec train --output_dir {folder}`."
             )
-        if (self.parts.committed).is_dir():
+        if self.parts.committed.is_dir():
+            self._check_links()
             with FileLock(self.folder / LOCK):
                 self._finish()
 
@@ -275,6 +276,7 @@ class Repository:
         Raises:
             ValueError: another process is changing the repository.
         """
+        self._check_links()
         lock, staged = FileLock(self.folder / LOCK), self.folder / STAGED
         try:
             lock.acquire(timeout=0)
@@ -295,6 +297,27 @@ class Repository:
         finally:
             shutil.rmtree(staged, ignore_errors=True)
             lock.release()
+
+    def _check_links(self) -> None:
+        """Makes sure that a change stays inside the folder.
+
+        Raises:
+            ValueError: a folder of the repository, or a file that a change writes, is a link.
+        """
+        changed = (
+            self.parts.committed,
+            self.folder / STAGED,
+            self.folder / LOCK,
+            self.parts.training,
+            self.interactions,
+        )
+        folders = (self.parts.store, self.parts.collaborative, *map(self.parts.mq, MQ_FOLDERS))
+        for path in (*changed, *folders, *self.parts.committed.rglob("*")):
+            if path.is_symlink():
+                raise ValueError(
+                    f"{path} is a link to {path.resolve()}, so a change would reach outside the repository; replace it by what it "
+                    "links to."
+                )
 
     def _finish(self) -> None:
         """Drops an uncommitted change and completes a committed one."""
