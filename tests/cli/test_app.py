@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -39,7 +40,8 @@ def assert_fails(capsys, *argv, says, status=1):
     assert says in last
     assert "Traceback" not in err
     if status == 1:
-        assert len(err.splitlines()) == 1
+        notes = err.splitlines()[:-1]
+        assert all("columns separated by" in line or "are kept" in line for line in notes)
 
 
 @pytest.fixture
@@ -238,6 +240,59 @@ def test_the_table_is_read_by_the_columns_named_and_recorded_without_its_folder(
     assert splits["train"]["item_id"][:] == ["m1", "m2"] * 5
     assert splits["test"]["item_id"][:] == ["m4"] * 5
     assert trained_with["dataset_name"] == "table.csv"
+
+
+def test_training_says_how_the_file_was_read(capsys, trained_with, tmp_path):
+    path = tmp_path / "ratings.dat"
+    path.write_text("".join(f"{user}::{item}::4::{978300000 + item}\n" for user in range(3) for item in range(5)))
+    status, _, err = run(capsys, "train", "--dataset", path, "--output_dir", tmp_path / "out")
+    said = " ".join(err.split())
+    assert status == 0 and "separated by '::', without a header; users from column '1'" in said
+    assert "15 rows; 3 users, 5 items and 15 interactions are kept" in said
+
+
+def test_items_get_titles_from_a_table(capsys, repository, tmp_path):
+    """At `add` and at `train`; tables and JSON show the titles, `--where` filters by any column."""
+    items = Repository(repository).recommender().store.ids("item")
+    rows = [f"{item};Film {number};{number % 7};{'old' if number % 2 else ''}" for number, item in enumerate(items)]
+    table = tmp_path / "films.csv"
+    table.write_text("\n".join(["item_id;title;shelf no;kind", *rows, "not-there;Nothing;3;old"]) + "\n")
+    added = document(capsys, "add", repository, "--item_metadata", table)
+    assert added["described"] == len(items) and added["items"] == added["items_changed"] == 0
+    found = document(capsys, "recommend", repository, "--user", "u001", "--where", "shelf_no=3", "kind=old")
+    titles = dict(zip(items, (row.split(";")[1] for row in rows)))
+    assert found["recommendations"]
+    for row in found["recommendations"]:
+        assert row["title"] == titles[row["item"]]
+        number = items.index(row["item"])
+        assert number % 7 == 3 and number % 2
+    first = found["recommendations"][0]
+    assert first["title"] in run(capsys, "recommend", repository, "--user", "u001", "--where", "shelf_no=3")[1]
+    similar = document(capsys, "similar", repository, "--item", items[0])["items"][0]
+    assert similar["title"] == "Film 0" and similar["similar"][0]["title"].startswith("Film ")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("name,title\na,b\n", "has no column of item ids; its columns are 'name', 'title'. Call it id or item_id."),
+        ("item_id,a b,a-b\n1,2,3\n", "has two columns of one name"),
+        (None, "there is no file"),
+    ],
+)
+def test_a_table_of_items_that_cannot_be_used_is_refused(capsys, repository, tmp_path, content, says):
+    path = tmp_path / "items.csv"
+    if content:
+        path.write_text(content)
+    assert_fails(capsys, "add", repository, "--item_metadata", path, says=says)
+
+
+def test_interactions_are_added_by_the_columns_named(capsys, repository, csv):
+    items = Repository(repository).recommender().store.ids("item")
+    csv.write_text(re.sub(r",m(\d)", lambda match: f",{items[int(match[1])]}", csv.read_text()))
+    columns = ("--user_column", "person", "--item_column", "movie")
+    added = document(capsys, "add", repository, "--interactions", csv, *columns)
+    assert added["users"] == 5
 
 
 def test_a_folder_named_like_a_data_set_is_not_that_data_set(capsys, trained_with, tmp_path):
@@ -621,7 +676,7 @@ def test_new_users_and_items_are_added_shown_recommended_and_removed(capsys, rep
     assert document(capsys, "remove", repository, "--users", "newbie", "--items", "nova")["users"] == 1
     found = document(capsys, "recommend", repository, "--user", other, "--top-k", "400")
     assert "nova" not in [row["item"] for row in found["recommendations"]]
-    assert_fails(capsys, "recommend", repository, "--user", "newbie", says="'newbie', which is unknown")
+    assert_fails(capsys, "recommend", repository, "--user", "newbie", says="user 'newbie' is unknown")
     assert (repository / "model.safetensors").read_bytes() == weights
 
 

@@ -202,10 +202,6 @@ def test_only_the_needed_columns_have_to_be_utf8(tmp_path):
     path = tmp_path / "a.csv"
     path.write_bytes("user_id,item_id,title\nu,i,Café\n".encode("latin-1"))
     assert tuples(load_interactions(path)) == [("u", "i")]
-    for encoding, user in (("latin-1", "Zoë"), ("utf-16", "u")):
-        path.write_bytes(f"user_id,item_id\n{user},i\n".encode(encoding))
-        with pytest.raises(ValueError, match=r"a\.csv is not UTF-8 text .*; save it as UTF-8"):
-            load_interactions(path)
 
 
 @pytest.mark.parametrize("dates", [["2024-05-17", "2024-05-16"], ["2024-05-17T00:00:00Z", "2024-05-16 00:00:00Z"]])
@@ -413,7 +409,7 @@ def test_an_error_in_a_folder_is_named(write, tmp_path, train, test, sentence):
         ("user_id,item_id\n1,2\n1,2,3\n", {}, r"a\.csv cannot be read: .*Expected 2 fields in line 3, saw 3"),
         ("user_id,item_id\n1,2,3\n1,2,3\n", {}, r"a\.csv cannot be read: row 1 has more fields than the 2 columns"),
         ("user_id,item_id,time\n1,2,3\n1\n", {}, r"a\.csv: 1 of 2 rows have no item id, the first of them row 2"),
-        ("user_id;item_id\n1;2\n", {}, r"a\.csv has a single column, 'user_id;item_id'; separate its columns by ','"),
+        ("user_id/item_id\n1/2\n", {}, r"a\.csv has a single column, 'user_id/item_id'; separate its columns by ','"),
         ('user_id,item_id\n1,"2\n', {}, r"a\.csv cannot be read"),
         ("user_id,item_id\n1,2\n", {"min_rating": 4}, r"min_rating=4 needs ratings, but .*a\.csv has no rating column"),
         (
@@ -466,7 +462,7 @@ def test_an_error_in_a_dataset_is_named(columns, sentence):
         ("a.jsonl", '{"user_id": true, "item_id": 2}\n{"user_id": "x", "item_id": 2}\n', r"a\.jsonl cannot be read"),
         ("a.jsonl", "\n", r"a\.jsonl is empty"),
         ("a.parquet", "user_id", r"a\.parquet cannot be read"),
-        ("a.xlsx", "user_id", r"a\.xlsx has an unknown file extension; give a \.csv"),
+        ("a.xlsx", "user_id", r"a\.xlsx has an unknown file extension; give a text file"),
         ("a.csv.gz", "user_id,item_id\n", r"a\.csv\.gz cannot be unpacked"),
     ],
 )
@@ -482,9 +478,10 @@ def test_an_unknown_name_is_answered_with_the_known_ones():
         load_interactions("movielens")
 
 
-def test_a_dataset_dict_is_refused():
-    with pytest.raises(TypeError, match="one datasets.Dataset, not from a DatasetDict"):
-        load_interactions(DatasetDict(train=Dataset.from_dict({"user_id": [1], "item_id": [1]})))
+def test_a_dataset_dict_of_several_splits_is_refused():
+    with pytest.raises(TypeError, match="a list of dicts, not from a DatasetDict of"):
+        split = Dataset.from_dict({"user_id": [1], "item_id": [1]})
+        load_interactions(DatasetDict(train=split, test=split))
 
 
 def test_splitting_needs_three_interactions_of_a_user_and_the_columns():

@@ -27,6 +27,7 @@ from . import output
 from .output import Blocks, Document, note, working
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from typer.core import TyperCommand
 
     from ..models.embedding_store import Store
@@ -50,6 +51,7 @@ URI = Annotated[
         help="Embedding store: a folder, a Milvus Lite .db, or http(s)://host:19530 with its token in MILVUS_TOKEN.",
     ),
 ]
+ITEM_METADATA = "Table of items, with their ids and a column title, or any others that `recommend --where` filters by."
 TopK = Annotated[int, Option(metavar="K", help="Number of items.")]
 Where = Annotated[
     list[str] | None,
@@ -211,6 +213,7 @@ def train(
     item_column: Annotated[str | None, Option("--item_column", help="Column of item ids.")] = None,
     rating_column: Annotated[str | None, Option("--rating_column", help="Column of ratings.")] = None,
     timestamp_column: Annotated[str | None, Option("--timestamp_column", help="Column of timestamps.")] = None,
+    item_metadata: Annotated[str | None, Option("--item_metadata", metavar="FILE", help=ITEM_METADATA)] = None,
     settings: Annotated[list[str] | None, Argument(metavar="--SETTING VALUE", help="Any other setting.")] = None,
 ) -> Document:
     """Train a recommender, or resume the same command where it was stopped.
@@ -230,24 +233,17 @@ def train(
         if any(one.startswith(error.setting) or error.setting.startswith(one) for one in ("recipe", *given)):
             raise UsageError(str(error)) from None
         raise
+    metadata = _item_metadata(item_metadata)
     # Imports torch; missing files have been reported by now.
-    from ..data.interactions import load_interactions
     from ..data.splits import leave_one_out
     from ..repository import build
 
     _quiet()
-    splits = leave_one_out(
-        load_interactions(
-            dataset,
-            user_column=user_column,
-            item_column=item_column,
-            rating_column=rating_column,
-            timestamp_column=timestamp_column,
-            min_rating=min_rating,
-            k_core=k_core,
-        )
-    )
+    columns = _columns(user_column, item_column, rating_column, timestamp_column)
+    splits = leave_one_out(_interactions(dataset, **columns, min_rating=min_rating, k_core=k_core))
     trained = build.train(splits, loaded, output_dir, dataset_name=name, refit=not no_refit, log=note)
+    if metadata:
+        note(f"{trained.add(metadata=metadata)['described']} items are described by {item_metadata}.")
     return {"repository": output_dir, **trained.metrics}
 
 
@@ -330,8 +326,10 @@ def similar(
     return {
         "repository": repository,
         "items": [
-            {"item": one, "tokens": tokens, "title": titles.get(one), "similar": _ranked(recommender, titles, rows)}
-            for one, tokens, rows in zip(item, _tokens(recommender, "item", item), found)
+            {"item": one, "tokens": tokens, "title": title, "similar": _ranked(recommender, titles, rows)}
+            for one, tokens, title, rows in zip(
+                item, _tokens(recommender, "item", item), _titled(recommender, titles, item), found
+            )
         ],
     }
 
@@ -347,6 +345,11 @@ def add(
     items: Annotated[str | None, Option(metavar="FILE", help="Parquet file with vectors of items.")] = None,
     interactions: Annotated[str | None, Option(help="New interactions, as `train --dataset` reads them.")] = None,
     retrain: Annotated[bool, Option("--retrain", help="Train the collaborative model further.")] = False,
+    item_metadata: Annotated[str | None, Option("--item_metadata", metavar="FILE", help=ITEM_METADATA)] = None,
+    user_column: Annotated[str | None, Option("--user_column", help="Column of user ids.")] = None,
+    item_column: Annotated[str | None, Option("--item_column", help="Column of item ids.")] = None,
+    rating_column: Annotated[str | None, Option("--rating_column", help="Column of ratings.")] = None,
+    timestamp_column: Annotated[str | None, Option("--timestamp_column", help="Column of timestamps.")] = None,
 ) -> Document:
     """Add users and items to a trained repository without training T5 again.
 
@@ -355,10 +358,13 @@ def add(
     vectors of the further trained collaborative model are aligned with the old space. If the command fails, the repository is
     unchanged.
     """
-    if not (users or items or interactions or retrain):
-        raise UsageError("there is nothing to add; give --users, --items, --interactions or --retrain.")
+    if not (users or items or interactions or item_metadata or retrain):
+        raise UsageError(
+            "there is nothing to add; give --users, --items, --interactions, --item_metadata or --retrain."
+        )
     opened = _open_local(repository)
-    from ..data.interactions import load_interactions
+    metadata = _item_metadata(item_metadata)
+    columns = _columns(user_column, item_column, rating_column, timestamp_column)
     from ..repository.update import read_vectors
 
     _quiet()
@@ -367,7 +373,8 @@ def add(
         report = opened.add(
             users=read_vectors(users, "user") if users else None,
             items=read_vectors(items, "item") if items else None,
-            interactions=load_interactions(interactions) if interactions else None,
+            interactions=_interactions(interactions, **columns) if interactions else None,
+            metadata=metadata,
             retrain=retrain,
         )
     return {"repository": repository, **report, "seconds": round(time.monotonic() - started, 2)}
@@ -405,12 +412,13 @@ def push(
     Data of users (ids, vectors, seen items, codes, the collaborative model) are personal. They stay on this machine unless
     --include-users is given.
     """
-    from ..repository.hub import strays
     from ..repository.repository import Repository
 
     commit = Repository(repository).push_to_hub(
         repo_id, private=private or None, revision=revision, include_users=include_users
     )
+    from ..repository.hub import strays
+
     return {"repository": repo_id, "commit": commit, "users": include_users, "left_out": strays(Path(repository))}
 
 
@@ -482,6 +490,41 @@ def read_where(pairs: Iterable[str]) -> dict[str, list[Scalar]]:
             raise UsageError(f"--where {pair} is not NAME=VALUE.")
         where.setdefault(name, []).append(read_scalar(value))
     return where
+
+
+def _columns(user: str | None, item: str | None, rating: str | None, timestamp: str | None) -> dict[str, str | None]:
+    """The columns of interactions, as `load_interactions` names them."""
+    return {"user_column": user, "item_column": item, "rating_column": rating, "timestamp_column": timestamp}
+
+
+def _interactions(source: str, **options: Any) -> Dataset:
+    """Reads interactions, and says on stderr how the file was read."""
+    import logging
+
+    from ..data.interactions import load_interactions
+
+    handler = logging.Handler()
+    handler.emit = lambda record: note(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("tokenrec_hf.data")
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        return load_interactions(source, **options)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+def _item_metadata(path: str | None) -> dict[str, dict[str, Any]] | None:
+    """The metadata of items in a file, by id."""
+    if path is None:
+        return None
+    from ..data.reading import read_items
+
+    return dict(zip(*read_items(path)))
 
 
 def _dataset_name(dataset: str) -> str:
@@ -560,11 +603,18 @@ def _recommendations(
 
 def _ranked(recommender: Recommender, titles: dict[str, str], found: Found) -> list[Document]:
     """Items with rank, tokens and title."""
-    tokens = _tokens(recommender, "item", [row["item"] for row in found])
+    items = [row["item"] for row in found]
+    named = _titled(recommender, titles, items)
     return [
-        {"rank": rank, **row, "tokens": code, "title": titles.get(row["item"])}
-        for rank, (row, code) in enumerate(zip(found, tokens), 1)
+        {"rank": rank, **row, "tokens": code, "title": title}
+        for rank, (row, code, title) in enumerate(zip(found, _tokens(recommender, "item", items), named), 1)
     ]
+
+
+def _titled(recommender: Recommender, titles: dict[str, str], items: Sequence[str]) -> list[str | None]:
+    """The title of each item: its metadata `title`, or that of a known data set."""
+    described = recommender.store.metadata(items)
+    return [str(own["title"]) if "title" in own else titles.get(item) for item, own in zip(items, described)]
 
 
 def _tokens(recommender: Recommender, kind: str, ids: Sequence[str]) -> list[str]:

@@ -119,7 +119,7 @@ def show_addition(document: Document) -> Blocks:
     """The number of added users and items, and the reconstruction errors of their codes."""
     counts = (
         "{users} users and {items} items are new, {users_changed} users and {items_changed} items have new vectors, "
-        "{interactions} interactions were recorded ({seconds:.1f} s)."
+        "{interactions} interactions were recorded, {described} items have new metadata ({seconds:.1f} s)."
     ).format(**document)
     errors = document["reconstruction_error"].items()
     lost = (f"The codes of these {kind}s lose {error:.1%} of the variance." for kind, error in errors)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 
 from ..models.codes import check_ids
 from .demo import demo_interactions
@@ -29,7 +31,7 @@ _TIMES = [pa.timestamp(unit, zone) for unit in ("us", "ns") for zone in (None, "
 
 
 def load_interactions(
-    source: str | os.PathLike | Dataset | IterableDataset,
+    source: Any,
     *,
     user_column: str | None = None,
     item_column: str | None = None,
@@ -49,11 +51,15 @@ def load_interactions(
               [`~named_datasets.locate`];
             - a folder with `train.txt`, a line `user item item ...` for each user in time order, and optionally
               `test.txt`, the same lines with one more item at the end;
-            - a CSV, TSV, JSON-lines (`.jsonl`, `.json`) or atomic `.inter` file in UTF-8 (each also with `.gz`), or a
-              Parquet file;
+            - a text file with columns, a JSON file (`.jsonl`, `.json`: a line an object, or an array), or a Parquet file.
+              The separator (`,`, tab, `;`, `|`, `::` or a space), a header, and the encoding (UTF-8, UTF-16, else Latin-1)
+              are found from the content. The file may be packed (`.gz`, `.bz2`, `.xz`, `.zst`, `.zip`);
+            - a folder of such files, which are read in the order of their names;
             - `hf://datasets/organisation/name`, a data set on the Hub (its split `train`), optionally with `@revision`;
-            - a `datasets.Dataset`, or an `IterableDataset` (streaming). Only the needed columns are kept.
-        user_column: the column of user ids; by default found by its name (`user_id`, `userID`, `reviewerID`, ...).
+            - a `datasets.Dataset`, an `IterableDataset` (streaming), a `DatasetDict` of one split, a data frame (pandas,
+              polars), a table of Arrow, or a list of dicts. Only the needed columns are kept.
+        user_column: the column of user ids; by default found by its name (`user_id`, `userID`, `reviewerID`, ...). In a file
+            without header, its number, from 1; by default users, items, ratings and times are taken to come in this order.
         item_column: the column of item ids; by default found by its name (`item_id`, `asin`, `movieId`, ...).
         rating_column: the column of ratings; by default found by its name (`rating`, `overall`, `score`, ...).
         timestamp_column: the column of times, numbers or ISO 8601 dates; by default found by its name (`timestamp`,
@@ -85,23 +91,34 @@ def load_interactions(
     # A prepared folder is taken as it is. An owner's file is prepared like the paper's data.
     standard = known.k_core if known and isinstance(raw, RawFile) and not raw.path.is_dir() else 1
     interactions = _clean(table, origin, min_rating, k_core or standard)
-    if known and min_rating is None and k_core is None:
-        found = len(interactions.unique("user_id")), len(interactions.unique("item_id")), len(interactions)
-        if found != known.counts:
-            text = "%s gives %d users, %d items and %d interactions, but %s is known to have %d, %d and %d."
-            logger.warning(text, origin, *found, known.name, *known.counts)
+    counts = len(interactions.unique("user_id")), len(interactions.unique("item_id")), len(interactions)
+    if isinstance(raw, RawFile):
+        text = "%s: %d rows; %d users, %d items and %d interactions are kept."
+        logger.info(text, origin, table.num_rows, *counts)
+    if known and min_rating is None and k_core is None and counts != known.counts:
+        text = "%s gives %d users, %d items and %d interactions, but %s is known to have %d, %d and %d."
+        logger.warning(text, origin, *counts, known.name, *known.counts)
     return interactions
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _find(source: str | os.PathLike | Dataset | IterableDataset) -> RawFile | Dataset | IterableDataset:
+def _find(source: Any) -> RawFile | Dataset | IterableDataset:
     if isinstance(source, (Dataset, IterableDataset)):
         return source
+    if isinstance(source, pd.DataFrame):
+        return Dataset.from_pandas(source, preserve_index=False)
+    if isinstance(source, pa.Table) or hasattr(source, "to_arrow"):  # a table of Arrow, or a frame of polars
+        return Dataset(source if isinstance(source, pa.Table) else source.to_arrow())
+    if isinstance(source, list) and source and all(isinstance(row, dict) for row in source):
+        return Dataset.from_list(source)
+    if isinstance(source, DatasetDict) and len(source) == 1:
+        return next(iter(source.values()))
     if not isinstance(source, (str, os.PathLike)):
+        found = f"a {type(source).__name__}" + f" of {', '.join(source)}" * isinstance(source, DatasetDict)
         raise TypeError(
-            f"interactions come from a name, a path or one datasets.Dataset, not from a {type(source).__name__}."
+            f"interactions come from a name, a path, one datasets.Dataset, a data frame or a list of dicts, not from {found}."
         )
     if source == "demo":
         return demo_interactions()
@@ -178,6 +195,8 @@ def _ids(column: pa.ChunkedArray, kind: str, origin: str) -> tuple[np.ndarray, p
         column = column.cast(pa.int64())
     if not (pa.types.is_integer(column.type) or _is_text(column.type)):
         raise ValueError(f"{origin}: the {kind}s are of type {column.type}; ids are text or whole numbers.")
+    if _is_text(column.type):
+        column = pc.utf8_trim_whitespace(column)
     codes, values = encode_column(column)
     values = values.cast(pa.string())
     if pc.all(pc.match_substring_regex(values, r"^-?\d+\.0$")).as_py():

@@ -1,38 +1,60 @@
 """Tables of interactions from files and data sets, in Arrow.
 
-Delimited and JSON-lines files are read by pandas, with ids always as text. Parquet files and data sets stay in Arrow. The
-values are not checked here; the cleaning is in `interactions.py`.
+Delimited and JSON files are read by pandas, with ids always as text. Parquet files and data sets stay in Arrow. How a delimited
+file is laid out (separator, header, encoding) is found from its first lines. The values are not checked here; the cleaning is in
+`interactions.py`.
 """
 
 from __future__ import annotations
 
+import bz2
+import codecs
 import csv
 import gzip
 import io
 import json
+import logging
+import lzma
+import os
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pa_parquet
 from datasets import Dataset, IterableDataset
 
+logger = logging.getLogger(__name__)
+
 # Common column names in order of preference, in small letters and without other characters than letters and digits.
 _ALIASES = {
-    "user": ("userid", "user", "uid", "reviewerid", "customerid", "visitorid"),
-    "item": ("itemid", "item", "iid", "asin", "movieid", "artistid", "productid", "parentasin"),
-    "rating": ("rating", "overall", "score", "weight"),
+    "user": ("userid", "user", "uid", "reviewerid", "customerid", "visitorid", "sessionid"),
+    "item": (
+        *("itemid", "item", "iid", "parentasin", "asin", "movieid", "artistid", "productid", "businessid", "bookid"),
+        *("trackid", "songid", "articleid", "gmapid"),
+    ),
+    "rating": ("rating", "overall", "score", "stars", "weight"),
     "timestamp": ("timestamp", "time", "unixtimestamp", "unixreviewtime", "unixtime", "datetime", "date"),
 }
 _DELIMITERS = {".csv": ",", ".tsv": "\t", ".inter": "\t"}
+# Separators that are looked for, where the file extension does not tell or is wrong.
+_SEPARATORS = ("::", "\t", ";", "|", ",", " ")
+_PACKED: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": lambda path: pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"),
+}
+_NOT_TEXT = (".xlsx", ".xls", ".pkl", ".pickle", ".npy", ".npz", ".feather", ".arrow", ".db", ".sqlite", ".h5", ".hdf5")
+# Bytes and lines that the layout of a file is found from.
+_HEAD, _HEAD_LINES = 1 << 16, 50
 # Rows read at once. Columns that are not needed are dropped before the next rows are read.
 _BATCH_ROWS = 20_000
 
@@ -58,8 +80,26 @@ class RawFile:
 
     @property
     def suffix(self) -> str:
-        """The file extension in small letters, without `.gz`: `.csv` for `log.csv.gz`."""
-        return Path(self.path.name.removesuffix(".gz")).suffix.lower()
+        """The file extension in small letters, without that of the packing: `.csv` for `log.csv.gz`."""
+        path = Path(self._inside or self.path.name)
+        return Path(path.stem if path.suffix.lower() in _PACKED else path.name).suffix.lower()
+
+    @property
+    def _inside(self) -> str | None:
+        """The file in a zip archive.
+
+        Raises:
+            ValueError: it is not said which of several.
+        """
+        if self.member or self.path.suffix.lower() != ".zip" or not zipfile.is_zipfile(self.path):
+            return self.member
+        with zipfile.ZipFile(self.path) as archive:
+            names = [name for name in archive.namelist() if not name.endswith("/") and not name.startswith("__MACOSX")]
+        if len(names) != 1:
+            raise ValueError(
+                f"{self.path} holds {len(names)} files ({quoted(names[:5])}); unpack it and give one of them."
+            )
+        return names[0]
 
     @contextmanager
     def open(self) -> Iterator[IO[bytes]]:
@@ -69,14 +109,37 @@ class RawFile:
             ValueError: the archive is damaged or lacks the member.
         """
         try:
-            if self.member:
-                with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as member:
+            if inside := self._inside:
+                with zipfile.ZipFile(self.path) as archive, archive.open(inside) as member:
                     yield member
             else:
-                with gzip.open(self.path) if self.path.suffix == ".gz" else self.path.open("rb") as stream:
-                    yield cast(IO[bytes], stream)
-        except (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError, KeyError) as error:
+                with _PACKED.get(self.path.suffix.lower(), Path.open)(self.path, *self._mode) as stream:
+                    yield cast(IO[bytes], io.BytesIO(stream.read()) if isinstance(stream, pa.NativeFile) else stream)
+        except (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError, KeyError) as error:
             raise ValueError(f"{self} cannot be unpacked ({error}); delete it and fetch it again.") from error
+
+    @property
+    def _mode(self) -> tuple[str, ...]:
+        return () if self.path.suffix.lower() == ".zst" else ("rb",)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How a delimited file is laid out.
+
+    Args:
+        delimiter: the separator of columns.
+        encoding: of the text.
+        has_header: whether the first line names the columns.
+        names: the names of the columns; their numbers, from 1, if there is no header.
+        rows: the fields of the first lines, without the header.
+    """
+
+    delimiter: str
+    encoding: str
+    has_header: bool
+    names: list[str]
+    rows: list[list[str]]
 
 
 def read_table(source: RawFile | Dataset | IterableDataset, asked: Mapping[str, str | None], origin: str) -> pa.Table:
@@ -100,11 +163,13 @@ def read_table(source: RawFile | Dataset | IterableDataset, asked: Mapping[str, 
         table = arrow[:] if isinstance(arrow, Dataset) else pa.concat_tables(arrow.iter(batch_size=_BATCH_ROWS))
         return pa.table({role: table[name] for role, name in chosen.items()})
     if source.path.is_dir():
-        return _read_sequences(source.path)
-    delimiter = source.delimiter or _DELIMITERS.get(source.suffix)
+        parts = [path for path in sorted(source.path.glob("[!._]*")) if path.is_file()]
+        if {"train.txt", "test.txt"} & {path.name for path in parts} or not parts:
+            return _read_sequences(source.path)
+        return pa.concat_tables(
+            [read_table(RawFile(path), asked, str(path)) for path in parts], promote_options="permissive"
+        )
     try:
-        if delimiter:
-            return _read_delimited(source, delimiter, asked)
         if source.suffix in (".jsonl", ".json"):
             return _read_json(source, asked)
         if source.suffix == ".parquet":
@@ -112,14 +177,68 @@ def read_table(source: RawFile | Dataset | IterableDataset, asked: Mapping[str, 
             chosen = _choose_columns(file.schema_arrow.names, asked, origin)
             table = file.read(columns=list(chosen.values()))
             return pa.table({role: table[name] for role, name in chosen.items()})
+        if source.suffix not in _NOT_TEXT:
+            return _read_delimited(source, asked)
     except UnicodeError as error:
         raise ValueError(f"{origin} is not UTF-8 text ({error}); save it as UTF-8.") from error
     except (pa.ArrowException, pd.errors.ParserError) as error:
         raise ValueError(f"{origin} cannot be read: {str(error).strip()}") from error
     raise ValueError(
-        f"{origin} has an unknown file extension; give a .csv, .tsv, .jsonl, .json, .inter or .parquet file, or a folder "
-        "with train.txt."
+        f"{origin} has an unknown file extension; give a text file with columns, a .jsonl, .json or .parquet file, or a folder "
+        "with such files or train.txt."
     )
+
+
+def read_items(path: str | os.PathLike) -> tuple[list[str], list[dict[str, Any]]]:
+    """Reads a table of items: a column of ids, and others that describe them, such as `title`.
+
+    Args:
+        path: a text file with columns and a header, a JSON-lines or a Parquet file.
+
+    Returns:
+        The ids, and for each item its values by name, without missing ones. Names are made of letters, digits and underscores.
+        A column of numbers has numbers, another one text.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file cannot be read, has no column of ids, or two columns have one name.
+    """
+    raw = RawFile(Path(path))
+    if not raw.path.is_file():
+        raise FileNotFoundError(f"there is no file {path}; give a table with a column of item ids.")
+    if raw.suffix == ".parquet":
+        frame = pa_parquet.read_table(raw.path).to_pandas()
+    elif raw.suffix in (".jsonl", ".json"):
+        with raw.open() as stream:
+            text = io.TextIOWrapper(stream, encoding="utf-8-sig")
+            filled = [(number, line) for number, line in enumerate(_one_a_line(text, raw), 1) if line.strip()]
+        frame = pd.DataFrame(_objects(filled, raw))
+    else:
+        layout = _layout(raw, dict.fromkeys(_ALIASES))
+        places = dict(zip(layout.names, range(len(layout.names))))
+        try:
+            table = _read_columns(raw, layout, places, layout.encoding)
+        except UnicodeError:
+            table = _read_columns(raw, layout, places, "latin-1")
+        frame = table.to_pandas()
+    columns = [str(name) for name in frame.columns]
+    found = _match_columns(columns, {**dict.fromkeys(_ALIASES), "item": "id" if "id" in columns else None}).get("item")
+    if found is None:
+        raise ValueError(f"{path} has no column of item ids; its columns are {quoted(columns)}. Call it id or item_id.")
+    ids = [str(_as_text(value)) for value in frame.pop(found)]
+    names = [re.sub(r"\W", "_", str(name).split(":")[0], flags=re.ASCII)[:64] for name in frame.columns]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{path} has two columns of one name, as {quoted(sorted(names))} shows; rename one.")
+    described: dict[str, list[Any]] = {}
+    for name, (_, column) in zip(names, frame.items()):
+        numbers = pd.to_numeric(column, errors="coerce") if column.dtype != bool else column
+        is_numeric = numbers.notna().equals(column.notna())
+        described[name] = [
+            None if pd.isna(value) else value if isinstance(value, (bool, int, float, str)) else str(value)
+            for value in (numbers if is_numeric else column).tolist()
+        ]
+    rows = [dict(zip(described, values)) for values in zip(*described.values())] if described else [{} for _ in ids]
+    return ids, [{name: value for name, value in row.items() if value is not None} for row in rows]
 
 
 def quoted(names: Sequence[str]) -> str:
@@ -165,29 +284,143 @@ def _lines(path: Path) -> list[list[str]]:
     return [line.split() for line in lines] if lines != [""] else []
 
 
-def _read_delimited(raw: RawFile, delimiter: str, asked: Mapping[str, str | None]) -> pa.Table:
+def _layout(raw: RawFile, asked: Mapping[str, str | None]) -> _Layout:
+    """Finds the layout of a delimited file from its first lines.
+
+    Raises:
+        ValueError: the file is empty, is no text, or has a single column.
+    """
     with raw.open() as stream:
-        names = list(raw.columns or next(csv.reader([stream.readline().decode("utf-8-sig")], delimiter=delimiter), []))
-        if len(names) == 1:
-            raise ValueError(f"{raw} has a single column, {names[0]!r}; separate its columns by {delimiter!r}.")
-        chosen = {role: names.index(name) for role, name in _choose_columns(names, asked, str(raw)).items()}
-        stream.seek(0)  # so that errors count lines from the start
+        head = stream.read(_HEAD)
+    encoding = "utf-16" if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    if encoding != "utf-16" and b"\0" in head:
+        raise ValueError(f"{raw} is no text file; give a text file with columns, or a .parquet file.")
+    text = head.decode(encoding, errors="surrogateescape" if encoding == "utf-8-sig" else "ignore")
+    lines = text.splitlines()[: _HEAD_LINES + 1]
+    # The last line may be cut.
+    lines = [line for line in (lines[:-1] if len(head) == _HEAD and len(lines) > 1 else lines) if line.strip()]
+    if not lines:
+        raise ValueError(f"{raw} is empty.")
+    usual = raw.delimiter or _DELIMITERS.get(raw.suffix)
+    delimiter = usual if usual and _fields(lines, usual) else None
+    if delimiter is None:
+        possible = {one: fields for one in _SEPARATORS if (fields := _fields(lines, one))}
+        delimiter = max(possible, key=lambda one: (len(possible[one][0]), one != " "), default=None)
+    if delimiter is None:
+        first = next(csv.reader([lines[0]], delimiter=usual if usual and len(usual) == 1 else ","))
+        if len(first) > 1:
+            delimiter = usual or ","
+        else:
+            raise ValueError(f"{raw} has a single column, {lines[0][:80]!r}; separate its columns by {usual or ','!r}.")
+    rows = _split(lines, delimiter)
+    if raw.columns:
+        return _Layout(delimiter, encoding, False, list(raw.columns), rows)
+    has_header = raw.suffix == ".inter" or _is_header(rows[0], rows[1:], asked)
+    names = rows[0] if has_header else [str(number) for number in range(1, len(rows[0]) + 1)]
+    return _Layout(delimiter, encoding, has_header, names, rows[has_header:])
+
+
+def _split(lines: Sequence[str], delimiter: str) -> list[list[str]]:
+    if len(delimiter) > 1:
+        return [line.split(delimiter) for line in lines]
+    return [row for row in csv.reader(lines, delimiter=delimiter, skipinitialspace=True) if row]
+
+
+def _fields(lines: Sequence[str], delimiter: str) -> list[list[str]]:
+    """The fields of all lines, if a separator gives every line as many, at least two; else none."""
+    rows = _split(lines, delimiter)
+    return rows if len(rows[0]) > 1 and {len(row) for row in rows} == {len(rows[0])} else []
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"\s*[-+]?(\d+([.,]\d*)?|[.,]\d+)([eE][-+]?\d+)?\s*", text) is not None
+
+
+def _is_header(first: Sequence[str], rows: Sequence[Sequence[str]], asked: Mapping[str, str | None]) -> bool:
+    """Whether the first line of a file names the columns."""
+    wanted = [name for name in asked.values() if name is not None]
+    if set(wanted) & set(first) or {"user", "item"} <= set(_match_columns(first, dict.fromkeys(_ALIASES))):
+        return True
+    numeric = [
+        place for place in range(len(first)) if rows and all(_is_number(row[place]) for row in rows if place < len(row))
+    ]
+    if any(not _is_number(first[place]) for place in numeric):
+        return True
+    # Of text alone, nothing tells names from values, but who gives a number knows that there are no names.
+    return not numeric and not any(name.isdecimal() for name in wanted)
+
+
+def _without_header(layout: _Layout, asked: Mapping[str, str | None]) -> dict[str, str | None]:
+    """The columns of a file without header that are not asked for, in the usual order: user, item, rating, time."""
+    chosen = dict(asked)
+    taken = {name for name in asked.values() if name}
+    for role in ("user", "item"):
+        if chosen[role] is None:
+            chosen[role] = next((name for name in layout.names if name not in taken), None)
+            taken.add(str(chosen[role]))
+    for place, name in enumerate(layout.names):
+        values = [row[place] for row in layout.rows if place < len(row)]
+        if name in taken or not values or not all(map(_is_number, values)):
+            continue
+        numbers = [float(value.replace(",", ".")) for value in values]
+        kind = "timestamp" if min(numbers) > 1e8 else "rating" if max(numbers) <= 100 else None
+        if kind and chosen[kind] is None:
+            chosen[kind] = name
+            taken.add(name)
+    return chosen
+
+
+def _read_delimited(raw: RawFile, asked: Mapping[str, str | None]) -> pa.Table:
+    layout = _layout(raw, asked)
+    names = layout.names
+    # A number stands for a column, unless a column has that name.
+    asked = {
+        role: names[int(name) - 1]
+        if name and name not in names and name.isdecimal() and 0 < int(name) <= len(names)
+        else name
+        for role, name in asked.items()
+    }
+    if not layout.has_header and not raw.columns:
+        asked = _without_header(layout, asked)
+    by_name = _choose_columns(names, asked, str(raw))
+    logger.info(
+        "%s: columns separated by %r, %s; %s.",
+        raw,
+        layout.delimiter,
+        "with a header" if layout.has_header else "without a header",
+        ", ".join(f"{role}s from column {name!r}" for role, name in by_name.items()),
+    )
+    chosen = {role: names.index(name) for role, name in by_name.items()}
+    try:
+        return _read_columns(raw, layout, chosen, layout.encoding)
+    except UnicodeError:
+        logger.warning("%s is not UTF-8 text and is read as Latin-1; if names look wrong, save it as UTF-8.", raw)
+        return _read_columns(raw, layout, chosen, "latin-1")
+
+
+def _read_columns(raw: RawFile, layout: _Layout, chosen: Mapping[str, int], encoding: str) -> pa.Table:
+    """The columns at these places, as text."""
+    delimiter = layout.delimiter
+    with raw.open() as packed:
+        stream: Any = packed
         if delimiter == "::":  # pandas is fast with a single character only
-            stream, delimiter = io.BytesIO(stream.read().replace(b"::", b"\t")), "\t"
+            stream, delimiter = io.BytesIO(packed.read().replace(b"::", b"\t")), "\t"
         try:
             chunks = pd.read_csv(
                 stream,
                 sep=delimiter,
                 header=None,
-                skiprows=0 if raw.columns else 1,
-                names=range(len(names)),
+                skiprows=int(layout.has_header),
+                names=range(len(layout.names)),
                 # "007" is not 7, and "NA" is an id. An empty field is missing.
                 dtype=object,
                 keep_default_na=False,
                 na_values=[""],
                 quoting=csv.QUOTE_NONE if raw.suffix == ".inter" else csv.QUOTE_MINIMAL,
+                skipinitialspace=True,
+                encoding=encoding,
                 # Columns that are not needed may be in any encoding.
-                encoding_errors="surrogateescape",
+                encoding_errors="surrogateescape" if encoding == "utf-8-sig" else "strict",
                 chunksize=_BATCH_ROWS,
             )
         except pd.errors.EmptyDataError:
@@ -196,7 +429,7 @@ def _read_delimited(raw: RawFile, delimiter: str, asked: Mapping[str, str | None
         for chunk in chunks:
             # pandas takes surplus fields of the first row for an index.
             if not isinstance(chunk.index, pd.RangeIndex):
-                raise ValueError(f"{raw} cannot be read: row 1 has more fields than the {len(names)} columns.")
+                raise ValueError(f"{raw} cannot be read: row 1 has more fields than the {len(layout.names)} columns.")
             tables.append(pa.table({role: pa.array(chunk[place], pa.string()) for role, place in chosen.items()}))
     return pa.concat_tables(tables)
 
@@ -205,7 +438,8 @@ def _read_json(raw: RawFile, asked: Mapping[str, str | None]) -> pa.Table:
     names: dict[str, None] = {}
     frames = []
     with raw.open() as stream:
-        lines = enumerate(io.TextIOWrapper(stream, encoding="utf-8-sig"), 1)
+        text = io.TextIOWrapper(stream, encoding="utf-8-sig")
+        lines = enumerate(_one_a_line(text, raw), 1)
         filled = ((number, line) for number, line in lines if line.strip())
         while batch := list(islice(filled, _BATCH_ROWS)):
             frame = pd.DataFrame(_objects(batch, raw))
@@ -218,6 +452,20 @@ def _read_json(raw: RawFile, asked: Mapping[str, str | None]) -> pa.Table:
         role: frame[name].map(_as_text) if frame[name].dtype == object else frame[name] for role, name in chosen.items()
     }
     return pa.table({role: pa.array(column, from_pandas=True) for role, column in columns.items()})
+
+
+def _one_a_line(text: IO[str], raw: RawFile) -> Iterator[str]:
+    """The lines of a JSON-lines file, or the entries of a JSON array as lines."""
+    first = next((line for line in text if line.strip()), "")
+    if not first.lstrip().startswith("["):
+        return chain([first], text)
+    try:
+        found = json.loads(first + text.read())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{raw} is not valid JSON ({error}).") from error
+    if not all(isinstance(entry, dict) for entry in found):
+        raise ValueError(f"{raw} must hold one JSON object on each line, but line 1 is a list.")
+    return map(json.dumps, found)
 
 
 def _objects(batch: Sequence[tuple[int, str]], raw: RawFile) -> list[dict[str, object]]:
@@ -270,6 +518,6 @@ def _choose_columns(names: Sequence[str], asked: Mapping[str, str | None], origi
         if role not in chosen and role in ("user", "item"):
             raise ValueError(
                 f"{origin} has no {role} column with a common name; its columns are {quoted(names)}. "
-                f"Name the right one by {role}_column."
+                f"Name the right one by {role}_column, or give its number, from 1, if the file has no header."
             )
     return chosen

@@ -144,12 +144,13 @@ class Repository:
         users: NewVectors | None = None,
         items: NewVectors | None = None,
         interactions: Dataset | None = None,
+        metadata: Mapping[str, Mapping[str, Any]] | None = None,
         retrain: bool = False,
     ) -> dict[str, Any]:
-        """Adds users, items and interactions; see [`~update.add`]."""
+        """Adds users, items and interactions, and metadata of items; see [`~update.add`]."""
         from .update import add
 
-        return add(self, users=users, items=items, interactions=interactions, retrain=retrain)
+        return add(self, users=users, items=items, interactions=interactions, metadata=metadata, retrain=retrain)
 
     def remove(self, users: Sequence[str] = (), items: Sequence[str] = ()) -> dict[str, int]:
         """Deletes users and withdraws items; see [`~update.remove`]."""

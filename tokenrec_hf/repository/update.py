@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -116,9 +116,10 @@ def add(
     users: NewVectors | None = None,
     items: NewVectors | None = None,
     interactions: Dataset | None = None,
+    metadata: Mapping[str, Mapping[str, Any]] | None = None,
     retrain: bool = False,
 ) -> dict[str, Any]:
-    """Adds users, items and interactions, or new vectors of known users and items.
+    """Adds users, items and interactions, new vectors of known users and items, or metadata of items.
 
     Args:
         repository: a finished repository.
@@ -127,12 +128,13 @@ def add(
         interactions: columns `user_id` and `item_id`, in time order. Cold-start users and items without given vectors are
             folded in; all interactions become seen items. Known ids keep their vectors. With FISM, every user of an
             interaction gets the vector of the whole history, and cold-start items count in histories from then on.
+        metadata: by item id, names and values, such as `{"title": "Alien"}`; items that are not in the store are ignored.
         retrain: continue the training of the collaborative model on all seen items, for a quarter of its epochs, and rotate
             the result into the old space; all vectors and codes change.
 
     Returns:
         The numbers of new `users` and `items`, of known ones with new vectors (`users_changed`, `items_changed`) and of new
-        `interactions`, and by kind the `reconstruction_error` of the codes of all these: the share of variance that is lost,
+        `interactions`, of items with new metadata (`described`), and by kind the `reconstruction_error` of the codes of all these: the share of variance that is lost,
         comparable to that of training.
 
     Raises:
@@ -162,6 +164,8 @@ def add(
             for kind, ids in found.items():
                 changed[kind] = list(dict.fromkeys([*changed.get(kind, ()), *ids]))
             recorded = _record(store, pairs)
+        described = [item for item in metadata or () if store.contains("item", [item])[0]]
+        store.set_metadata(described, [(metadata or {})[item] for item in described])
         if retrain:
             _retrain(space, staged)
             changed = {kind: store.ids(kind) for kind in KINDS}
@@ -173,6 +177,7 @@ def add(
         **{f"{kind}s": count for kind, count in added.items()},
         **{f"{kind}s_changed": len(changed.get(kind, ())) - count for kind, count in added.items()},
         "interactions": recorded,
+        "described": len(described),
         "reconstruction_error": errors,
     }
 

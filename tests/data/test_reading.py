@@ -1,0 +1,203 @@
+"""Files in the formats that people have: a table of how each is written, and that all of them give the same interactions."""
+
+import bz2
+import gzip
+import io
+import json
+import logging
+import lzma
+import zipfile
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pa_parquet
+import pytest
+from datasets import Dataset, DatasetDict
+
+from tokenrec_hf.data.interactions import load_interactions
+
+# User, item, rating, time.
+ROWS = [
+    ("7", "b1", "5", "978300760"),
+    ("9", "a2", "3", "978302109"),
+    ("7", "a2", "4", "978301968"),
+    ("9", "c3", "1", "978300275"),
+    ("7", "c3", "2", "978824291"),
+]
+CLEAN = [
+    ("7", "b1", 978300760),
+    ("7", "a2", 978301968),
+    ("7", "c3", 978824291),
+    ("9", "c3", 978300275),
+    ("9", "a2", 978302109),
+]
+HEADER = ("user_id", "item_id", "rating", "timestamp")
+
+
+def lines(delimiter, header=HEADER, rows=ROWS, end="\n"):
+    return end.join(delimiter.join(map(str, row)) for row in [*([header] if header else []), *rows]) + end
+
+
+def objects(header=HEADER, rows=ROWS):
+    return [dict(zip(header, row)) for row in rows]
+
+
+def zipped(**members):
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name.replace("_", "."), content)
+    return packed.getvalue()
+
+
+def parquet(rows=ROWS):
+    stream = io.BytesIO()
+    pa_parquet.write_table(pa.Table.from_pylist(objects(rows=rows)), stream)
+    return stream.getvalue()
+
+
+ZSTD = pa.compress(lines(",").encode(), codec="zstd", asbytes=True)
+YELP = ("review_id", "user_id", "business_id", "stars", "date")
+NUMBERS = {"user_column": "1", "item_column": "2", "rating_column": "3", "timestamp_column": "4"}
+# What it is, the name of the file, its content, and the options of `load_interactions`.
+TABLE = [
+    ("CSV", "a.csv", lines(","), {}),
+    ("CSV with line ends of Windows", "a.csv", lines(",", end="\r\n"), {}),
+    ("CSV with a byte order mark", "a.csv", lines(",").encode("utf-8-sig"), {}),
+    ("CSV in UTF-16", "a.csv", lines(",").encode("utf-16"), {}),
+    ("CSV with quotes", "a.csv", lines(",", rows=[[f'"{value}"' for value in row] for row in ROWS]), {}),
+    ("CSV with spaces after commas", "a.csv", lines(", "), {}),
+    ("CSV with spaces around ids", "a.csv", lines(",", rows=[(f"{u} ", f"{i} ", r, t) for u, i, r, t in ROWS]), {}),
+    ("CSV without a last line end", "a.csv", lines(",").rstrip(), {}),
+    ("CSV with a blank line", "a.csv", lines(",") + "\n\n", {}),
+    ("CSV with semicolons", "a.csv", lines(";"), {}),
+    ("CSV with decimal commas that are not needed", "a.csv", lines(";", rows=[(u, i, "5,5", t) for u, i, _, t in ROWS]).replace("rating", "note"), {}),
+    ("CSV with tabs", "a.csv", lines("\t"), {}),
+    ("CSV with bars", "a.csv", lines("|"), {}),
+    ("CSV without a header", "a.csv", lines(",", header=None), {}),
+    ("CSV without a header, columns by number", "a.csv", lines(",", header=None), NUMBERS),
+    ("CSV with a header, columns by number", "a.csv", lines(",", header=("who", "what", "stars!", "at")), NUMBERS),
+    ("CSV with names of its own", "a.csv", lines(",", header=("wer", "was", "wie", "wann")), {"user_column": "wer", "item_column": "was", "timestamp_column": "wann"}),
+    ("CSV with names in capitals", "a.csv", lines(",", header=("UserID", "ItemID", "Rating", "Timestamp")), {}),
+    ("CSV in another order", "a.csv", lines(",", header=HEADER[::-1], rows=[row[::-1] for row in ROWS]), {}),
+    ("TSV", "a.tsv", lines("\t"), {}),
+    ("TSV with commas", "a.tsv", lines(","), {}),
+    ("ratings.dat of MovieLens-1M", "ratings.dat", lines("::", header=None), {}),
+    ("u.data of MovieLens-100K", "u.data", lines("\t", header=None), {}),
+    ("ratings.csv of MovieLens-20M", "ratings.csv", lines(",", header=("userId", "movieId", "rating", "timestamp")), {}),
+    ("ratings of Amazon without a header", "ratings_Beauty.csv", lines(",", header=None), {}),
+    ("ratings of Amazon 2023", "Beauty.csv", lines(",", header=("user_id", "parent_asin", "rating", "timestamp")), {}),
+    ("reviews of Amazon", "reviews.json", "\n".join(json.dumps(dict(zip(("reviewerID", "asin", "overall", "unixReviewTime"), (u, i, float(r), int(t))))) for u, i, r, t in ROWS), {}),
+    ("reviews of Yelp", "review.json", "\n".join(json.dumps(dict(zip(YELP, ("x", u, i, r, pd.Timestamp(int(t), unit="s").isoformat(" "))))) for u, i, r, t in ROWS), {}),
+    ("events of RetailRocket", "events.csv", lines(",", header=("timestamp", "visitorid", "event", "itemid", "transactionid"), rows=[(t, u, "view", i, "") for u, i, _, t in ROWS]), {}),
+    ("atomic file of RecBole", "a.inter", lines("\t", header=("user_id:token", "item_id:token", "rating:float", "timestamp:float")), {}),
+    ("text with spaces", "a.txt", lines(" "), {}),
+    ("text with spaces, without a header", "a.txt", lines(" ", header=None), {}),
+    ("text with bars, without a header", "a.log", lines("|", header=None), {}),
+    ("a file without extension", "ratings", lines(","), {}),
+    ("JSON lines", "a.jsonl", "\n".join(map(json.dumps, objects())), {}),
+    ("a JSON array", "a.json", json.dumps(objects()), {}),
+    ("a JSON array over several lines", "a.json", json.dumps(objects(), indent=2), {}),
+    ("Parquet", "a.parquet", parquet(), {}),
+    ("gzip", "a.csv.gz", gzip.compress(lines(",").encode()), {}),
+    ("gzip of ratings.dat", "ratings.dat.gz", gzip.compress(lines("::", header=None).encode()), {}),
+    ("bzip2", "a.tsv.bz2", bz2.compress(lines("\t").encode()), {}),
+    ("xz", "a.csv.xz", lzma.compress(lines(",").encode()), {}),
+    ("Zstandard", "a.csv.zst", ZSTD, {}),
+    ("zip", "a.zip", zipped(a_csv=lines(",")), {}),
+    ("zip of JSON lines", "a.zip", zipped(a_jsonl="\n".join(map(json.dumps, objects()))), {}),
+    ("times in dates", "a.csv", lines(",", rows=[(u, i, r, pd.Timestamp(int(t), unit="s").isoformat()) for u, i, r, t in ROWS]), {}),
+]  # fmt: skip
+
+
+def tuples(dataset):
+    return list(zip(*dataset.select_columns(["user_id", "item_id", "timestamp"])[:].values()))
+
+
+@pytest.mark.parametrize(("name", "content", "options"), [pytest.param(*entry, id=what) for what, *entry in TABLE])
+def test_a_file_as_people_have_it_gives_the_interactions(tmp_path, name, content, options):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert tuples(load_interactions(path, **options)) == CLEAN
+
+
+def test_the_table_is_long():
+    assert len(TABLE) >= 40 and len({what for what, *_ in TABLE}) == len(TABLE)
+
+
+FRAME = pd.DataFrame(objects())
+OBJECTS = {
+    "a data frame": lambda: FRAME,
+    "a data frame with an index": lambda: FRAME.set_index(pd.Index([5, 6, 7, 8, 9])),
+    "a table of Arrow": lambda: pa.Table.from_pandas(FRAME),
+    "a list of dicts": objects,
+    "a dictionary of one split": lambda: DatasetDict({"train": Dataset.from_list(objects())}),
+    "a data set": lambda: Dataset.from_list(objects()),
+}
+
+
+@pytest.mark.parametrize("make", OBJECTS.values(), ids=OBJECTS)
+def test_an_object_as_people_have_it_gives_the_interactions(make):
+    assert tuples(load_interactions(make())) == CLEAN
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_a_folder_of_parts_is_one_table(tmp_path, suffix):
+    for number, rows in enumerate((ROWS[:2], ROWS[2:])):
+        content = {
+            ".csv": lines(",", rows=rows).encode(),
+            ".jsonl": "\n".join(map(json.dumps, objects(rows=rows))).encode(),
+            ".parquet": parquet(rows),
+        }[suffix]
+        (tmp_path / f"part-{number:05}{suffix}").write_bytes(content)
+    (tmp_path / "_SUCCESS").touch()
+    assert tuples(load_interactions(tmp_path)) == CLEAN
+
+
+def test_ids_in_latin_1_are_read_and_said_to_be(tmp_path, caplog):
+    path = tmp_path / "a.csv"
+    path.write_bytes("user_id,item_id\nZoë,café\nZoë,tea\n".encode("latin-1"))
+    assert load_interactions(path)["user_id"][:] == ["Zoë", "Zoë"]
+    assert "a.csv is not UTF-8 text and is read as Latin-1" in caplog.text
+
+
+def test_what_was_found_is_said(tmp_path, caplog):
+    path = tmp_path / "ratings.dat"
+    path.write_text(lines("::", header=None))
+    with caplog.at_level(logging.INFO, logger="tokenrec_hf"):
+        load_interactions(path)
+    assert "separated by '::', without a header; users from column '1', items from column '2'" in caplog.text
+    assert "timestamps from column '4'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.csv", b"", r"a\.csv is empty"),
+        ("a.csv", b"\n\n", r"a\.csv is empty"),
+        ("a.csv", b"user_id\n1\n", r"single column, 'user_id'"),
+        ("a.csv", b"alice,matrix\nbob,alien\n", r"no user column with a common name; .* give its number, from 1"),
+        ("a.csv", b"wer;was\n1;2\n", r"no user column with a common name; its columns are 'wer', 'was'"),
+        ("a.txt", b"what is this\nno table at all, as it seems\n", "columns"),
+        ("a.bin", bytes(range(256)), r"a\.bin is no text file"),
+        ("a.xlsx", b"PK", "unknown file extension"),
+        ("a.csv.gz", b"no gzip", "cannot be unpacked"),
+        ("a.csv.xz", b"no xz", "cannot be unpacked"),
+        ("a.zip", zipped(a_csv="1,2", b_csv="1,2"), r"holds 2 files \('a\.csv', 'b\.csv'\); unpack it"),
+        ("a.json", b"[1, 2", "is not valid JSON"),
+        ("a.json", b'[{"user_id": 1, "item_id": 2}, 3]', "one JSON object on each line"),
+    ],
+)
+def test_a_file_that_is_no_table_is_refused_in_a_sentence(tmp_path, name, content, says):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=says) as caught:
+        load_interactions(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_text_without_header_is_read_by_the_numbers_of_its_columns(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text("alice\tx\tmatrix\nbob\tx\talien\n")
+    found = load_interactions(path, user_column="1", item_column="3")
+    assert found[:] == {"user_id": ["alice", "bob"], "item_id": ["matrix", "alien"]}
