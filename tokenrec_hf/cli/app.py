@@ -280,6 +280,7 @@ def evaluate(
 
 @_command(
     "tokenrec recommend out --user 03 --history 08 24 --top-k 10",
+    "tokenrec recommend out --all-users --output recommendations.parquet",
     "tokenrec recommend org/name --history 08 24 --where genre=jazz genre=folk",
     show=output.show_recommendations,
 )
@@ -295,16 +296,38 @@ def recommend(
     where: Where = None,
     store: URI = None,
     revision: Revision = None,
+    all_users: Annotated[bool, Option("--all-users", help="All users of the repository; needs --output.")] = False,
+    users_file: Annotated[
+        str | None, Option("--users-file", metavar="FILE", help="Users, an id a line (- for stdin); needs --output.")
+    ] = None,
+    to: Annotated[
+        str | None, Option("--output", metavar="FILE", help="A .parquet, .csv or .jsonl file for several users.")
+    ] = None,
 ) -> Document:
-    """Recommend items to a user, or to an unknown user by a history.
+    """Recommend items to a user, to an unknown user by a history, or to many users into a file.
 
     With --user and an empty --history, the model is asked with the user id alone.
     """
     # `--history` without items is one empty value.
     shown = None if history is None else [item for item in history if item]
-    if user is None and not shown:
+    several = all_users or users_file is not None
+    if several and (user is not None or shown is not None or (all_users and users_file is not None)):
+        raise UsageError("give one of --user, --history, --all-users and --users-file; only a user may have a history.")
+    if several != (to is not None):
+        raise UsageError("--output goes with --all-users or --users-file, and these need it.")
+    if user is None and not shown and not several:
         raise UsageError("there is no user to recommend to; give --user, --history or both.")
     filters = read_where(where or ())
+    if to is not None:
+        users = None if users_file is None else _lines(users_file)
+        recommender, titles = _recommender(repository, revision, store)
+        from ..repository.export import export_recommendations
+
+        started = time.monotonic()
+        count = export_recommendations(
+            recommender, to, users, top_k=top_k, exclude_seen=not include_seen, where=filters, titles=titles
+        )
+        return {"output": to, "users": count, "seconds": round(time.monotonic() - started, 2)}
     recommender, titles = _recommender(repository, revision, store)
     found = recommender.recommend([user], [shown], top_k=top_k, exclude_seen=not include_seen, where=filters)[0]
     return _recommendations(recommender, titles, user, shown, found)
@@ -490,6 +513,14 @@ def read_where(pairs: Iterable[str]) -> dict[str, list[Scalar]]:
             raise UsageError(f"--where {pair} is not NAME=VALUE.")
         where.setdefault(name, []).append(read_scalar(value))
     return where
+
+
+def _lines(path: str) -> list[str]:
+    """The lines of a file, or of stdin, that are not blank."""
+    if path != "-" and not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}; give a file with an id on each line.")
+    text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _columns(user: str | None, item: str | None, rating: str | None, timestamp: str | None) -> dict[str, str | None]:

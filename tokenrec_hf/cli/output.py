@@ -91,7 +91,10 @@ def show_evaluation(document: Document) -> Blocks:
 
 
 def show_recommendations(document: Document, held_out: str | None = None) -> Blocks:
-    """A table of items, with a mark on the held-out item."""
+    """A table of items, with a mark on the held-out item; or what was written to a file."""
+    if "output" in document:
+        yield "{users} users, {output} ({seconds:.1f} s)".format(**document)
+        return
     subject = f"a history of {len(document['history'])} items"
     if document["user"] is not None:
         subject = f"user_{document['user']} = {document['tokens']}"

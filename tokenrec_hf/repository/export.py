@@ -1,0 +1,105 @@
+"""Recommendations for many users, written to a file batch by batch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pa_parquet
+from tqdm.auto import tqdm
+
+from ..models.codes import atomic_write
+from ..models.recommender import Recommender
+
+# Users at once; more are no faster and take more memory.
+BATCH = 1024
+SCHEMA = pa.schema(
+    [
+        ("user_id", pa.string()),
+        ("rank", pa.int32()),
+        ("item_id", pa.string()),
+        ("score", pa.float32()),
+        ("title", pa.string()),
+    ]
+)
+
+
+class _Writer(Protocol):
+    def write_table(self, table: pa.Table) -> None:
+        """Appends rows."""
+
+
+def export_recommendations(
+    recommender: Recommender,
+    path: str | os.PathLike,
+    users: Sequence[str] | None = None,
+    *,
+    top_k: int = 10,
+    exclude_seen: bool = True,
+    where: Mapping[str, Any] | None = None,
+    titles: Mapping[str, str] | None = None,
+) -> int:
+    """Writes the best items of users, by their histories in the store; memory does not grow with their number.
+
+    Args:
+        recommender: an open repository.
+        path: a `.parquet`, `.csv` or `.jsonl` file, which is replaced whole or not at all. Its columns are `user_id`, `rank` (from
+            1), `item_id`, `score` (the cosine) and `title`.
+        users: their ids; by default all users of the store.
+        top_k, exclude_seen, where: see [`Recommender.recommend`].
+        titles: of items that have no `title` in their metadata.
+
+    Returns:
+        The number of users.
+
+    Raises:
+        KeyError: a user is unknown.
+        ValueError: the file extension is another one.
+    """
+    path, asked = Path(path), recommender.store.ids("user") if users is None else list(users)
+    if path.suffix.lower() not in (".parquet", ".csv", ".jsonl"):
+        raise ValueError(f"{path} is not a .parquet, .csv or .jsonl file; choose one of these extensions.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    starts = range(0, len(asked), BATCH)
+    with atomic_write(path) as temporary, _writer(temporary, path.suffix.lower()) as writer:
+        for start in tqdm(starts, desc="recommending", unit="batch", disable=None):
+            batch = asked[start : start + BATCH]
+            found = recommender.recommend(batch, top_k=top_k, exclude_seen=exclude_seen, where=where)
+            items = [row["item"] for rows in found for row in rows]
+            known = {item: values.get("title") for item, values in zip(items, recommender.store.metadata(items))}
+            columns = {
+                "user_id": [user for user, rows in zip(batch, found) for _ in rows],
+                "rank": [rank for rows in found for rank in range(1, len(rows) + 1)],
+                "item_id": items,
+                "score": [row["score"] for rows in found for row in rows],
+                "title": [str(title) if (title := known[item] or (titles or {}).get(item)) else None for item in items],
+            }
+            writer.write_table(pa.table(columns, schema=SCHEMA))
+    return len(asked)
+
+
+@contextmanager
+def _writer(path: Path, suffix: str) -> Iterator[_Writer]:
+    if suffix == ".parquet":
+        with pa_parquet.ParquetWriter(path, SCHEMA) as parquet:
+            yield parquet
+    elif suffix == ".csv":
+        with pa_csv.CSVWriter(path, SCHEMA) as table:
+            yield table
+    else:
+        with open(path, "w", encoding="utf-8") as stream:
+            yield _JsonLines(stream)
+
+
+class _JsonLines:
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def write_table(self, table: pa.Table) -> None:
+        """Appends a line for each row."""
+        table.to_pandas().to_json(self.stream, orient="records", lines=True, force_ascii=False)
