@@ -206,6 +206,19 @@ def test_similar_items_are_the_nearest_others_by_cosine(recommender):
         recommender.similar_items(["i1", "i99"])
 
 
+def test_reasons_are_the_nearest_items_of_the_history(recommender):
+    vectors = recommender.store.vectors("item").double().numpy()
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    history, numbers = ["i5", "gone", "i9", "i2", "i5", "i7"], [5, 9, 2, 7]
+    found = recommender.reasons(["i1", "i7"], history, most=3)
+    for item, reasons in zip((1, 7), found):
+        best = sorted((number for number in numbers if number != item), key=lambda number: -unit[number] @ unit[item])
+        assert reasons == [f"i{number}" for number in best[:3]]
+    assert recommender.reasons(["i1"], ["gone"]) == [[]] and recommender.reasons([], history) == []
+    with pytest.raises(KeyError, match="i99"):
+        recommender.reasons(["i99"], history)
+
+
 def test_similar_items_can_be_filtered_by_metadata(parts, own_store):
     own_store.set_metadata(["i1", "i2", "i3"], [{"genre": "jazz"}] * 3)
     found = Recommender(*parts[:2], own_store).similar_items(["i1"], where={"genre": "jazz"})

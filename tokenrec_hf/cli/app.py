@@ -624,11 +624,14 @@ def _store(uri: str | None) -> Store | None:
 def _recommendations(
     recommender: Recommender, titles: dict[str, str], user: str | None, history: list[str] | None, found: Found
 ) -> Document:
+    shown = recommender.store.seen([str(user)])[0] if history is None else history
+    ranked = _ranked(recommender, titles, found)
+    reasons = recommender.reasons([row["item"] for row in ranked], shown) if shown else [[] for _ in ranked]
     return {
         "user": user,
         "tokens": None if user is None else _tokens(recommender, "user", [user])[0],
-        "history": recommender.store.seen([str(user)])[0] if history is None else history,
-        "recommendations": _ranked(recommender, titles, found),
+        "history": shown,
+        "recommendations": [{**row, "because": items} for row, items in zip(ranked, reasons)],
     }
 
 

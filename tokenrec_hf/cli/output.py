@@ -169,10 +169,12 @@ def _facts(document: Document) -> Iterable[tuple[str, str]]:
 
 
 def _items(rows: Sequence[Document], held_out: str | None = None) -> Table:
-    titled = any(row["title"] for row in rows)
-    table = _table(["rank", "item", "score", "tokens", *["title"] * titled], ())
+    titled, explained = any(row["title"] for row in rows), any(row.get("because") for row in rows)
+    header = ["rank", "item", "score", "tokens", *["because of"] * explained, *["title"] * titled]
+    table = _table(header, ())
     for row in rows:
-        cells = [str(row["rank"]), row["item"], _number(row["score"]), row["tokens"], *[row["title"] or ""] * titled]
+        cells = [str(row["rank"]), row["item"], _number(row["score"]), row["tokens"]]
+        cells += [" ".join(row.get("because", ()))] * explained + [row["title"] or ""] * titled
         cells[-1] += " *" * (row["item"] == held_out)
         table.add_row(*cells)
     return table

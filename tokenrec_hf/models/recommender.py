@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from .codes import RepositoryFolder, check_repository, damage_named, fetch_repository, read_json
 from .configuration_tokenrec import T5GenerativeRetrievalConfig
-from .embedding_store import EmbeddingStore, Store
+from .embedding_store import EmbeddingStore, Store, stable_topk, unit_rows
 from .modeling_collaborative import HistoryEncoder, collaborative_class, load_collaborative
 from .modeling_t5_retrieval import T5ForGenerativeRetrieval
 from .prompts import HISTORY_ONLY_TEMPLATE, HISTORY_TEMPLATES, USER_ONLY_TEMPLATES, PromptTemplate
@@ -173,6 +173,30 @@ class Recommender:
             KeyError: an id is not in the store.
         """
         return self._search(self.store.get("item", item_ids), top_k, [[item] for item in item_ids], where)
+
+    def reasons(self, item_ids: Sequence[str], history: Sequence[str], *, most: int = 2) -> list[list[str]]:
+        """The items of a history that are nearest to each item by the cosine of their vectors, nearest first.
+
+        Args:
+            item_ids: ids in the store, as recommended to the user of the history.
+            history: item ids; those that are not in the store are left out.
+            most: how many to name.
+
+        Raises:
+            KeyError: one of `item_ids` is not in the store.
+        """
+        seen = list(dict.fromkeys(history))
+        known = [item for item, is_known in zip(seen, self.store.contains("item", seen)) if is_known]
+        cosines = unit_rows(self.store.get("item", item_ids)) @ unit_rows(self.store.get("item", known)).T
+        # An item is no reason for itself.
+        cosines[
+            torch.tensor([[item == one for one in known] for item in item_ids], dtype=torch.bool).view(cosines.shape)
+        ] = -torch.inf
+        columns, scores = stable_topk(cosines, most)
+        return [
+            [known[column] for column, score in zip(*row) if score > -torch.inf]
+            for row in zip(columns.tolist(), scores.tolist())
+        ]
 
     def tokenize(
         self,
