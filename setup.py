@@ -45,6 +45,7 @@ setup(
         "pandas>=2.2",
         "pooch>=1.8",
         "pyarrow>=17",
+        "pydantic>=2.5",
         "protobuf>=5",
         "pyyaml>=6",
         "requests>=2.32",

@@ -1,7 +1,9 @@
 """The package's face: its names, what importing it costs, the Auto classes, and which room may import which."""
 
 import ast
+import importlib.metadata
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +94,29 @@ def test_the_version_is_that_of_the_distribution():
     from importlib.metadata import version
 
     assert tokenrec_hf.__version__ == version("tokenrec_hf")
+
+
+# Names of a distribution that are not those of its modules.
+DISTRIBUTIONS = {"faiss": "faiss-cpu", "google": "protobuf", "huggingface_hub": "huggingface-hub", "yaml": "pyyaml"}
+OPTIONAL = {"evaluate", "faiss-cpu", "pymilvus"}
+
+
+def test_every_module_that_is_imported_is_a_requirement():
+    """What only another requirement brings along may be gone with its next version."""
+    imported = set()
+    for path in Path(tokenrec_hf.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {name.name.split(".")[0] for name in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(str(node.module).split(".")[0])
+    needed = {DISTRIBUTIONS.get(name, name) for name in imported - sys.stdlib_module_names - {"tokenrec_hf"}}
+    required = {
+        re.split(r"[^\w-]", one)[0].lower(): "extra ==" in one
+        for one in importlib.metadata.requires("tokenrec_hf") or ()
+    }
+    assert needed - set(required) == set()
+    assert {name for name in needed if required[name]} == OPTIONAL
 
 
 # ---- Auto classes, whatever is imported first
