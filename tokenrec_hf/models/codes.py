@@ -199,7 +199,7 @@ class CodeTable:
         if (rows < 0).any():
             name = str(list(ids)[int(np.argmax(rows < 0))])
             raise KeyError(
-                f"{self.kind} {name!r} is unknown to this tokenizer; add it with `tokenrec add`, or give it codes with "
+                f"{self.kind} {name!r:.100} is unknown to this tokenizer; add it with `tokenrec add`, or give it codes with "
                 f"add_{self.kind}s."
             )
         return rows

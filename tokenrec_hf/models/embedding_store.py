@@ -339,7 +339,7 @@ class EmbeddingStore(Store):
         rows = self.rows(kind, ids)
         if (rows < 0).any():
             name = str(list(ids)[int(np.argmax(rows < 0))])
-            raise KeyError(f"{kind} {name!r} is not in the store; add it with upsert.")
+            raise KeyError(f"{kind} {name!r:.100} is not in the store; add it with upsert.")
         return self._vectors[kind][rows]
 
     @_locked
@@ -501,7 +501,7 @@ class EmbeddingStore(Store):
         if (rows < 0).any():
             name = str(list(ids)[int(np.argmax(rows < 0))])
             raise ValueError(
-                f"{kind} {name!r} of {place} is not in the store; add it first with upsert({kind!r}, ...)."
+                f"{kind} {name!r:.100} of {place} is not in the store; add it first with upsert({kind!r}, ...)."
             )
         return rows
 

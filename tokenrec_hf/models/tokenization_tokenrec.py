@@ -448,7 +448,7 @@ class TokenRecTokenizer(TokenizersBackend):
                 if entity is None:
                     if self.on_unknown == "error" and (name := _without_end(run)):
                         raise KeyError(
-                            f"the text names {kind} {name!r}, which is unknown to this tokenizer; add it with `tokenrec add`, give "
+                            f"the text names {kind} {name!r:.100}, which is unknown to this tokenizer; add it with `tokenrec add`, give "
                             f"it codes with add_{kind}s, or set on_unknown='keep' to leave such words as they are."
                         )
                     continue
