@@ -1,11 +1,13 @@
 import os
 import pickle
+import unicodedata
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tokenrec_hf.models import codes
 from tokenrec_hf.models.codes import (
     CodeTable,
     IdIndex,
@@ -19,7 +21,9 @@ from tokenrec_hf.models.codes import (
     save_tables,
 )
 
-valid_ids = st.text(min_size=1, max_size=12).filter(lambda one: one.split() == [one] and "�" not in one)
+valid_ids = st.text(st.characters(exclude_categories=["Cs", "Cc", "Cf"]), min_size=1, max_size=12).filter(
+    lambda one: one.split() == [one] and "�" not in one
+)
 id_lists = st.lists(valid_ids | st.sampled_from(["a", "b", "ab", "é", "日本", "'", "]", "\\", "x" * 256]), unique=True)
 
 
@@ -308,3 +312,20 @@ def test_json_comes_back(tmp_path):
     assert read_json(str(tmp_path / "a.json")) == {"a": ["日本"]}
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "b.json")
+
+
+def test_ids_hold_no_character_that_cannot_be_seen():
+    """All of Unicode. Versions of Python differ in the format characters (Cf) that they know."""
+    formats = 0
+    for number in range(0x110000):
+        character = chr(number)
+        kind, is_refused = unicodedata.category(character), codes._ID.fullmatch(f"a{character}b") is None
+        if kind in ("Cc", "Cs") or character.isspace():
+            assert is_refused, hex(number)
+        elif is_refused:
+            assert kind in ("Cf", "Cn"), hex(number)
+        formats += is_refused and kind == "Cf"
+    assert formats > 150
+    for character in ("\0", "\u200b", "\u202e"):
+        with pytest.raises(ValueError, match="contains a control or format character"):
+            check_ids([f"a{character}"])

@@ -776,7 +776,7 @@ def test_encoding_by_length_has_no_dropout_and_leaves_the_mode_as_it_was(prompts
         ({"pooling": "max"}, "pooling is 'max' but must be 'decoder' or 'history'"),
         ({"loss_type": "bpr"}, "loss_type is 'bpr' but must be 'cosine_ranking' or 'softmax'"),
         ({"temperature": 0}, "temperature is 0 but must be above 0"),
-        ({"embedding_dim": 0}, "embedding_dim is 0 but must be at least 1"),
+        ({"embedding_dim": 0}, "embedding_dim is 0 but must be from 1 to"),
     ],
 )
 def test_a_bad_setting_is_named_with_what_is_allowed(settings, message):

@@ -208,7 +208,8 @@ def test_known_ids_keep_their_vectors_and_see_more(repository):
     assert item not in known
     report = Repository(repository).add(interactions=interactions((user, known[0]), (user, item), (user, item)))
     assert report == {
-        "users": 0, "items": 0, "users_changed": 0, "items_changed": 0, "interactions": 1, "reconstruction_error": {}
+        "users": 0, "items": 0, "users_changed": 0, "items_changed": 0, "interactions": 1, "described": 0,
+        "reconstruction_error": {},
     }  # fmt: skip
     after = EmbeddingStore.open(repository)
     assert after.seen([user]) == [[*known, item]]
