@@ -15,6 +15,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from tokenrec_hf.data.interactions import load_interactions
+from tokenrec_hf.data.reading import read_items
+from tokenrec_hf.models.embedding_store import check_metadata
 
 # User, item, rating, time.
 ROWS = [
@@ -201,3 +203,35 @@ def test_text_without_header_is_read_by_the_numbers_of_its_columns(tmp_path):
     path.write_text("alice\tx\tmatrix\nbob\tx\talien\n")
     found = load_interactions(path, user_column="1", item_column="3")
     assert found[:] == {"user_id": ["alice", "bob"], "item_id": ["matrix", "alien"]}
+
+
+def test_any_table_of_items_is_metadata_that_a_store_takes(tmp_path):
+    """Odd names, missing and infinite values, lists: nothing may be refused after a training."""
+    path = tmp_path / "items.parquet"
+    table = {
+        "item_id": ["a ", "b"],
+        "title": ["Alien", None],
+        "2020 sales": [1.5, None],
+        "ratio": [float("inf"), 1.0],
+        "tags": [["x", "y"], []],
+        "new": [True, False],
+        "year:float": [1979, 1986],
+    }
+    pa_parquet.write_table(pa.table(table), path)
+    ids, metadata = read_items(path)
+    assert ids == ["a", "b"] and check_metadata(metadata, 2) == metadata
+    assert metadata[0] == {
+        "title": "Alien", "_2020_sales": 1.5, "ratio": "inf", "tags": "x, y", "new": True, "year": 1979,
+    }  # fmt: skip
+    assert metadata[1] == {"ratio": "1.0", "tags": "", "new": False, "year": 1986}
+
+
+@pytest.mark.parametrize("name", ["items.csv", "items.jsonl"])
+def test_numbers_of_items_are_numbers_and_text_is_text(tmp_path, name):
+    path = tmp_path / name
+    rows = [{"id": "7", "title": "Up", "year": "2009"}, {"id": "9", "title": "1917", "year": ""}]
+    text = "id,title,year\n7,Up,2009\n9,1917,\n"
+    path.write_text(
+        text if name.endswith("csv") else "\n".join(json.dumps({**row, "year": row["year"] or None}) for row in rows)
+    )
+    assert read_items(path) == (["7", "9"], [{"title": "Up", "year": 2009}, {"title": "1917"}])

@@ -15,6 +15,7 @@ import io
 import json
 import logging
 import lzma
+import math
 import os
 import re
 import zipfile
@@ -225,17 +226,21 @@ def read_items(path: str | os.PathLike) -> tuple[list[str], list[dict[str, Any]]
     found = _match_columns(columns, {**dict.fromkeys(_ALIASES), "item": "id" if "id" in columns else None}).get("item")
     if found is None:
         raise ValueError(f"{path} has no column of item ids; its columns are {quoted(columns)}. Call it id or item_id.")
-    ids = [str(_as_text(value)) for value in frame.pop(found)]
-    names = [re.sub(r"\W", "_", str(name).split(":")[0], flags=re.ASCII)[:64] for name in frame.columns]
+    ids = [str(_as_text(value)).strip() for value in frame.pop(found)]
+    # As the store takes them, so that nothing is refused after a training.
+    names = [re.sub(r"\W|^(?=\d|$)", "_", str(name).split(":")[0], flags=re.ASCII)[:64] for name in frame.columns]
     if len(set(names)) < len(names):
         raise ValueError(f"{path} has two columns of one name, as {quoted(sorted(names))} shows; rename one.")
     described: dict[str, list[Any]] = {}
     for name, (_, column) in zip(names, frame.items()):
-        numbers = pd.to_numeric(column, errors="coerce") if column.dtype != bool else column
-        is_numeric = numbers.notna().equals(column.notna())
+        # A list of tags becomes "rock, jazz".
+        values = [value if pd.api.types.is_scalar(value) else ", ".join(map(str, value)) for value in column.tolist()]
+        numbers = [value if isinstance(value, bool) else pd.to_numeric(value, errors="coerce") for value in values]
+        present = [not pd.isna(value) for value in values]
+        is_numeric = all(math.isfinite(number) for number, is_there in zip(numbers, present) if is_there)
         described[name] = [
-            None if pd.isna(value) else value if isinstance(value, (bool, int, float, str)) else str(value)
-            for value in (numbers if is_numeric else column).tolist()
+            (number if is_numeric else str(value)) if is_there else None
+            for value, number, is_there in zip(values, numbers, present)
         ]
     rows = [dict(zip(described, values)) for values in zip(*described.values())] if described else [{} for _ in ids]
     return ids, [{name: value for name, value in row.items() if value is not None} for row in rows]

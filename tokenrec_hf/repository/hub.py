@@ -118,8 +118,10 @@ def _shared_files(folder: Path) -> list[Path]:
         for path in sorted((folder / part).glob("*"))
         if path.is_file() and (path.name in known or (_SHARD.fullmatch(path.name) and part != STORE_FOLDER))
     ]
+    allowed = [folder.resolve()]
     # In the cache of the Hub's client, the files of a snapshot are links into the folder `blobs` of its repository.
-    allowed = (folder.resolve(), folder.resolve().parents[1] / "blobs" if len(folder.resolve().parts) > 2 else folder)
+    if folder.resolve().parent.name == "snapshots":
+        allowed.append(folder.resolve().parents[1] / "blobs")
     for path in paths:
         if not any(path.resolve().is_relative_to(place) for place in allowed):
             raise ValueError(

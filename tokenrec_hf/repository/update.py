@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -133,9 +134,9 @@ def add(
             the result into the old space; all vectors and codes change.
 
     Returns:
-        The numbers of new `users` and `items`, of known ones with new vectors (`users_changed`, `items_changed`) and of new
-        `interactions`, of items with new metadata (`described`), and by kind the `reconstruction_error` of the codes of all these: the share of variance that is lost,
-        comparable to that of training.
+        The numbers of new `users` and `items`, of known ones with new vectors (`users_changed`, `items_changed`), of new
+        `interactions` and of items with new metadata (`described`), and by kind the `reconstruction_error` of the codes of all
+        these users and items: the share of variance that is lost, comparable to that of training.
 
     Raises:
         FileNotFoundError: the repository is unfinished.
@@ -164,8 +165,9 @@ def add(
             for kind, ids in found.items():
                 changed[kind] = list(dict.fromkeys([*changed.get(kind, ()), *ids]))
             recorded = _record(store, pairs)
-        described = [item for item in metadata or () if store.contains("item", [item])[0]]
-        store.set_metadata(described, [(metadata or {})[item] for item in described])
+        is_known = store.contains("item", list(metadata or ())).tolist()
+        described = dict(compress((metadata or {}).items(), is_known))
+        store.set_metadata(list(described), list(described.values()))
         if retrain:
             _retrain(space, staged)
             changed = {kind: store.ids(kind) for kind in KINDS}
