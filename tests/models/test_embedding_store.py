@@ -19,7 +19,7 @@ from hypothesis.extra import numpy as hnp
 from store_checks import DIM, HOSTILE, AgainstDictionaries, snapshot
 
 from tokenrec_hf.models import embedding_store as module
-from tokenrec_hf.models.codes import LOCK
+from tokenrec_hf.models.codes import COMMITTED, LOCK
 from tokenrec_hf.models.embedding_store import (
     MANIFEST,
     EmbeddingStore,
@@ -374,14 +374,40 @@ def test_a_saved_store_gives_the_same_bits(tmp_path):
     assert EmbeddingStore.open(tmp_path).search(queries, 100) == store.search(queries, 100)
 
 
-def test_a_folder_that_another_store_has_changed_is_replaced_whole(store, tmp_path):
+def test_of_two_that_opened_a_store_the_second_to_save_is_refused_and_can_repeat_its_change(store, tmp_path):
     store.save_pretrained(tmp_path)
-    other = EmbeddingStore.open(tmp_path)
-    other.upsert("item", ["theirs"], torch.ones(1, DIM))
-    other.save_pretrained(tmp_path)
-    store.upsert("item", ["mine"], torch.ones(1, DIM))
-    store.save_pretrained(tmp_path)
-    assert snapshot(EmbeddingStore.open(tmp_path)) == snapshot(store)
+    first, second = EmbeddingStore.open(tmp_path), EmbeddingStore.open(tmp_path)
+    first.upsert("item", ["theirs"], torch.ones(1, DIM))
+    first.save_pretrained(tmp_path)
+    for late in (second, store):
+        late.upsert("item", ["mine"], torch.ones(1, DIM))
+        with pytest.raises(
+            ValueError, match="the store in .* was changed by another process or object since it was opened"
+        ):
+            late.save_pretrained(tmp_path)
+        assert snapshot(EmbeddingStore.open(tmp_path)) == snapshot(first)
+    again = EmbeddingStore.open(tmp_path)
+    again.upsert("item", ["mine"], torch.ones(1, DIM))
+    again.save_pretrained(tmp_path)
+    assert EmbeddingStore.open(tmp_path).contains("item", ["theirs", "mine"]).all()
+
+
+def test_a_store_may_be_saved_again_and_elsewhere_and_over_a_store_that_it_never_opened(store, tmp_path):
+    EmbeddingStore(DIM).save_pretrained(tmp_path / "there")
+    for _ in range(2):
+        for folder in (tmp_path / "here", tmp_path / "there"):
+            store.upsert("item", ["more"], torch.rand(1, DIM))
+            store.save_pretrained(folder)
+            assert snapshot(EmbeddingStore.open(folder)) == snapshot(store)
+
+
+def test_a_store_is_not_saved_beneath_a_change_of_its_repository(store, tmp_path):
+    """Readers would not see it, and the change would replace it."""
+    store.save_pretrained(tmp_path / "store")
+    store.save_pretrained(tmp_path / COMMITTED / "store")
+    opened = EmbeddingStore.open(tmp_path)
+    with pytest.raises(ValueError, match="a change of its repository was interrupted"):
+        opened.save_pretrained(tmp_path / "store")
 
 
 def test_nothing_of_a_deleted_user_is_left_in_the_files(tmp_path):
@@ -742,7 +768,7 @@ class FakeHub:
         for pattern in delete_patterns:
             for path in target.glob(pattern):
                 path.unlink()
-        for path in Path(folder_path).iterdir():
+        for path in Path(folder_path).glob("[!.]*"):
             (target / path.name).write_bytes(path.read_bytes())
 
     def snapshot_download(self, repo_id, **options):
@@ -757,7 +783,7 @@ def test_pushing_leaves_users_out_unless_asked_and_what_was_pushed_loads(store, 
     assert hub.calls == [
         ("create_repo", {"private": True, "token": "t", "exist_ok": True}),
         ("create_branch", {"branch": "branch", "token": "t", "exist_ok": True}),
-        ("upload_folder", {"token": "t", "revision": "branch", "commit_message": "why"}),
+        ("upload_folder", {"token": "t", "revision": "branch", "commit_message": "why", "ignore_patterns": LOCK}),
         ("snapshot_download", {"revision": "branch", "token": "t", "allow_patterns": ["store/*"]}),
     ]
     store.push_to_hub("demo")

@@ -43,7 +43,7 @@ def test_a_change_happens_whole_and_leaves_nothing_behind(repository):
         change(staged)
         assert state(repository) == "no"
     assert state(repository) == "yes"
-    assert len(list((repository / "store").glob("[!.]*"))) == 2
+    assert len(list((repository / "store").glob("[!.]*"))) == 3
     assert sorted(path.name for path in repository.iterdir()) == [
         ".update.lock", "codes", "inner", "store", "weights"
     ]  # fmt: skip
