@@ -13,7 +13,8 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -282,3 +283,100 @@ def test_a_killed_process_can_be_followed_by_another(base, tmp_path, name):
             copy(base, folder)
     check_completes(name, folder)
     print(f"{name}: killed {kills} times, {happened} times after the change had happened")
+
+
+def add_to_store(folder, item):
+    store = EmbeddingStore.open(folder)
+    store.upsert("item", [item], torch.ones(1, DIM))
+    store.save_pretrained(folder / "store")
+
+
+def add_to_repository(folder, item):
+    Repository(folder).add(items=NewVectors([item], torch.ones(1, DIM)))
+
+
+@pytest.mark.parametrize("make_change", [add_to_store, add_to_repository])
+def test_two_processes_at_once_lose_no_update_and_never_disturb_readers(base, tmp_path, make_change):
+    """Each adds items, and repeats a change that is refused; their number is in `TOKENREC_INTERLEAVINGS`."""
+    folder, rounds = copy(base, tmp_path / "shared"), int(os.environ.get("TOKENREC_INTERLEAVINGS", "5"))
+    read, write = os.pipe()
+
+    def change(writer):
+        for number in range(rounds):
+            while True:
+                try:
+                    make_change(folder, f"{writer}{number}")
+                    break
+                except ValueError as error:
+                    assert "by another process" in str(error)
+                    os.write(write, b"-")
+                    time.sleep(0.02)
+        os.write(write, b".")
+
+    children = []
+    for writer in ("a", "b"):
+        if (child := os.fork()) == 0:
+            try:
+                change(writer)
+            except BaseException as error:
+                os.write(write, f"{error!r}!".encode())
+            os._exit(0)
+        children.append(child)
+    os.set_blocking(read, False)
+    said, opened = "", 0
+    while said.count(".") + said.count("!") < 2:
+        if make_change is add_to_store:
+            assert EmbeddingStore.open(folder).count("user") == len(USERS)
+        else:
+            recommender = Recommender.from_pretrained(folder)
+            assert set(recommender.store.ids("item")) == set(recommender.tokenizer.ids("item"))
+        opened += 1
+        with suppress(BlockingIOError):
+            said += os.read(read, 1 << 16).decode()
+    for child in children:
+        os.waitpid(child, 0)
+    assert "!" not in said, said
+    expected = {f"{writer}{number}" for writer in ("a", "b") for number in range(rounds)}
+    assert expected <= set(EmbeddingStore.open(folder).ids("item"))
+    print(f"{make_change.__name__}: {2 * rounds} changes, {said.count('-')} refused and repeated, {opened} readers")
+
+
+def test_nothing_takes_its_name_before_its_content_is_on_the_disk(base, tmp_path):
+    """Files that were not flushed may be empty after a power failure, although they have their names."""
+    known, flushed, unflushed = {path.stat().st_ino for path in base.rglob("*")}, set(), []
+    flush, rename, replace = os.fsync, os.rename, os.replace
+
+    def fsync(handle):
+        flush(handle)
+        flushed.add(os.fstat(handle).st_ino)
+
+    def checked(original):
+        def move(source, target, **options):
+            for path in [Path(source), *Path(source).rglob("*")]:
+                if path.stat().st_ino not in flushed | known and path.name != ".update.lock":
+                    # What is given another temporary name, or one to be removed, may be lost.
+                    unflushed.extend([path] * (Path(target).suffix != ".tmp" and Path(target).name != ".update"))
+            original(source, target, **options)
+
+        return move
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        patch.setattr(os, "rename", checked(rename))
+        patch.setattr(os, "replace", checked(replace))
+        for name, (change, _) in CHANGES.items():
+            change(copy(base, tmp_path / name))
+    assert flushed and not unflushed
+
+
+def test_files_have_the_permissions_of_the_umask(base, tmp_path):
+    folder = copy(base, tmp_path / "shared")
+    before = os.umask(0o027)
+    try:
+        for change, _ in CHANGES.values():
+            change(folder)
+    finally:
+        os.umask(before)
+    changed = [path for path in folder.rglob("*") if path.is_file() and path.stat().st_nlink == 1]
+    assert {"codes.safetensors", "store.json", "model.safetensors", "train.parquet"} <= {path.name for path in changed}
+    assert {f"{path.stat().st_mode & 0o777:o}" for path in changed} == {"640"}
