@@ -18,6 +18,7 @@ from ..models.codes import (
     RepositoryFolder,
     check_repository,
     current,
+    damage_named,
     read_json,
     save_tables,
 )
@@ -105,7 +106,8 @@ def _settings(repository: Repository) -> str:
     for path in paths:
         read_json(path)
     if repository.parts.recipe.is_file():
-        _ = repository.recipe
+        with damage_named(repository.parts.recipe, "restore it from a copy"):
+            repository.recipe.to_dict()
     return f"{len(paths)} JSON files and the recipe can be read."
 
 
