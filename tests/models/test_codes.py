@@ -13,7 +13,6 @@ from tokenrec_hf.models.codes import (
     IdIndex,
     atomic_write,
     check_ids,
-    forget_ids,
     load_indexes,
     load_tables,
     read_json,
@@ -257,16 +256,6 @@ def test_a_table_without_some_ids_keeps_the_others_and_their_codes(tables):
     assert tables["item"].index.ids() == ["x", "y", "z"]
     # Once the other of two equal tuples has gone, the tuple names one id.
     assert left.owners(np.array([[0, 299, 1]])).tolist() == [1]
-
-
-@pytest.mark.parametrize("kind", ["user", "item"])
-def test_forgotten_ids_leave_the_file_and_the_others_stay(tables, tmp_path, kind):
-    path = tmp_path / "codes.safetensors"
-    save_tables(tables, path)
-    forget_ids(path, kind)
-    loaded = load_tables(path, CODEBOOKS)
-    other = "item" if kind == "user" else "user"
-    assert len(loaded[kind]) == 0 and loaded[other].index.ids() == tables[other].index.ids()
 
 
 # ---- files

@@ -25,6 +25,7 @@ from tokenrec_hf.models.modeling_collaborative import (
     save_collaborative,
 )
 from tokenrec_hf.models.recommender import load_history_encoder
+from tokenrec_hf.repository.update import without_users
 
 NUM_USERS, NUM_ITEMS, DIM = 7, 9, 4
 
@@ -455,7 +456,7 @@ def test_only_models_of_histories_make_vectors_of_them(any_model):
 @pytest.mark.parametrize("keep", [[True, False, True], [False, False, False]])
 def test_a_model_without_some_users_has_neither_their_rows_nor_their_interactions(any_model, keep):
     keep = np.array(keep)
-    left = any_model.without_users(keep)
+    left = without_users(any_model, keep)
     rows = torch.from_numpy(keep)
     assert left.config.num_users == keep.sum() and left.config.num_items == 3
     for (kind, table), (_, former) in zip(left.tables(), any_model.tables()):

@@ -12,7 +12,6 @@ from tokenrec_hf.models.modeling_mq_tokenizer import MQTokenizerModel
 from tokenrec_hf.models.modeling_t5_retrieval import T5ForGenerativeRetrieval
 from tokenrec_hf.models.prompts import HISTORY_TEMPLATES, UNSEEN_TEMPLATE, USER_ONLY_TEMPLATES, render
 from tokenrec_hf.models.recommender import Recommender, RepositoryFolder, check_repository
-from tokenrec_hf.repository.repository import Repository
 from tokenrec_hf.training.initialization import build_tokenizer, prepare_mq_tokenizer
 
 DIM, NUM_ITEMS = 8, 40
@@ -349,13 +348,16 @@ def test_an_unfinished_training_says_to_go_on(tmp_path):
         check_repository(tmp_path)
 
 
-def test_an_unfinished_change_is_refused_by_readers(repository, tmp_path):
+def test_a_change_that_is_committed_is_read_before_its_files_are_in_place(repository, tmp_path):
     folder = shutil.copytree(repository, tmp_path / "copy")
-    RepositoryFolder(folder).committed.mkdir()
-    with pytest.raises(ValueError, match=r"open it once with `Repository\(folder\)` or any `tokenrec` command"):
-        Recommender.from_pretrained(folder)
-    Repository(folder)
-    assert Recommender.from_pretrained(folder).recommend(["ann"])
+    store = EmbeddingStore.open(folder)
+    store.withdraw(["i9"])
+    store.save_pretrained(RepositoryFolder(folder).committed / "store")
+    before, after = (
+        {row["item"] for row in Recommender.from_pretrained(one).recommend(["ann"], top_k=NUM_ITEMS)[0]}
+        for one in (repository, folder)
+    )
+    assert before - after == {"i9"}
 
 
 class Reader:

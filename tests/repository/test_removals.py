@@ -10,7 +10,6 @@ from repository_checks import check_codes, contents, interactions
 from tokenrec_hf import EmbeddingStore, NewVectors, Recommender, Repository, TokenRecTokenizer
 from tokenrec_hf.models.codes import load_indexes
 from tokenrec_hf.models.modeling_collaborative import LightGCNModel
-from tokenrec_hf.repository import update as module
 
 
 @pytest.fixture
@@ -40,7 +39,8 @@ def test_nothing_of_a_deleted_user_is_left_in_any_file(repository):
         return [any(trace in one for one in data) for trace in (name.encode(), vector, table_row)]
 
     assert traces() == [True, True, True]
-    assert Repository(repository).remove(users=[name]) == {"users": 1, "items": 0}
+    done = Repository(repository).remove(users=[name])
+    assert done == {"users": 1, "items": 0, "not_found": {"user": [], "item": []}}
     assert traces() == [False, False, False]
     left = LightGCNModel.from_pretrained(repository / "collaborative")
     assert left.config.num_users == model.config.num_users - 1
@@ -62,26 +62,6 @@ def test_users_of_the_training_leave_its_records_too(repository):
         assert not set(users) & set(pq.read_table(path)["user_id"].to_pylist())
 
 
-def test_an_interrupted_deletion_is_completed_by_the_next_call(repository, monkeypatch):
-    """A process that stops after the records of the training have changed leaves users that can be removed again."""
-    users = EmbeddingStore.open(repository).ids("user")[:2]
-    forget = module._forget_interactions
-
-    def stopping(changed, staged, users):
-        if changed.folder == repository:
-            raise KeyboardInterrupt
-        forget(changed, staged, users)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "_forget_interactions", stopping)
-        Repository(repository).remove(users=users)
-    selection = EmbeddingStore.open(repository / "training" / "selection")
-    assert not selection.contains("user", users).any() and EmbeddingStore.open(repository).contains("user", users).all()
-    Repository(repository).remove(users=users)
-    assert not EmbeddingStore.open(repository).contains("user", users).any()
-    check_codes(repository)
-
-
 def test_a_withdrawn_item_stays_withdrawn(repository):
     store = EmbeddingStore.open(repository)
     user, other = store.ids("user")[:2]
@@ -97,10 +77,21 @@ def test_a_withdrawn_item_stays_withdrawn(repository):
     recommender.recommend([other])
 
 
-def test_removing_an_unknown_user_changes_nothing(repository):
-    before = contents(repository)
-    with pytest.raises(ValueError, match="user 'nobody' is not in the store of .*; nothing was removed"):
-        Repository(repository).remove(users=[EmbeddingStore.open(repository).ids("user")[0], "nobody"])
-    after = contents(repository)
-    after.pop(next(path for path in after if path.name == ".update.lock"))
-    assert after == before
+def test_removing_again_or_what_was_never_there_is_no_error(repository):
+    users = EmbeddingStore.open(repository).ids("user")[:2]
+    assert Repository(repository).remove(users=users[:1])["users"] == 1
+    done = Repository(repository).remove(users=[*users, "nobody"], items=["nothing"])
+    assert done == {"users": 1, "items": 0, "not_found": {"user": [users[0], "nobody"], "item": ["nothing"]}}
+    check_codes(repository)
+
+
+def test_ids_that_only_some_of_the_files_know_are_removed_from_these(repository):
+    """As a removal by an earlier version may have left them, which was interrupted."""
+    user = EmbeddingStore.open(repository).ids("user")[0]
+    store = EmbeddingStore.open(repository)
+    store.delete("user", [user])
+    store.save_pretrained(repository / "store")
+    assert Repository(repository).remove(users=[user])["users"] == 0
+    assert user not in TokenRecTokenizer.from_pretrained(repository).ids("user")
+    for path in (repository / "training" / "interactions").glob("*.parquet"):
+        assert user not in pq.read_table(path)["user_id"].to_pylist()

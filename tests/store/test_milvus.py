@@ -576,3 +576,28 @@ def test_every_acknowledged_batch_survives_a_kill_and_none_is_half_there(tmp_pat
         assert len(ids) == len(set(ids)) == 20 * len(found) + 1
         assert all(values[f"{batch}-{i}"] == [float(batch)] * 4 for batch in found for i in range(20))
         assert values["last"] == [float(max(found))] * 4
+
+
+def test_a_closed_database_can_be_opened_by_others_and_an_open_one_says_what_to_do(tmp_path):
+    from milvus_lite.db import MilvusLite
+    from milvus_lite.exceptions import DataDirLockedError
+
+    uri = str(tmp_path / "lite.db")
+    first = MilvusStore(uri, embedding_dim=DIM)
+    second = MilvusStore(uri)
+    first.close()
+    second.upsert("item", ["a"], torch.ones(1, DIM))
+    # As another process would.
+    with pytest.raises(DataDirLockedError):
+        MilvusLite(uri)
+    second.close()
+    second.close()
+    other = MilvusLite(uri)
+    with pytest.raises(
+        OSError, match=r"the Milvus Lite database .*lite\.db cannot be used .*another process .* close it there"
+    ):
+        MilvusStore(uri)
+    other.close()
+    again = MilvusStore(uri)
+    assert again.ids("item") == ["a"]
+    again.close()

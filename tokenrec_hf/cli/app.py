@@ -422,6 +422,27 @@ def remove(
         return {"repository": repository, **opened.remove(users=users or (), items=items or ())}
 
 
+@_command("tokenrec verify out", "tokenrec verify out --repair", show=output.show_verification)
+def verify(
+    repository: Name,
+    revision: Revision = None,
+    repair: Annotated[bool, Option("--repair", help="First complete or drop interrupted work.")] = False,
+) -> Document:
+    """Check that the files of a trained repository are undamaged and belong together.
+
+    With --repair, an interrupted change is completed or dropped, what killed processes have left is removed, and wrong codes
+    are made again from the vectors.
+    """
+    opened = _open_local(repository) if repair else _open(repository, revision)
+    _quiet()
+    with working("verifying"):
+        if repair:
+            opened.repair()
+        checks = opened.verify()
+    passed = all(check.passed is not False for check in checks)
+    return {"repository": repository, "passed": passed, "checks": [asdict(check) for check in checks]}
+
+
 @_command("tokenrec push out my-name/my-recommender --private", show=output.show_push)
 def push(
     repository: Folder,

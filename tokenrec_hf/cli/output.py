@@ -74,11 +74,7 @@ def show_train(document: Document) -> Blocks:
 def show_evaluation(document: Document) -> Blocks:
     """A row for each metric and a column for each method, and HR@20 by length of the history; or the checks of an audit."""
     if "checks" in document:
-        checks = document["checks"]
-        yield _table((), [[_VERDICTS[one["passed"]], one["run"], one["name"], one["finding"]] for one in checks])
-        passed = [check["passed"] for check in checks]
-        counts = [f"{passed.count(outcome)} {word}" for outcome, word in _VERDICTS.items() if outcome in passed]
-        yield f"{'No leak was found' if document['passed'] else 'The audit has FAILED'}: {', '.join(counts)}."
+        yield from _checks(document, "No leak was found", "The audit has FAILED")
         return
     metrics = document["metrics"]
     yield f"{document['split']}, {document['users']} users"
@@ -88,6 +84,20 @@ def show_evaluation(document: Document) -> Blocks:
     names = [name for name in next(iter(groups.values())) if name != "users"]
     lengths = [[group, str(own["users"]), *(_number(own[name]) for name in names)] for group, own in groups.items()]
     yield _table(["items of the history", "users", *(f"HR@20, {LABELS[name]}" for name in names)], lengths)
+
+
+def show_verification(document: Document) -> Blocks:
+    """The checks of a repository's files."""
+    yield from _checks(document, "The repository is sound", "The repository is damaged")
+
+
+def _checks(document: Document, good: str, bad: str) -> Blocks:
+    """A row for each check, and the verdict."""
+    checks = document["checks"]
+    yield _table((), [[_VERDICTS[one["passed"]], one["run"], one["name"], one["finding"]] for one in checks])
+    passed = [check["passed"] for check in checks]
+    counts = [f"{passed.count(outcome)} {word}" for outcome, word in _VERDICTS.items() if outcome in passed]
+    yield f"{good if document['passed'] else bad}: {', '.join(counts)}."
 
 
 def show_recommendations(document: Document, held_out: str | None = None) -> Blocks:
@@ -130,8 +140,11 @@ def show_addition(document: Document) -> Blocks:
 
 
 def show_removal(document: Document) -> Blocks:
-    """The number of removed users and items."""
+    """The number of removed users and items, and those that were not there."""
     yield f"{document['users']} users were deleted and {document['items']} items withdrawn from {document['repository']}."
+    absent = [f"{kind} {name!r}" for kind, ids in document["not_found"].items() for name in ids]
+    if absent:
+        yield f"Nothing was left to remove of {', '.join(absent)}."
 
 
 def show_info(document: Document) -> Blocks:

@@ -12,8 +12,8 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -259,7 +259,7 @@ def load_tables(path: str | os.PathLike, codebooks: Mapping[str, Sequence[int]])
     """
     tables = {}
     with damage_named(path, "copy it again, or make the tokenizer again with build_tokenizer"):
-        parts = _load_parts(path)
+        parts = read_whole(Path(path).parent / STORE_FOLDER, lambda: _load_parts(path))
         for kind, (num_codebooks, codebook_size) in codebooks.items():
             codes = parts[kind]["codes"]
             tables[kind] = CodeTable(kind, IdIndex.from_arrays(parts[kind]), codes, codebook_size)
@@ -268,44 +268,66 @@ def load_tables(path: str | os.PathLike, codebooks: Mapping[str, Sequence[int]])
     return tables
 
 
-def forget_ids(path: str | os.PathLike, kind: str) -> None:
-    """Removes all ids of one kind, and their codes, from a file of [`save_tables`]; the number of codebooks stays."""
-    parts = _load_parts(path)
-    parts[kind] = {"codes": parts[kind]["codes"][:0], **IdIndex().arrays()}
-    _save_parts(parts, path)
-
-
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Replaces a file whole or not at all: yields a temporary path beside it, to be written inside the block.
 
     At the end of the block the content is brought to the disk and takes the name `path`. After an error the temporary file is
     removed and the former file stays. A killed process leaves a hidden file that ends in `.tmp`.
-
-    Args:
-        path: the file to make or to replace; its folder exists.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}.tmp")
+    temporary.touch(exist_ok=False)
+    mode = temporary.stat().st_mode
     try:
         yield temporary
+        # safetensors makes files that nobody else may read.
+        temporary.chmod(mode)
         # Before the renaming: after a power failure the name must not stand for missing content.
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         flush_names(path.parent)
-    finally:
+    except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
 
 
 def flush_names(folder: str | os.PathLike) -> None:
-    """Brings the file names of a folder to the disk, on systems that can open a folder, so that renamings outlive a power failure."""
-    if hasattr(os, "O_DIRECTORY"):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    """Brings the file names of a folder to the disk, where the system can, so that renamings outlive a power failure."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def current(path: str | os.PathLike) -> Path:
+    """Where readers find a file or a folder: in a change that is committed but not in place yet, if it is there."""
+    path = Path(os.path.abspath(path))
+    changed = (parent / COMMITTED / path.relative_to(parent) for parent in path.parents)
+    return next(filter(Path.exists, changed), path)
+
+
+def read_whole(store: str | os.PathLike, read: Callable[[], Any]) -> Any:
+    """What `read()` returns; it is called again if a change, which replaces the manifest of the repository's store, came between."""
+    while True:
+        before = _state(store)
+        try:
+            found = read()
+        except Exception:
+            if _state(store) == before:
+                raise
+        else:
+            if _state(store) == before:
+                return found
+
+
+def _state(store: str | os.PathLike) -> tuple[Path, bytes] | None:
+    with suppress(OSError):
+        return (path := current(store) / MANIFEST), path.read_bytes()
+    return None
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
@@ -327,16 +349,8 @@ def damage_named(path: str | os.PathLike, advice: str) -> Iterator[None]:
     """Turns an error about the content of a file into a ValueError that names the file and says what to do."""
     try:
         yield
-    except (
-        SafetensorError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        ValueError,
-        OverflowError,
-        RecursionError,
-    ) as error:
-        raise ValueError(f"{path} is damaged ({error}); {advice}.") from error
+    except (SafetensorError, LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as flaw:
+        raise ValueError(f"{path} is damaged ({flaw}); {advice}.") from flaw
 
 
 def _save_parts(parts: Mapping[str, Mapping[str, np.ndarray]], path: str | os.PathLike) -> None:
@@ -347,7 +361,7 @@ def _save_parts(parts: Mapping[str, Mapping[str, np.ndarray]], path: str | os.Pa
 
 def _load_parts(path: str | os.PathLike) -> dict[str, dict[str, np.ndarray]]:
     parts: dict[str, dict[str, np.ndarray]] = {}
-    for name, array in load_file(path).items():
+    for name, array in load_file(current(path)).items():
         kind, _, part = name.partition(".")
         parts.setdefault(kind, {})[part] = array
     return parts
@@ -358,6 +372,8 @@ STORE_FOLDER, COLLABORATIVE = "store", "collaborative"
 MQ_FOLDERS = {"user": "mq_user", "item": "mq_item"}
 # The file of the store that names all others.
 MANIFEST = "store.json"
+# A change that is committed, and the lock of those who change a folder.
+COMMITTED, LOCK = ".update-committed", ".update.lock"
 # Files without which a folder is not a trained repository.
 REQUIRED = ("config.json", "tokenizer.json", "codes.safetensors", f"{STORE_FOLDER}/{MANIFEST}", "model.safetensors")
 # The files of a trained repository that are downloaded.
@@ -369,11 +385,7 @@ WITH_USERS = (f"{COLLABORATIVE}/*",)
 
 
 class RepositoryFolder:
-    """The names of a trained repository's parts.
-
-    Args:
-        path: the folder.
-    """
+    """The names of the parts of a trained repository in the folder `path`."""
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
@@ -385,8 +397,7 @@ class RepositoryFolder:
         self.additions = self.path / "additions.json"
         # Splits, records of finished stages and the selection run; never uploaded.
         self.training = self.path / "training"
-        # A change of several files that has been decided but not carried out.
-        self.committed = self.path / ".update-committed"
+        self.committed = self.path / COMMITTED
 
     def mq(self, kind: str) -> Path:
         """The MQ-Tokenizer of `"user"` or `"item"`."""
@@ -398,16 +409,10 @@ def check_repository(folder: str | os.PathLike) -> None:
 
     Raises:
         FileNotFoundError: a part is missing; the message names it and the remedy.
-        ValueError: a change of the repository was interrupted.
     """
     parts = RepositoryFolder(folder)
     if not parts.path.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}; train one with `tokenrec train --output_dir {folder}`.")
-    if parts.committed.is_dir():
-        raise ValueError(
-            f"a change of {folder} was interrupted or is under way; if no other process changes it, open it once with "
-            "`Repository(folder)` or any `tokenrec` command to finish the change."
-        )
     needed, advice = list(REQUIRED), "it is no trained repository; give the --output_dir of `tokenrec train`"
     if parts.training.is_dir():
         # The metrics are written last.

@@ -27,10 +27,22 @@ import huggingface_hub
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
-from .codes import MANIFEST, STORE_FOLDER, IdIndex, atomic_write, check_ids, damage_named, fetch_repository, read_json
+from .codes import (
+    LOCK,
+    MANIFEST,
+    STORE_FOLDER,
+    IdIndex,
+    atomic_write,
+    check_ids,
+    current,
+    damage_named,
+    fetch_repository,
+    read_json,
+    read_whole,
+)
 
 KINDS = ("user", "item")
 FORMAT_VERSION = 1
@@ -172,6 +184,8 @@ class EmbeddingStore(Store):
         for kind, space_id in (space_ids or {}).items():
             self.space_ids[check_kind(kind)] = space_id
         self._lock = threading.RLock()
+        # The manifest as it was read or written last, by folder.
+        self._manifests: dict[Path, dict[str, Any]] = {}
         self._index = {kind: IdIndex() for kind in KINDS}
         self._vectors = {kind: torch.empty(0, self.embedding_dim) for kind in KINDS}
         # Item rows of each user, int32, and the item vectors with their factors, once they are needed.
@@ -196,8 +210,8 @@ class EmbeddingStore(Store):
             ValueError: a file of the store is missing, damaged or of another format version.
         """
         for place in (Path(folder), Path(folder) / STORE_FOLDER):
-            if (place / MANIFEST).is_file():
-                return cls._load(place)
+            if (current(place) / MANIFEST).is_file():
+                return read_whole(place, functools.partial(cls._load, place))
         raise FileNotFoundError(
             f"there is no embedding store in {folder} ({MANIFEST} is missing); make one with `tokenrec train`."
         )
@@ -230,19 +244,27 @@ class EmbeddingStore(Store):
             folder: made if absent.
             include_users: whether users' ids, vectors and seen items are written. Without them, those of a former store in the
                 folder are removed.
+
+        Raises:
+            ValueError: the folder holds another store than when this one was opened from it or saved to it. It stays.
         """
         folder, kinds = Path(folder), KINDS if include_users else ("item",)
         folder.mkdir(parents=True, exist_ok=True)
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "embedding_dim": self.embedding_dim,
-            "space_ids": dict(self.space_ids),
-            "counts": {kind: self.count(kind) for kind in kinds},
-            "files": {f"{kind}s": _save_arrays(folder, f"{kind}s", self._arrays(kind)) for kind in kinds},
-        }
-        with atomic_write(folder / MANIFEST) as path:
-            path.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        remove_leftovers(folder)
+        with FileLock(folder / LOCK):
+            self._check_unchanged(folder)
+            try:
+                manifest = {
+                    "format_version": FORMAT_VERSION,
+                    "embedding_dim": self.embedding_dim,
+                    "space_ids": dict(self.space_ids),
+                    "counts": {kind: self.count(kind) for kind in kinds},
+                    "files": {f"{kind}s": _save_arrays(folder, f"{kind}s", self._arrays(kind)) for kind in kinds},
+                }
+                with atomic_write(folder / MANIFEST) as path:
+                    path.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+                self._manifests[folder.resolve()] = manifest
+            finally:
+                remove_leftovers(folder)
 
     def push_to_hub(
         self,
@@ -276,6 +298,7 @@ class EmbeddingStore(Store):
                 token=token,
                 revision=revision,
                 commit_message=commit_message,
+                ignore_patterns=LOCK,
                 delete_patterns=[f"{kind}s-*.safetensors" for kind in KINDS],
             )
 
@@ -486,6 +509,14 @@ class EmbeddingStore(Store):
 
     # ---- helpers
 
+    def _check_unchanged(self, folder: Path) -> None:
+        path, known = folder / MANIFEST, self._manifests.get(folder.resolve())
+        if current(folder) != folder.absolute() or known and path.is_file() and read_json(path) != known:
+            raise ValueError(
+                f"the store in {folder} was changed by another process or object since it was opened, or a change of its "
+                "repository was interrupted (see `tokenrec verify`); open it again and repeat the change."
+            )
+
     def _checked_seen(
         self, user_ids: Sequence[str], item_ids_per_user: Sequence[Sequence[str]]
     ) -> tuple[np.ndarray, Ragged]:
@@ -517,7 +548,8 @@ class EmbeddingStore(Store):
         return {"vectors": self._vectors[kind], **{name: torch.from_numpy(array) for name, array in arrays.items()}}
 
     @classmethod
-    def _load(cls, folder: Path) -> EmbeddingStore:
+    def _load(cls, place: Path) -> EmbeddingStore:
+        folder = current(place)
         path = folder / MANIFEST
         manifest = read_json(path)
         if manifest.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
@@ -529,6 +561,7 @@ class EmbeddingStore(Store):
             path, "it does not fit its files; restore the store from a copy or rebuild it by `tokenrec train`"
         ):
             store = cls(manifest["embedding_dim"], manifest["space_ids"])
+            store._manifests[place.resolve()] = manifest
             # Items first: the users' seen items point to their rows.
             for kind in sorted(manifest["counts"]):
                 store._fill(kind, _load_arrays(folder, **manifest["files"][f"{kind}s"]))
@@ -969,7 +1002,8 @@ def _checked_value(name: str, value: Any) -> Any:
 
 def remove_leftovers(folder: str | os.PathLike) -> None:
     """Removes the data files that the manifest of a store does not name, and files of interrupted saves."""
-    keep = {entry["file"] for entry in read_json(Path(folder) / MANIFEST)["files"].values()}
+    manifest = Path(folder) / MANIFEST
+    keep = {entry["file"] for entry in read_json(manifest)["files"].values()} if manifest.is_file() else ()
     for path in Path(folder).iterdir():
         if _TEMPORARY.fullmatch(path.name) or (_DATA_FILE.fullmatch(path.name) and path.name not in keep):
             # Windows does not remove a file that is still mapped; the next save tries again.
@@ -999,10 +1033,7 @@ def _load_arrays(folder: Path, file: str, bytes: int, sha256: str) -> dict[str, 
         raise ValueError(f"{file} has {path.stat().st_size} bytes instead of {bytes}")
     if _sha256(path) != sha256:
         raise ValueError(f"the content of {file} is not the saved one")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a safetensors file: {error}") from error
+    return load_file(path)
 
 
 def _sha256(path: Path) -> str:

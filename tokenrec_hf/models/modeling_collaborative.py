@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
@@ -25,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from .codes import IdIndex, load_indexes, read_json, save_indexes
+from .codes import STORE_FOLDER, IdIndex, current, load_indexes, read_json, read_whole, save_indexes
 from .configuration_tokenrec import CollaborativeConfig, FISMConfig, LightGCNConfig, MatrixFactorizationConfig
 
 if TYPE_CHECKING:
@@ -105,24 +104,6 @@ class CollaborativeModel(PreTrainedModel):
     def resized(self, interactions: Interactions) -> Self:
         """A fresh model with the settings of this one for other users, items and interactions."""
         return self.from_interactions(type(self.config).from_dict(self.config.to_dict()), interactions)
-
-    def without_users(self, keep: np.ndarray) -> Self:
-        """A model with the same items and only some of the users.
-
-        Args:
-            keep: whether to keep each user, bool `[num_users]`. The others lose their rows in the tables and their interactions.
-        """
-        users, items = self.interactions() or (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
-        inside = keep[users]
-        rows = (np.cumsum(keep) - 1)[users[inside]]
-        left: Any = SimpleNamespace(
-            num_users=int(keep.sum()), num_items=self.config.num_items, users=rows, items=items[inside]
-        )
-        model = self.resized(left)
-        with torch.no_grad():
-            for (kind, table), (_, former) in zip(model.tables(), self.tables()):
-                table.weight.copy_(former.weight[torch.from_numpy(keep)] if kind == "user" else former.weight)
-        return model.eval()
 
     def interactions(self) -> tuple[np.ndarray, np.ndarray] | None:
         """User and item rows of the training interactions, int64 `[n]` each; None if the model does not keep them."""
@@ -464,7 +445,7 @@ def collaborative_class(folder: str | os.PathLike) -> type[CollaborativeModel]:
     Raises:
         ValueError: there is no such kind of collaborative model.
     """
-    path = Path(folder) / "config.json"
+    path = current(folder) / "config.json"
     model_type = read_json(path).get("model_type")
     found = [model for model in COLLABORATIVE_MODELS.values() if model.config_class.model_type == model_type]
     if not found:
@@ -479,7 +460,10 @@ def load_collaborative(folder: str | os.PathLike) -> tuple[CollaborativeModel, d
         FileNotFoundError: a file is missing.
         ValueError: a file is damaged.
     """
-    return collaborative_class(folder).from_pretrained(folder).eval(), load_indexes(Path(folder) / IDS)
+    return read_whole(
+        Path(folder).parent / STORE_FOLDER,
+        lambda: (collaborative_class(folder).from_pretrained(current(folder)).eval(), load_indexes(Path(folder) / IDS)),
+    )
 
 
 for _model_class in COLLABORATIVE_MODELS.values():

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from .codes import RepositoryFolder, check_repository, damage_named, fetch_repository, read_json
+from .codes import RepositoryFolder, check_repository, damage_named, fetch_repository, read_json, read_whole
 from .configuration_tokenrec import T5GenerativeRetrievalConfig
 from .embedding_store import EmbeddingStore, Store, stable_topk, unit_rows
 from .modeling_collaborative import HistoryEncoder, collaborative_class, load_collaborative
@@ -111,12 +111,15 @@ class Recommender:
         Raises:
             FileNotFoundError: the repository is missing, or its training has not finished.
             OSError: the Hub refuses the download.
-            ValueError: its parts are damaged or do not belong together, or a change of it was interrupted.
+            ValueError: its parts are damaged or do not belong together.
         """
         folder = fetch_repository(name, revision=revision, token=token)
         check_repository(folder)
-        store = store or EmbeddingStore.open(RepositoryFolder(folder).store)
-        return cls(load_model(folder), TokenRecTokenizer.from_pretrained(folder), store, folder)
+        model, place = load_model(folder), RepositoryFolder(folder).store
+        return read_whole(
+            place,
+            lambda: cls(model, TokenRecTokenizer.from_pretrained(folder), store or EmbeddingStore.open(place), folder),
+        )
 
     @cached_property
     def history_encoder(self) -> HistoryEncoder | None:

@@ -17,7 +17,7 @@ from ..data.collator import PromptDataset
 from ..data.splits import SPLITS, fingerprint, index_splits
 from ..evaluation.ranking import evaluation_collator
 from ..evaluation.variants import VARIANTS
-from ..models.codes import COLLABORATIVE, IdIndex, check_repository, read_json
+from ..models.codes import COLLABORATIVE, IdIndex, RepositoryFolder, check_repository, current, read_json
 from ..models.embedding_store import KINDS, EmbeddingStore
 from ..models.modeling_collaborative import load_collaborative
 from ..models.modeling_mq_tokenizer import MQTokenizerModel
@@ -36,11 +36,11 @@ Result = tuple[bool | None, str]
 
 @dataclass(frozen=True)
 class Check:
-    """The result of a check.
+    """The result of a check of [`audit`] or [`~verify.verify`].
 
     Args:
-        run: `data`, or the run of the checked files, `selection` or `refit`.
-        name: `splits`, `order`, `fingerprint`, `collaborative`, `seen`, `vectors`, `codes` or `prompts`.
+        run: the part that was checked, such as `data`, or a run of the training, `selection` or `refit`.
+        name: what was checked.
         passed: None where the files do not suffice to decide.
         finding: one sentence with the compared parts, the number of rows and the result.
     """
@@ -181,6 +181,38 @@ def _fingerprint(data: _Data, expected: str, users_removed: bool) -> Result:
     return False, f"{interactions} have another fingerprint than those of the training."
 
 
+def codes_and_vectors(parts: RepositoryFolder, tokenizer: TokenRecTokenizer, store: EmbeddingStore) -> Result:
+    """Whether the codes of a tokenizer, and T5's part of item vectors, are those of the vectors of a store."""
+    t5_spaces = read_json(parts.path / "config.json")["space_ids"]
+    compared, wrong = 0, []
+    for kind in KINDS:
+        mq, ids = MQTokenizerModel.from_pretrained(parts.mq(kind)), store.ids(kind)
+        if {tokenizer.space_ids[kind], store.space_ids[kind], t5_spaces[kind]} != {mq.space_id}:
+            return (
+                False,
+                f"tokenizer, store and T5 do not all have the space_id {mq.space_id} of the {kind} MQ-Tokenizer.",
+            )
+        if other := set(ids) ^ set(tokenizer.ids(kind)):
+            return False, f"{len(other)} {kind}s, such as {min(other)!r}, are in one of tokenizer and store only."
+        codes = torch.from_numpy(tokenizer.codes(kind, ids))
+        vectors = store.vectors(kind)[:, : mq.config.embedding_dim]
+        differs = (codes != mq.encode(vectors)).any(dim=1)
+        if kind == "item" and vectors.shape[1] < store.embedding_dim:
+            learned = load_model(parts.path).item_vectors(vectors, tokenizer.item_tokens(ids))
+            differs |= (store.vectors(kind) - learned).norm(dim=1) > TOLERANCE * learned.norm(dim=1)
+        unlike = differs.nonzero()[:, 0]
+        wrong += [f"{kind} {ids[row]!r}" for row in unlike.tolist()]
+        compared += len(ids)
+    subject = (
+        f"{len(wrong)} of {compared} users and items, such as {wrong[0]}, are not"
+        if wrong
+        else (f"{compared} users and items are")
+    )
+    return not wrong, (
+        f"the codes of {subject} those of the vectors by the MQ-Tokenizers, which have the space_id of tokenizer, store and T5."
+    )
+
+
 # The files of a run ---------------------------------------------------------------------------------------------------
 
 
@@ -189,7 +221,7 @@ class _RunFiles:
 
     def __init__(self, run: str, repository: Repository, data: _Data, recipe: Recipe, users_removed: bool):
         self.parts, self.data, self.recipe, self.users_removed = repository.parts, data, recipe, users_removed
-        self.added = self.parts.additions.is_file()
+        self.added = current(self.parts.additions).is_file()
         self.trained = SPLITS[: 1 if run == SELECTION else 2]
         self.held_out = SPLITS[len(self.trained) :]
         self.store = EmbeddingStore.open(self.parts.store)
@@ -274,34 +306,7 @@ class _RunFiles:
 
     def codes(self) -> Result:
         """Whether the codes of the tokenizer, and T5's part of item vectors, are those of the vectors of the store."""
-        t5_spaces = read_json(self.parts.path / "config.json")["space_ids"]
-        compared, wrong = 0, []
-        for kind in KINDS:
-            mq, ids = MQTokenizerModel.from_pretrained(self.parts.mq(kind)), self.store.ids(kind)
-            if {self.tokenizer.space_ids[kind], self.store.space_ids[kind], t5_spaces[kind]} != {mq.space_id}:
-                return (
-                    False,
-                    f"tokenizer, store and T5 do not all have the space_id {mq.space_id} of the {kind} MQ-Tokenizer.",
-                )
-            if other := set(ids) ^ set(self.tokenizer.ids(kind)):
-                return False, f"{len(other)} {kind}s, such as {min(other)!r}, are in one of tokenizer and store only."
-            codes = torch.from_numpy(self.tokenizer.codes(kind, ids))
-            vectors = self.store.vectors(kind)[:, : mq.config.embedding_dim]
-            differs = (codes != mq.encode(vectors)).any(dim=1)
-            if kind == "item" and vectors.shape[1] < self.store.embedding_dim:
-                learned = load_model(self.parts.path).item_vectors(vectors, self.tokenizer.item_tokens(ids))
-                differs |= (self.store.vectors(kind) - learned).norm(dim=1) > TOLERANCE * learned.norm(dim=1)
-            unlike = differs.nonzero()[:, 0]
-            wrong += [f"{kind} {ids[row]!r}" for row in unlike.tolist()]
-            compared += len(ids)
-        subject = (
-            f"{len(wrong)} of {compared} users and items, such as {wrong[0]}, are not"
-            if wrong
-            else (f"{compared} users and items are")
-        )
-        return not wrong, (
-            f"the codes of {subject} those of the vectors by the MQ-Tokenizers, which have the space_id of tokenizer, store and T5."
-        )
+        return codes_and_vectors(self.parts, self.tokenizer, self.store)
 
     def prompts(self, split: str) -> Result:
         """Whether the evaluation prompts name only items of the user's history before the held-out item."""

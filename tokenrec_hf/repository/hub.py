@@ -13,20 +13,24 @@ from huggingface_hub import HfApi
 from .. import models
 from ..models.codes import (
     COLLABORATIVE,
+    LOCK,
     MANIFEST,
     MQ_FOLDERS,
     STORE_FOLDER,
     RepositoryFolder,
     check_repository,
-    forget_ids,
+    current,
     hub_errors,
     read_json,
+    read_whole,
 )
 from ..models.embedding_store import EmbeddingStore
 from ..models.modeling_collaborative import save_collaborative
 from ..models.recommender import load_history_encoder
+from ..models.tokenization_tokenrec import TokenRecTokenizer
 from .card import write_model_card
-from .repository import Repository
+from .repository import PUSHED, Repository, exclusive
+from .update import without_users
 
 _CODE = {path.name for path in Path(models.__path__[0]).glob("[!_]*.py")}
 _MODEL = {"config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json"} | _CODE
@@ -78,10 +82,15 @@ def push(
     """
     check_repository(repository.folder)
     api = HfApi(token=token)
-    with tempfile.TemporaryDirectory() as temporary, hub_errors(repo_id, revision):
-        prepared = Path(temporary)
+    # In the repository, where the next change finds what a killed process leaves, because it may hold users.
+    with (
+        tempfile.TemporaryDirectory(prefix=PUSHED, dir=repository.folder) as temporary,
+        exclusive(Path(temporary)),
+        hub_errors(repo_id, revision),
+    ):
+        prepared = Path(temporary) / "repository"
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        copy_shared(repository.folder, prepared, include_users)
+        read_whole(repository.parts.store, lambda: copy_shared(repository.folder, prepared, include_users))
         write_model_card(Repository(prepared), repo_id)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -90,6 +99,7 @@ def push(
             folder_path=prepared,
             revision=revision,
             commit_message=commit_message,
+            ignore_patterns=f"*{LOCK}",
             delete_patterns="*",
         )
     return str(commit.commit_url)
@@ -97,32 +107,32 @@ def push(
 
 def strays(folder: Path) -> list[str]:
     """The files beside those of a trained repository, in the same folders; they are not uploaded."""
-    shared = set(_shared_files(folder))
-    found = (
-        path for part in _SHARED for path in (folder / part).glob("[!.]*") if path.is_file() and path not in shared
-    )
-    return sorted(path.relative_to(folder).as_posix() for path in found)
+    shared = _shared_files(folder)
+    found = (path.relative_to(folder) for part in _SHARED for path in (folder / part).glob("[!.]*") if path.is_file())
+    return sorted(name.as_posix() for name in found if name not in shared)
 
 
-def _shared_files(folder: Path) -> list[Path]:
-    """The files of a trained repository that may be uploaded.
+def _shared_files(folder: Path) -> dict[Path, Path]:
+    """The files of a trained repository that may be uploaded, by their names in it.
 
     Raises:
         ValueError: one of them is a link to a file elsewhere, which an upload would take along.
     """
-    data = {entry["file"] for entry in read_json(folder / STORE_FOLDER / MANIFEST)["files"].values()}
+    data = {entry["file"] for entry in read_json(current(folder / STORE_FOLDER) / MANIFEST)["files"].values()}
     names = _SHARED | {STORE_FOLDER: {MANIFEST} | data}
-    paths = [
-        path
+    # Those of a committed change replace the others.
+    paths = {
+        path.relative_to(place): path
+        for place in (folder, RepositoryFolder(folder).committed)
         for part, known in names.items()
-        for path in sorted((folder / part).glob("*"))
+        for path in sorted((place / part).glob("*"))
         if path.is_file() and (path.name in known or (_SHARD.fullmatch(path.name) and part != STORE_FOLDER))
-    ]
+    }
     allowed = [folder.resolve()]
     # In the cache of the Hub's client, the files of a snapshot are links into the folder `blobs` of its repository.
     if folder.resolve().parent.name == "snapshots":
         allowed.append(folder.resolve().parents[1] / "blobs")
-    for path in paths:
+    for path in paths.values():
         if not any(path.resolve().is_relative_to(place) for place in allowed):
             raise ValueError(
                 f"{path} is a link to {path.resolve()}, outside the repository; replace it by a file of its own."
@@ -131,17 +141,20 @@ def _shared_files(folder: Path) -> list[Path]:
 
 
 def copy_shared(folder: Path, target: Path, include_users: bool) -> None:
-    """Copies the shared files of a trained repository, without its users unless asked for."""
+    """Copies the shared files of a trained repository, without its users unless asked for, to a folder of their own."""
     source, copied = RepositoryFolder(folder), RepositoryFolder(target)
-    for path in _shared_files(folder):
-        copy = target / path.relative_to(folder)
+    shutil.rmtree(target, ignore_errors=True)
+    for name, path in _shared_files(folder).items():
+        copy = target / name
         if include_users or copy.parent != copied.collaborative:
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
     if not include_users:
         shutil.rmtree(copied.store)
         EmbeddingStore.open(source.store).save_pretrained(copied.store, include_users=False)
-        forget_ids(target / "codes.safetensors", "user")
+        tokenizer = TokenRecTokenizer.from_pretrained(target)
+        tokenizer.remove("user", tokenizer.ids("user"))
+        tokenizer.save_codes(target)
         if (encoder := load_history_encoder(folder)) is not None:
-            model = encoder.model.without_users(np.zeros(encoder.model.config.num_users, dtype=bool))
+            model = without_users(encoder.model, np.zeros(encoder.model.config.num_users, dtype=bool))
             save_collaborative(model, {"user": [], "item": encoder.items.ids()}, copied.collaborative)

@@ -7,23 +7,30 @@ transformers; all other methods import what they need when they are called.
 from __future__ import annotations
 
 import os
+import re
+import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from ..models.codes import (
     COLLABORATIVE,
+    LOCK,
     MANIFEST,
     MQ_FOLDERS,
     RepositoryFolder,
     check_repository,
+    current,
     fetch_repository,
     flush_names,
     read_json,
+    read_whole,
 )
 
 if TYPE_CHECKING:
@@ -42,13 +49,28 @@ STAGES = (COLLABORATIVE, *MQ_FOLDERS.values(), RETRIEVAL, EVALUATION)
 # Retraining is due when the cold-start users or items are more than this share of the trained ones, or when their codes lose
 # this many times the variance that the trained ones lose (of the floor, where these lose almost nothing).
 DUE_SHARE, DUE_ERROR, DUE_FLOOR = 0.2, 2.0, 0.1
-STAGED, LOCK = ".update", ".update.lock"
+# A change that is not committed, the copies that pushes are made from, and the files of interrupted writes.
+STAGED, PUSHED, TEMPORARY = ".update", ".push-", re.compile(r"\..+-[0-9a-f]{8}\.tmp")
+# A full disk, a file-size limit and a quota, as Python, safetensors and Arrow report them.
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+_NO_SPACE = re.compile(r"[Ee]rr(?:no|or) (?:27|28|122)\b")
+
+
+def _whole(method: _Method) -> _Method:
+    """Makes a method of a repository run again if a change came between, so that all files it reads are of one state."""
+
+    @wraps(method)
+    def run(self: Repository, *args: Any, **kwargs: Any) -> Any:
+        return read_whole(self.parts.store, lambda: method(self, *args, **kwargs))
+
+    return cast(_Method, run)
 
 
 class Repository:
     """A trained repository in a local folder.
 
-    Opening it completes a change that was interrupted after its commit.
+    A change of several files is seen whole or not at all. One that was interrupted after its commit is put in place by the next
+    change, or by `repair`; until then all readers find its files where they are.
 
     Args:
         folder: the `--output_dir` of a training, finished or not.
@@ -65,8 +87,6 @@ class Repository:
             )
         if self.parts.committed.is_dir():
             self._check_links()
-            with FileLock(self.folder / LOCK):
-                self._finish()
 
     @classmethod
     def from_pretrained(
@@ -93,6 +113,7 @@ class Repository:
 
         return Recommender.from_pretrained(self.folder, store=store)
 
+    @_whole
     def evaluate(self, split: str = "test", variant: str = "tokenrec", store: Store | None = None) -> dict[str, Any]:
         """Ranks all items for every user of a split.
 
@@ -152,17 +173,36 @@ class Repository:
 
         return add(self, users=users, items=items, interactions=interactions, metadata=metadata, retrain=retrain)
 
-    def remove(self, users: Sequence[str] = (), items: Sequence[str] = ()) -> dict[str, int]:
+    def remove(self, users: Sequence[str] = (), items: Sequence[str] = ()) -> dict[str, Any]:
         """Deletes users and withdraws items; see [`~update.remove`]."""
         from .update import remove
 
         return remove(self, users=users, items=items)
 
+    @_whole
     def audit(self) -> list[Check]:
         """Checks that no part of the repository has seen the held-out items; see [`~audit.audit`]."""
         from .audit import audit
 
         return audit(self)
+
+    @_whole
+    def verify(self) -> list[Check]:
+        """Checks the files of the repository against their checksums and against each other; see [`~verify.verify`]."""
+        from .verify import verify
+
+        return verify(self)
+
+    def repair(self) -> None:
+        """Completes or drops an interrupted change, removes leftovers, and makes the codes again if they are wrong.
+
+        Raises:
+            FileNotFoundError: there is no store.
+            ValueError: a file is damaged that cannot be made again, or another process is changing the repository.
+        """
+        from .verify import repair
+
+        repair(self)
 
     def info(self) -> dict[str, Any]:
         """Counts, settings, results and sizes, also of an unfinished training.
@@ -176,9 +216,9 @@ class Repository:
             for path in (
                 self.folder / "config.json",
                 self.folder / "tokenizer_config.json",
-                self.parts.store / "store.json",
+                current(self.parts.store) / MANIFEST,
                 self.parts.metrics,
-                self.parts.additions,
+                current(self.parts.additions),
                 self.record("run"),
             )
         )
@@ -251,6 +291,7 @@ class Repository:
         """The JSON file of the settings (`"run"`) or of the finished stages of a run (`"selection"`, `"refit"`)."""
         return self.parts.training / f"{name}.json"
 
+    @_whole
     def splits(self) -> DatasetDict:
         """The interactions of training and evaluation.
 
@@ -261,7 +302,7 @@ class Repository:
 
         from ..data.splits import SPLITS
 
-        paths = {name: self.interactions / f"{name}.parquet" for name in SPLITS}
+        paths = {name: current(self.interactions / f"{name}.parquet") for name in SPLITS}
         for path in paths.values():
             if not path.is_file():
                 raise FileNotFoundError(
@@ -274,30 +315,40 @@ class Repository:
     def change(self) -> Iterator[RepositoryFolder]:
         """A folder for new files; when the block ends, they replace the files of their names, all or none of them.
 
+        An interrupted change is completed or dropped before. Every change saves the store.
+
         Raises:
-            ValueError: another process is changing the repository.
+            ValueError: another process is changing the repository, or a folder of it is a link.
+            OSError: the disk is full; then nothing has changed.
         """
         self._check_links()
-        lock, staged = FileLock(self.folder / LOCK), self.folder / STAGED
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise ValueError(
-                f"{self.folder} is being changed by another process; try again when that has finished."
-            ) from None
-        try:
-            self._finish()
+        staged = self.folder / STAGED
+        with exclusive(self.folder), exclusive(self.parts.store), _space_named(self.folder):
+            self._recover()
             staged.mkdir()
-            yield RepositoryFolder(staged)
-            for path in (*staged.rglob("*"), staged):
-                _flush(path)
-            # The commit: before this renaming nothing has changed, after it `_finish` completes the change.
-            os.rename(staged, self.parts.committed)
-            flush_names(self.folder)
-            self._finish()
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
-            lock.release()
+            try:
+                yield RepositoryFolder(staged)
+                make_readable(staged)
+                for path in (*staged.rglob("*"), staged):
+                    _flush(path)
+                # The commit: before this renaming nothing has changed, after it readers see the change.
+                os.rename(staged, self.parts.committed)
+            finally:
+                shutil.rmtree(staged, ignore_errors=True)
+            # Readers find the change, whether or not it can be put in place now; if not, the next change does that.
+            with suppress(OSError):
+                self._finish()
+
+    def leftovers(self) -> list[Path]:
+        """What interrupted changes, writes and pushes have left: files and folders that no process works on."""
+        found = list(self.folder.glob(STAGED))
+        for path in self.folder.glob(f"{PUSHED}*"):
+            if path.is_dir() and not path.is_symlink():
+                with suppress(ValueError), exclusive(path):
+                    found.append(path)
+        temporary = (path for path in self.folder.rglob(".*.tmp") if TEMPORARY.fullmatch(path.name))
+        hidden = (PUSHED, STAGED)
+        return found + [path for path in temporary if not path.relative_to(self.folder).parts[0].startswith(hidden)]
 
     def _check_links(self) -> None:
         """Makes sure that a change stays inside the folder.
@@ -309,10 +360,16 @@ class Repository:
             self.parts.committed,
             self.folder / STAGED,
             self.folder / LOCK,
+            self.parts.store / LOCK,
             self.parts.training,
             self.interactions,
+            self.selection,
         )
-        folders = (self.parts.store, self.parts.collaborative, *map(self.parts.mq, MQ_FOLDERS))
+        folders = [
+            folder
+            for parts in (self.parts, RepositoryFolder(self.selection))
+            for folder in (parts.store, parts.collaborative, *map(parts.mq, MQ_FOLDERS))
+        ]
         for path in (*changed, *folders, *self.parts.committed.rglob("*")):
             if path.is_symlink():
                 raise ValueError(
@@ -320,22 +377,36 @@ class Repository:
                     "links to."
                 )
 
+    def _recover(self) -> None:
+        """Completes a committed change, and removes an uncommitted one and the files of processes that have died."""
+        if self.parts.committed.is_dir():
+            self._finish()
+        for path in self.leftovers():
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        self._sweep_stores()
+
     def _finish(self) -> None:
-        """Drops an uncommitted change and completes a committed one."""
-        shutil.rmtree(self.folder / STAGED, ignore_errors=True)
-        committed = self.parts.committed
-        if not committed.is_dir():
-            return
+        """Puts the files of a committed change in place. Until all are, readers find them in the change."""
+        committed, finished = self.parts.committed, self.folder / STAGED
+        for path in sorted(committed.rglob("*")):
+            if path.is_file() and path.name != LOCK:
+                _place(path, self.folder / path.relative_to(committed))
+        shutil.rmtree(finished, ignore_errors=True)
+        os.rename(committed, finished)
+        flush_names(self.folder)
+        shutil.rmtree(finished)
+        self._sweep_stores()
+
+    def _sweep_stores(self) -> None:
+        """Removes what the stores of the repository and of the selection run held before."""
         from ..models.embedding_store import remove_leftovers
 
-        # The manifest of the store comes last, because the files that it names must be there then.
-        for path in sorted(committed.rglob("*"), key=lambda path: path.name == MANIFEST):
-            if path.is_file():
-                target = self.folder / path.relative_to(committed)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(path, target)
-        remove_leftovers(self.parts.store)
-        shutil.rmtree(committed)
+        for folder in (self.folder, self.selection):
+            if (store := RepositoryFolder(folder).store).is_dir():
+                remove_leftovers(store)
 
 
 def _retraining_due(additions: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[str]:
@@ -354,6 +425,46 @@ def _retraining_due(additions: Mapping[str, Any], metrics: Mapping[str, Any]) ->
     return reasons
 
 
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Excludes other processes from changing a folder.
+
+    Raises:
+        ValueError: another process is changing it.
+    """
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"{folder} is being changed by another process; try again when that has finished.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _space_named(folder: Path) -> Iterator[None]:
+    """Turns the error of a full disk into a sentence."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if not _NO_SPACE.search(str(error)):
+            raise
+        raise OSError(
+            f"no space left for {folder}, or a file is larger than allowed ({error}); the repository is as it was. Make room "
+            "and try again."
+        ) from error
+
+
+def make_readable(folder: Path) -> None:
+    """Gives the weights in a folder the permissions of new files: safetensors makes files that nobody else may read."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(0o666 & ~umask)
+
+
 def _flush(path: Path) -> None:
     """Brings a file, or the names in a folder, to the disk."""
     if path.is_dir():
@@ -361,6 +472,24 @@ def _flush(path: Path) -> None:
         return
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
+
+
+def _place(path: Path, target: Path) -> None:
+    """Gives a file of a change its place in the repository, too."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}-{secrets.token_hex(4)}.tmp")
+    try:
+        try:
+            os.link(path, temporary)
+        except OSError:
+            # Not every file system has links.
+            shutil.copyfile(path, temporary)
+            _flush(temporary)
+        os.replace(temporary, target)
+        flush_names(target.parent)
+    finally:
+        # Renaming does nothing where both are links to the same file.
+        temporary.unlink(missing_ok=True)
 
 
 def _size(folder: Path) -> int:

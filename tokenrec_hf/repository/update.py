@@ -26,7 +26,13 @@ from ..data.interaction_matrix import InteractionMatrix
 from ..models.codes import COLLABORATIVE, IdIndex, RepositoryFolder, check_repository, read_json
 from ..models.configuration_tokenrec import T5GenerativeRetrievalConfig
 from ..models.embedding_store import KINDS, EmbeddingStore
-from ..models.modeling_collaborative import FISMModel, HistoryEncoder, load_collaborative, save_collaborative
+from ..models.modeling_collaborative import (
+    CollaborativeModel,
+    FISMModel,
+    HistoryEncoder,
+    load_collaborative,
+    save_collaborative,
+)
 from ..models.modeling_mq_tokenizer import MQTokenizerModel
 from ..models.recommender import load_history_encoder, load_model
 from ..models.tokenization_tokenrec import TokenRecTokenizer
@@ -443,7 +449,7 @@ def _note_additions(
 # Removal --------------------------------------------------------------------------------------------------------------
 
 
-def remove(repository: Repository, *, users: Sequence[str] = (), items: Sequence[str] = ()) -> dict[str, int]:
+def remove(repository: Repository, *, users: Sequence[str] = (), items: Sequence[str] = ()) -> dict[str, Any]:
     """Deletes users with all their data, and withdraws items from sale.
 
     No id, vector, code, seen item or interaction of a deleted user is left in any file of the repository, those of the
@@ -456,40 +462,58 @@ def remove(repository: Repository, *, users: Sequence[str] = (), items: Sequence
         items: ids of items.
 
     Returns:
-        The numbers of deleted `users` and withdrawn `items`.
+        The numbers of deleted `users` and withdrawn `items`, and by kind the ids that are `not_found`: removing what is not
+        there is no error, so a call that was interrupted can be repeated.
 
     Raises:
         FileNotFoundError: the repository is unfinished.
-        ValueError: an id is not in the store; then nothing has changed.
+        ValueError: another process is changing the repository.
     """
     check_repository(repository.folder)
+    asked: Ids = {"user": list(dict.fromkeys(users)), "item": list(dict.fromkeys(items))}
     with repository.change() as staged:
         store = EmbeddingStore.open(repository.parts.store)
-        for kind, ids in (("user", users), ("item", items)):
-            missing = [name for name, known in zip(ids, store.contains(kind, ids)) if not known]
-            if missing:
-                raise ValueError(
-                    f"{kind} {missing[0]!r} is not in the store of {repository.folder}; nothing was removed."
-                )
-        if items:
-            store.withdraw(items)
+        is_there = {kind: store.contains(kind, ids) for kind, ids in asked.items()}
+        store.withdraw(list(compress(asked["item"], is_there["item"])))
         if users:
-            # The selection run comes first: after an interruption the users are still known here, to be removed again.
-            _forget_selection(repository, users)
-            store.delete("user", users)
-            _forget_codes(repository, staged, users)
-            _forget_collaborative(repository, staged, users)
-            _forget_interactions(repository, staged, users)
+            _forget(repository, staged, store, asked["user"])
+            selection = type(repository)(repository.selection) if repository.selection.is_dir() else None
+            if selection is not None and selection.parts.store.is_dir():
+                nested = RepositoryFolder(staged.path / selection.folder.relative_to(repository.folder))
+                nested.path.mkdir(parents=True)
+                _forget(selection, nested, EmbeddingStore.open(selection.parts.store), asked["user"])
         store.save_pretrained(staged.store)
-    return {"users": len(set(users)), "items": len(set(items))}
+    return {
+        "users": int(is_there["user"].sum()),
+        "items": int(is_there["item"].sum()),
+        "not_found": {kind: list(compress(ids, ~is_there[kind])) for kind, ids in asked.items()},
+    }
 
 
-def _forget_selection(repository: Repository, users: Sequence[str]) -> None:
-    """Removes users from the repository of the selection run, which was trained on them too."""
-    if RepositoryFolder(repository.selection).store.is_dir():
-        selection = type(repository)(repository.selection)
-        known = EmbeddingStore.open(selection.parts.store).contains("user", users)
-        remove(selection, users=[user for user, there in zip(users, known) if there])
+def _forget(repository: Repository, staged: RepositoryFolder, store: EmbeddingStore, users: Sequence[str]) -> None:
+    """Stages the files of a repository without users; ids that only some of the files know are removed from these."""
+    store.delete("user", users)
+    store.save_pretrained(staged.store)
+    _forget_codes(repository, staged, users)
+    _forget_collaborative(repository, staged, users)
+    _forget_interactions(repository, staged, users)
+
+
+def without_users(model: CollaborativeModel, keep: np.ndarray) -> CollaborativeModel:
+    """A collaborative model with the same items and only some of the users.
+
+    Args:
+        model: any collaborative model.
+        keep: whether to keep each user, bool `[num_users]`. The others lose their rows in the tables and their interactions.
+    """
+    users, items = model.interactions() or (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
+    inside = keep[users]
+    rows = (np.cumsum(keep) - 1)[users[inside]]
+    left = model.resized(InteractionMatrix(rows, items[inside], int(keep.sum()), model.config.num_items))
+    with torch.no_grad():
+        for (kind, table), (_, former) in zip(left.tables(), model.tables()):
+            table.weight.copy_(former.weight[torch.from_numpy(keep)] if kind == "user" else former.weight)
+    return left.eval()
 
 
 def _forget_codes(repository: Repository, staged: RepositoryFolder, users: Sequence[str]) -> None:
@@ -508,7 +532,7 @@ def _forget_collaborative(repository: Repository, staged: RepositoryFolder, user
     rows = former["user"].rows(users)
     keep[rows[rows >= 0]] = False
     names = {"user": former["user"].kept(keep).ids(), "item": former["item"].ids()}
-    save_collaborative(model.without_users(keep), names, staged.collaborative)
+    save_collaborative(without_users(model, keep), names, staged.collaborative)
 
 
 def _forget_interactions(repository: Repository, staged: RepositoryFolder, users: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, compress
@@ -45,6 +46,7 @@ ABOUT = "/about"
 NOT_LOADED = 101
 _LEVEL = {"consistency_level": "Session"}
 _Thing = TypeVar("_Thing")
+_open_stores: weakref.WeakSet[MilvusStore] = weakref.WeakSet()
 
 
 class MilvusStore(Store):
@@ -88,12 +90,24 @@ class MilvusStore(Store):
             raise ImportError('Milvus needs pymilvus: pip install "tokenrec-hf[milvus]".') from None
         self.uri, self._timeout = str(uri), timeout
         self._names = {kind: f"{prefix}_{kind}s" for kind in KINDS} | {"seen": f"{prefix}_seen"}
-        is_remote = self.uri.startswith(("http://", "https://"))
-        if not is_remote and embedding_dim is None and not Path(self.uri).exists():
+        self._file = None if self.uri.startswith(("http://", "https://")) else os.path.abspath(self.uri)
+        if self._file and embedding_dim is None and not Path(self.uri).exists():
             raise FileNotFoundError(f"there is no Milvus Lite database {self.uri}; make a store with embedding_dim.")
         with self._errors():
             self._client = MilvusClient(uri=self.uri, token=token or "", timeout=timeout)
-            exists = self._client.has_collection(self._names["seen"], timeout=timeout)
+        _open_stores.add(self)
+        try:
+            self._connect(prefix, embedding_dim, space_ids, index)
+        except BaseException:
+            self.close()
+            raise
+
+    def _connect(
+        self, prefix: str, embedding_dim: int | None, space_ids: Mapping[str, str | None] | None, index: str
+    ) -> None:
+        """Finds the store or makes it; arguments of the class."""
+        with self._errors():
+            exists = self._client.has_collection(self._names["seen"], timeout=self._timeout)
         if not exists:
             if embedding_dim is None:
                 raise FileNotFoundError(
@@ -174,8 +188,13 @@ class MilvusStore(Store):
         self._embedded(KINDS if include_users else ("item",)).save_pretrained(folder, include_users)
 
     def close(self) -> None:
-        """Closes the connection."""
+        """Closes the connection, and a Milvus Lite database once no store of this process uses it, for other processes to open."""
         self._client.close()
+        _open_stores.discard(self)
+        if self._file and all(store._file != self._file for store in _open_stores):
+            from milvus_lite.server_manager import server_manager_instance
+
+            server_manager_instance.release_server(self._file)
 
     # ---- ids and vectors
 
@@ -437,6 +456,11 @@ class MilvusStore(Store):
             yield
         except MilvusException as error:
             reason = " ".join(str(error.message or error).split()).rstrip(".")
+            if self._file:
+                raise OSError(
+                    f"the Milvus Lite database {self.uri} cannot be used ({reason[:300]}); if another process has it open, close "
+                    "it there."
+                ) from error
             raise OSError(
                 f"Milvus at {self.uri} does not answer or refuses ({reason[:300]}); check that it runs, the address and the "
                 "token."
