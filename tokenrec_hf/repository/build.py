@@ -323,11 +323,9 @@ class _TrainingRun:
     def _evaluate(self, data: IndexedSplits) -> Outcome:
         store = EmbeddingStore.open(self.parts.store)
         batch_size = self.recipe.retrieval.training["per_device_eval_batch_size"]
-        results = evaluate_baselines(data, store)
-        for variant in VARIANTS:
-            prompts = self.resolved.collator_arguments
-            results[variant] = evaluate_retrieval(self.parts.path, data, prompts, variant, store, batch_size)
-        return {"metrics": results}
+        prompts = self.resolved.collator_arguments
+        results = evaluate_retrieval(self.parts.path, data, prompts, list(VARIANTS), store, batch_size)
+        return {"metrics": evaluate_baselines(data, store) | results}
 
 
 def _clearly_better(outcome: Outcome, former: Outcome, num_users: int) -> bool:
