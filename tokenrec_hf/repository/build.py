@@ -339,7 +339,7 @@ def _clearly_better(outcome: Outcome, former: Outcome, num_users: int) -> bool:
 
 def _claim(repository: Repository, splits: DatasetDict, recipe: Recipe, refit: bool) -> None:
     """Ties the folder to these data and settings, so that it never mixes stages of different trainings."""
-    data = fingerprint(*(splits[name][column][:] for name in SPLITS for column in ("user_id", "item_id")))
+    data = fingerprint(*(splits[name][column] for name in SPLITS for column in ("user_id", "item_id")))
     mine = json.loads(json.dumps({"data": data, "refit": refit, "recipe": recipe.to_dict()}))
     path = repository.record("run")
     if not path.is_file():
