@@ -411,11 +411,12 @@ def test_with_next_items_each_position_is_followed_by_the_next_item(tokenizer, s
     assert (len(orders) > 8 * NUM_USERS / 2) == shuffle
 
 
-def test_with_next_items_the_target_follows_the_whole_history(tokenizer):
+def test_with_next_items_the_target_follows_the_whole_history_and_is_the_only_label(tokenizer):
     (template,) = templates = HISTORY_TEMPLATES[:1]
     options = {"templates": templates, "evaluation_templates": templates, "next_items": True, "shuffle_history": False}
     collator = make_collator(tokenizer, **options)
     batch = evaluation_batch(collator, range(NUM_USERS), targets=range(NUM_USERS))
     for user, history in enumerate(HISTORIES):
-        assert items_in(batch["labels"][user]) == [*history, user]
+        assert batch["labels"][user].tolist()[: len(history) + 1] == [IGNORED] * len(history) + [user]
+        assert items_in(batch["labels"][user]) == [user]
         assert prompt_tokens(batch, user) == tokens_of(tokenizer, template, user, history)

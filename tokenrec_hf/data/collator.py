@@ -67,8 +67,9 @@ class DataCollatorForGenerativeRetrieval:
     the history in the prompt, and another is the item to retrieve. Without `shuffle_history` they are split at a random
     moment: the latest items before it are the history, the next item is the target. With `next_items`, for `"history"`
     pooling, all items are targets: the prompt shows the history without its last item, and the labels are the item that
-    follows each position. An example with a `target` keeps the whole history. A history has at most `max_history` items (the latest) and only as many whole items as fit into `max_length`. A user
-    without history gets a template without history.
+    follows each position. An example with a `target` keeps the whole history, and the target is its only label. A history has
+    at most `max_history` items (the latest) and only as many whole items as fit into `max_length`. A user without history gets
+    a template without history.
 
     Args:
         tokenizer: a tokenizer that knows all users and items.
@@ -190,7 +191,7 @@ class DataCollatorForGenerativeRetrieval:
     def _next_items(
         self, users: np.ndarray, epoch: int, template: np.ndarray, targets: np.ndarray | None
     ) -> tuple[Ragged, np.ndarray]:
-        """The histories to show, and the item that follows each of their positions, `[B, 1 + S]`."""
+        """The histories to show and the labels `[B, 1 + S]`: the item that follows each position, or only the target."""
         if targets is not None:
             shown = self._whole_history(users, epoch, template, self.capacity)
             lengths, following = shown.lengths, targets
@@ -203,7 +204,8 @@ class DataCollatorForGenerativeRetrieval:
             following = np.full(len(users), IGNORED)
             following[whole.rows[is_last]] = whole.values[is_last]
         labels = np.full((len(users), 1 + int(lengths.max())), IGNORED)
-        labels[shown.rows, shown.ranks] = shown.values
+        if targets is None:
+            labels[shown.rows, shown.ranks] = shown.values
         labels[np.arange(len(users)), lengths] = following
         return shown, labels
 
