@@ -60,6 +60,7 @@ setup(
         "evaluate": EVALUATE,
         "milvus": MILVUS,
         "faiss": FAISS,
+        "bench": FAISS,
         "paper": PAPER,
         "dev": [*TEST, "ruff>=0.15", "mypy>=1.15", "types-PyYAML", "pre-commit>=4"],
     },
