@@ -61,6 +61,7 @@ setup(
         "evaluate": EVALUATE,
         "milvus": MILVUS,
         "faiss": FAISS,
+        "bench": FAISS,
         "paper": PAPER,
         "docs": DOCS,
         "dev": [*TEST, *DOCS, "ruff>=0.15", "mypy>=1.15", "types-PyYAML", "pre-commit>=4"],

@@ -1,8 +1,6 @@
-"""How many modules of the package a call enters, from a request or a vector to its answer; the table of docs/architecture.md.
+"""Modules of the package that a call enters, from a request or a vector to its answer.
 
-    python examples/benchmarks/modules_entered.py
-
-A small repository is trained on the demo data. `sys.setprofile` then notes every module of `tokenrec_hf` in which a function
+The table of docs/architecture.md. A small repository is trained on the demo data. `sys.setprofile` then notes every module of `tokenrec_hf` in which a function
 is called between the start and the end of each path; imports do not count.
 """
 
@@ -15,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 import torch
+from measure import Row
 
 import tokenrec_hf
 from tokenrec_hf import NewVectors, Recipe, Repository, leave_one_out, load_interactions, train
@@ -55,8 +54,8 @@ def entered(run: Callable[[], object], until: str) -> list[str]:
     return list(modules)
 
 
-def main() -> None:
-    """Prints one line for each path."""
+def rows() -> list[Row]:
+    """One row for each path."""
     splits = leave_one_out(load_interactions("demo"))
     recipe = Recipe.load("quickstart", overrides=SMALL)
     with tempfile.TemporaryDirectory() as temporary:
@@ -75,9 +74,4 @@ def main() -> None:
                 "MQTokenizerModel.encode",
             ),
         }
-    for path, modules in paths.items():
-        print(f"{path}: {len(modules)} modules: {', '.join(modules)}")
-
-
-if __name__ == "__main__":
-    main()
+    return [Row(f"{path}: {', '.join(modules)}", len(modules), "modules") for path, modules in paths.items()]

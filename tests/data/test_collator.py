@@ -394,6 +394,17 @@ def test_in_time_order_the_latest_items_before_a_moment_are_shown_and_the_next_o
     assert {moment for user, moment in moments if user == 0} == set(range(1, 10))
 
 
+@pytest.mark.parametrize("chunk", [2, 1000])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_the_lengths_of_training_prompts_are_known_beforehand(tokenizer, shuffle, chunk, monkeypatch):
+    monkeypatch.setattr("tokenrec_hf.data.collator.LENGTHS_CHUNK", chunk)
+    collator = make_collator(tokenizer, shuffle_history=shuffle, train_history=4)
+    for epoch in range(3):
+        lengths = training_batch(collator, epoch=epoch)["attention_mask"].sum(dim=1).tolist()
+        assert collator.prompt_lengths(np.array(ACTIVE), epoch).tolist() == lengths
+        assert len(set(lengths)) > 2
+
+
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_with_next_items_each_position_is_followed_by_the_next_item(tokenizer, shuffle):
     (template,) = templates = HISTORY_TEMPLATES[:1]
@@ -411,11 +422,12 @@ def test_with_next_items_each_position_is_followed_by_the_next_item(tokenizer, s
     assert (len(orders) > 8 * NUM_USERS / 2) == shuffle
 
 
-def test_with_next_items_the_target_follows_the_whole_history(tokenizer):
+def test_with_next_items_the_target_follows_the_whole_history_and_is_the_only_label(tokenizer):
     (template,) = templates = HISTORY_TEMPLATES[:1]
     options = {"templates": templates, "evaluation_templates": templates, "next_items": True, "shuffle_history": False}
     collator = make_collator(tokenizer, **options)
     batch = evaluation_batch(collator, range(NUM_USERS), targets=range(NUM_USERS))
     for user, history in enumerate(HISTORIES):
-        assert items_in(batch["labels"][user]) == [*history, user]
+        assert batch["labels"][user].tolist()[: len(history) + 1] == [IGNORED] * len(history) + [user]
+        assert items_in(batch["labels"][user]) == [user]
         assert prompt_tokens(batch, user) == tokens_of(tokenizer, template, user, history)

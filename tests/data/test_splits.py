@@ -3,7 +3,8 @@ from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenrec_hf.data.splits import SPLITS, index_splits
+from tokenrec_hf.data import splits as splits_module
+from tokenrec_hf.data.splits import SPLITS, fingerprint, index_splits
 
 
 def splits_of(**pairs):
@@ -46,3 +47,12 @@ def test_ids_with_white_space_are_refused():
     splits = splits_of(train=[("a", "x")], validation=[("a", "y")], test=[("a b", "z")])
     with pytest.raises(ValueError, match="user 'a b' contains white space"):
         index_splits(splits, "validation")
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 100])
+def test_a_fingerprint_does_not_depend_on_how_many_ids_are_read_at_once(block, monkeypatch):
+    ids = Dataset.from_dict({"user_id": ["a", "bb", "c", "d", "é"]})["user_id"]
+    known = fingerprint(ids, ["x"])
+    monkeypatch.setattr(splits_module, "BLOCK", block)
+    assert fingerprint(ids, ["x"]) == known
+    assert len({known, fingerprint(["a", "bb", "c", "d"], ["é", "x"]), fingerprint(["a", "bbc", "d", "é"], ["x"])}) == 3

@@ -59,19 +59,30 @@ def test_histories_are_split_anew_in_every_epoch_into_past_and_other_items(order
 
 def test_examples_of_like_length_share_a_batch_in_an_order_of_seed_and_epoch():
     lengths = np.random.default_rng(0).integers(1, 100, 1030)
-    sampler = LengthGroupedSampler(lengths, 10, seed=0)
+    sampler = LengthGroupedSampler(lambda epoch: lengths, 1030, 10, seed=0)
     orders = []
     for epoch in (0, 1, 1):
         sampler.set_epoch(epoch)
         orders.append(list(sampler))
         assert sorted(orders[-1]) == list(range(1030))
-    other = list(LengthGroupedSampler(lengths, 10, seed=1))
+    other = list(LengthGroupedSampler(lambda epoch: lengths, 1030, 10, seed=1))
     assert orders[1] == orders[2] and orders[0] != orders[1] and other != orders[0]
     batches = lengths[np.array(orders[0]).reshape(-1, 10)]
     spread = (batches.max(1) - batches.min(1)).mean()
     at_random = lengths[:1030].reshape(-1, 10)
     assert spread < 0.2 * (at_random.max(1) - at_random.min(1)).mean()
     assert not (np.diff(batches.mean(1)) >= 0).all()
+
+
+def test_examples_are_grouped_by_their_lengths_in_the_epoch():
+    lengths = np.random.default_rng(0).integers(1, 100, (2, 100))
+    sampler = LengthGroupedSampler(lambda epoch: lengths[epoch], 100, 10, seed=0)
+    for epoch in (0, 1):
+        sampler.set_epoch(epoch)
+        batches = lengths[epoch][np.array(list(sampler)).reshape(-1, 10)]
+        assert sorted(zip(batches.min(1), batches.max(1))) == [
+            (part.min(), part.max()) for part in np.sort(lengths[epoch]).reshape(-1, 10)
+        ]
 
 
 @pytest.mark.parametrize("half_life", [None, 2])

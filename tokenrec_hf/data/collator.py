@@ -23,6 +23,8 @@ from .stateless_random import bounded, stateless_random
 # Numbers of the random draws. The order is drawn for each (user, position), everything else for each user.
 _TEMPLATE, _HISTORY_ORDER, _HISTORY_SIZE, _NEGATIVES = 0, 0, 1, 16
 IGNORED = -100
+# Users whose prompts are measured at once.
+LENGTHS_CHUNK = 16_384
 
 
 class PromptDataset(Dataset):
@@ -32,19 +34,16 @@ class PromptDataset(Dataset):
         users: user rows, int `[n]`.
         targets: the item row to retrieve for each user, int `[n]` (evaluation). Without targets (training), the collator
             splits the interactions of each user into history and targets anew in every epoch.
-        lengths: lengths of the users' histories, int `[n]`. Training groups examples by length.
     """
 
-    def __init__(self, users: np.ndarray, targets: np.ndarray | None = None, lengths: np.ndarray | None = None):
+    def __init__(self, users: np.ndarray, targets: np.ndarray | None = None):
         self.users, self.targets = np.asarray(users), targets
-        self.lengths = lengths
         self.epoch = 0
 
     @classmethod
     def for_training(cls, interactions: InteractionMatrix) -> PromptDataset:
         """All users with at least one interaction."""
-        users = np.flatnonzero(interactions.lengths > 0)
-        return cls(users, lengths=interactions.lengths[users])
+        return cls(np.flatnonzero(interactions.lengths > 0))
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch from which the next pass draws prompts, histories, targets and negatives."""
@@ -67,8 +66,9 @@ class DataCollatorForGenerativeRetrieval:
     the history in the prompt, and another is the item to retrieve. Without `shuffle_history` they are split at a random
     moment: the latest items before it are the history, the next item is the target. With `next_items`, for `"history"`
     pooling, all items are targets: the prompt shows the history without its last item, and the labels are the item that
-    follows each position. An example with a `target` keeps the whole history. A history has at most `max_history` items (the latest) and only as many whole items as fit into `max_length`. A user
-    without history gets a template without history.
+    follows each position. An example with a `target` keeps the whole history, and the target is its only label. A history has
+    at most `max_history` items (the latest) and only as many whole items as fit into `max_length`. A user without history gets
+    a template without history.
 
     Args:
         tokenizer: a tokenizer that knows all users and items.
@@ -142,15 +142,7 @@ class DataCollatorForGenerativeRetrieval:
         epoch = features[0]["epoch"]
         targets = np.array([feature["target"] for feature in features]) if "target" in features[0] else None
         template = self._templates(users, epoch, training=targets is None)
-        if self.next_items:
-            shown, labels = self._next_items(users, epoch, template, targets)
-        elif targets is None:
-            past, _, wanted = self._split(users, epoch, template)
-            shown = _latest(past, np.where(self.uses_history[template], self.training_capacity[template], 0))
-            labels = wanted.padded(IGNORED)
-        else:
-            shown = self._whole_history(users, epoch, template, self.capacity)
-            labels = targets[:, None]
+        shown, labels = self._shown(users, epoch, template, targets)
         batch = self._assemble(self.user_tokens[users], template, shown) | {"labels": torch.from_numpy(labels)}
         if self.num_negatives:
             negatives = self.interactions.sample_negatives(
@@ -158,6 +150,32 @@ class DataCollatorForGenerativeRetrieval:
             )
             batch["negative_ids"] = torch.from_numpy(negatives)
         return batch
+
+    def prompt_lengths(self, users: np.ndarray, epoch: int) -> np.ndarray:
+        """What T5 reads of each user's training prompt, int64 `[n]`, so that batches can be made of prompts of similar length.
+
+        Tokens; or with `next_items`, where an item is one position, the interactions of the user.
+        """
+        if self.next_items:
+            return self.interactions.lengths[users]
+        found = []
+        for part in np.split(users, range(LENGTHS_CHUNK, len(users), LENGTHS_CHUNK)):
+            template = self._templates(part, epoch, training=True)
+            shown, _ = self._shown(part, epoch, template, None)
+            found.append(self.static[template] + shown.lengths * self.item_tokens.shape[1])
+        return np.concatenate(found)
+
+    def _shown(
+        self, users: np.ndarray, epoch: int, template: np.ndarray, targets: np.ndarray | None
+    ) -> tuple[Ragged, np.ndarray]:
+        """The histories to show, and the labels `[B, P]`."""
+        if self.next_items:
+            return self._next_items(users, epoch, template, targets)
+        if targets is not None:
+            return self._whole_history(users, epoch, template, self.capacity), targets[:, None]
+        past, _, wanted = self._split(users, epoch, template)
+        sizes = np.where(self.uses_history[template], self.training_capacity[template], 0)
+        return _latest(past, sizes), wanted.padded(IGNORED)
 
     def _templates(self, users: np.ndarray, epoch: int, training: bool) -> np.ndarray:
         """The template of each user, `[B]`; a template without history for users without history."""
@@ -190,7 +208,7 @@ class DataCollatorForGenerativeRetrieval:
     def _next_items(
         self, users: np.ndarray, epoch: int, template: np.ndarray, targets: np.ndarray | None
     ) -> tuple[Ragged, np.ndarray]:
-        """The histories to show, and the item that follows each of their positions, `[B, 1 + S]`."""
+        """The histories to show and the labels `[B, 1 + S]`: the item that follows each position, or only the target."""
         if targets is not None:
             shown = self._whole_history(users, epoch, template, self.capacity)
             lengths, following = shown.lengths, targets
@@ -203,7 +221,8 @@ class DataCollatorForGenerativeRetrieval:
             following = np.full(len(users), IGNORED)
             following[whole.rows[is_last]] = whole.values[is_last]
         labels = np.full((len(users), 1 + int(lengths.max())), IGNORED)
-        labels[shown.rows, shown.ranks] = shown.values
+        if targets is None:
+            labels[shown.rows, shown.ranks] = shown.values
         labels[np.arange(len(users)), lengths] = following
         return shown, labels
 

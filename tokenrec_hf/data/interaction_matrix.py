@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -33,11 +34,17 @@ class InteractionMatrix:
         self.num_users, self.num_items = num_users, num_items
         self.histories = Ragged.from_pairs(users, items, num_users)
         self.users, self.items, self.indptr = self.histories.rows, self.histories.values, self.histories.indptr
-        # Without repetitions, so that the number of a user's keys tells whether an item is left.
-        self._keys = np.unique(self.users * num_items + self.items)
 
     def __len__(self) -> int:
         return len(self.items)
+
+    @cached_property
+    def _keys(self) -> np.ndarray:
+        """The pairs as one number each, ascending; needed only to draw negatives.
+
+        Without repetitions, so that the number of a user's keys tells whether an item is left.
+        """
+        return np.unique(self.users * self.num_items + self.items)
 
     @property
     def lengths(self) -> np.ndarray:

@@ -16,6 +16,8 @@ from .interactions import encode_column, time_order
 from .reading import quoted
 
 SPLITS = ("train", "validation", "test")
+# Ids read at once by `fingerprint`, so that it holds few strings in memory.
+BLOCK = 1 << 16
 
 
 @dataclass
@@ -116,5 +118,7 @@ def fingerprint(*columns: Sequence[str]) -> str:
     """16 hex digits that distinguish columns of ids from all others."""
     digest = hashlib.sha256()
     for column in columns:
-        digest.update("\n".join(column).encode() + b"\0")
+        for start in range(0, len(column), BLOCK):
+            digest.update(("\n" * (start > 0) + "\n".join(column[start : start + BLOCK])).encode())
+        digest.update(b"\0")
     return digest.hexdigest()[:16]

@@ -82,24 +82,25 @@ def evaluate_retrieval(
     folder: str | os.PathLike,
     data: IndexedSplits,
     prompts: Mapping[str, Any],
-    variant: str = "tokenrec",
+    variants: Sequence[str] = ("tokenrec",),
     store: Store | None = None,
     batch_size: int = 64,
-) -> dict[str, float]:
-    """Metrics of a trained recommender on the held-out items, computed on a GPU where there is one.
+) -> dict[str, dict[str, float]]:
+    """Metrics of a trained recommender on the held-out items, by variant, computed on a GPU where there is one.
 
     Args:
         folder: a trained repository.
         data: the interactions of its training and the held-out items.
         prompts: the arguments that its recipe gives to the collator.
-        variant: a name of [`~variants.VARIANTS`]. Where prompts do not name the user and users are their histories (FISM),
+        variants: names of [`~variants.VARIANTS`]. Where prompts do not name the user and users are their histories (FISM),
             the user tokens are made of the history.
         store: the item vectors; by default the repository's own store.
         batch_size: prompts per forward pass.
     """
     store = store or EmbeddingStore.open(RepositoryFolder(folder).store)
-    queries = retrieval_queries(folder, data, prompts, variant, batch_size)
-    return evaluate_vectors(queries, store.get("item", data.item_ids), data)
+    items = store.get("item", data.item_ids)
+    found = retrieval_queries(folder, data, prompts, variants, batch_size)
+    return {variant: evaluate_vectors(queries, items, data) for variant, queries in found.items()}
 
 
 def evaluate_vectors(
@@ -120,20 +121,24 @@ def retrieval_queries(
     folder: str | os.PathLike,
     data: IndexedSplits,
     prompts: Mapping[str, Any],
-    variant: str = "tokenrec",
+    variants: Sequence[str] = ("tokenrec",),
     batch_size: int = 64,
-) -> torch.Tensor:
-    """Queries of the held-out users, float32 `[U, query_dim]`; arguments as in [`evaluate_retrieval`]."""
-    tokenizer, chosen = TokenRecTokenizer.from_pretrained(folder), VARIANTS[variant]
-    templates = chosen.templates
-    if not chosen.names_user and (encoder := load_history_encoder(folder)) is not None:
-        # As the recommender does: the history is the only thing that is used of the user.
-        templates = HISTORY_TEMPLATES
-        tokenizer.add_users(_vectors_of_histories(encoder, data))
-    collator = evaluation_collator(tokenizer, data, prompts, templates)
+) -> dict[str, torch.Tensor]:
+    """Queries of the held-out users by variant, float32 `[U, query_dim]`; arguments as in [`evaluate_retrieval`]."""
+    tokenizer, encoder = TokenRecTokenizer.from_pretrained(folder), load_history_encoder(folder)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     model = T5ForGenerativeRetrieval.from_pretrained(folder).to(device or "cpu")
-    return encode_prompts(model, collator, data.holdout.users, batch_size, variant)
+    queries = {}
+    # Last those that replace the users' codes.
+    for variant in sorted(variants, key=lambda name: not VARIANTS[name].names_user):
+        templates = VARIANTS[variant].templates
+        if not VARIANTS[variant].names_user and encoder is not None:
+            # As the recommender does: the history is the only thing that is used of the user.
+            templates = HISTORY_TEMPLATES
+            tokenizer.add_users(_vectors_of_histories(encoder, data))
+        collator = evaluation_collator(tokenizer, data, prompts, templates)
+        queries[variant] = encode_prompts(model, collator, data.holdout.users, batch_size, variant)
+    return queries
 
 
 def hit_rates_by_history(

@@ -324,11 +324,9 @@ class _TrainingRun:
     def _evaluate(self, data: IndexedSplits) -> Outcome:
         store = EmbeddingStore.open(self.parts.store)
         batch_size = self.recipe.retrieval.training["per_device_eval_batch_size"]
-        results = evaluate_baselines(data, store)
-        for variant in VARIANTS:
-            prompts = self.resolved.collator_arguments
-            results[variant] = evaluate_retrieval(self.parts.path, data, prompts, variant, store, batch_size)
-        return {"metrics": results}
+        prompts = self.resolved.collator_arguments
+        results = evaluate_retrieval(self.parts.path, data, prompts, list(VARIANTS), store, batch_size)
+        return {"metrics": evaluate_baselines(data, store) | results}
 
 
 def _clearly_better(outcome: Outcome, former: Outcome, num_users: int) -> bool:
@@ -342,7 +340,7 @@ def _clearly_better(outcome: Outcome, former: Outcome, num_users: int) -> bool:
 
 def _claim(repository: Repository, splits: DatasetDict, recipe: Recipe, refit: bool) -> None:
     """Ties the folder to these data and settings, so that it never mixes stages of different trainings."""
-    data = fingerprint(*(splits[name][column][:] for name in SPLITS for column in ("user_id", "item_id")))
+    data = fingerprint(*(splits[name][column] for name in SPLITS for column in ("user_id", "item_id")))
     mine = json.loads(json.dumps({"data": data, "refit": refit, "recipe": recipe.to_dict()}))
     path = repository.record("run")
     if not path.is_file():

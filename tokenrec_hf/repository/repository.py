@@ -146,7 +146,7 @@ class Repository:
         metrics = evaluate_baselines(data, store)
         batch_size = recipe.retrieval.training["per_device_eval_batch_size"]
         users = [data.user_ids[row] for row in data.holdout.users]
-        queries = retrieval_queries(folder, data, recipe.collator_arguments, variant, batch_size)
+        queries = retrieval_queries(folder, data, recipe.collator_arguments, [variant], batch_size)[variant]
         items = store.get("item", data.item_ids)
         metrics[variant] = evaluate_vectors(queries, items, data)
         by_history = hit_rates_by_history(

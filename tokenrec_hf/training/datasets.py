@@ -5,7 +5,7 @@ All data sets work on rows. Every random choice depends on seed and epoch only, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -134,24 +134,25 @@ class LengthGroupedSampler(_Drawn, Sampler[int]):
     depends on seed and epoch only, so a resumed epoch continues where it stopped.
 
     Args:
-        lengths: lengths of the examples, int `[n]`.
+        lengths: gives the lengths of the examples in an epoch, int `[n]`.
+        num_examples: n.
         batch_size: examples of a batch.
         seed: seed of the order.
     """
 
     GROUP = 50
 
-    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int):
-        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
+    def __init__(self, lengths: Callable[[int], np.ndarray], num_examples: int, batch_size: int, seed: int):
+        self.lengths, self.num_examples, self.batch_size, self.seed = lengths, num_examples, batch_size, seed
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return self.num_examples
 
     def __iter__(self) -> Iterator[int]:
         random = np.random.default_rng((self.seed, self.epoch))
-        order = random.permutation(len(self.lengths))
+        order = random.permutation(self.num_examples)
         group = np.arange(len(order)) // (self.batch_size * self.GROUP)
-        order = order[np.lexsort((self.lengths[order], group))]
+        order = order[np.lexsort((self.lengths(self.epoch)[order], group))]
         whole = len(order) - len(order) % self.batch_size
         batches = order[:whole].reshape(-1, self.batch_size)
         # The batch that is not full has to be the last one.

@@ -24,7 +24,8 @@ from ..models.tokenization_tokenrec import LETTERS, TokenRecTokenizer, code_tabl
 from .recipe import AUTO, RetrievalSettings, Setting
 
 T5_MAX_LENGTH = 512
-KMEANS_CHUNK = 8192
+# Points assigned at once: few enough that their distances stay in the cache.
+KMEANS_CHUNK = 512
 # Share of the residual codebooks that is also fitted to the further vectors of `prepare_mq_tokenizer`.
 SHARED_BOOKS = 0.75
 
@@ -87,11 +88,11 @@ def kmeans(points: torch.Tensor, num_clusters: int, num_iterations: int = 20, se
         noise = torch.randn(centres.shape, generator=generator).to(centres) * (1e-3 * points.std(correction=0) + 1e-6)
         centres[len(points) :] += noise[len(points) :]
     for _ in range(num_iterations):
-        nearest = torch.cat(
-            [(centres.square().sum(-1) - 2 * part @ centres.T).argmin(-1) for part in points.split(KMEANS_CHUNK)]
-        )
-        counts = torch.bincount(nearest, minlength=num_clusters)
-        sums = torch.zeros_like(centres).index_add_(0, nearest, points)
+        squares = centres.square().sum(-1)
+        parts = points.split(KMEANS_CHUNK)
+        assigned = torch.cat([torch.addmm(squares, part, centres.T, alpha=-2).argmin(-1) for part in parts])
+        counts = torch.bincount(assigned, minlength=num_clusters)
+        sums = torch.zeros_like(centres).index_add_(0, assigned, points)
         centres = torch.where((counts > 0)[:, None], sums / counts.clamp(min=1)[:, None], centres)
         empty = (counts == 0).nonzero().flatten()
         if len(empty) and num_clusters <= len(points):

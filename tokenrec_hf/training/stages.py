@@ -11,6 +11,7 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
@@ -76,13 +77,15 @@ class StageResult(Generic[Model]):
 
 
 class _Trainer(Trainer):
-    """A `Trainer` that groups examples by their `lengths`, where the data set has them."""
+    """A `Trainer` that makes batches of prompts of similar length."""
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        lengths = getattr(self.train_dataset if train_dataset is None else train_dataset, "lengths", None)
-        if lengths is None:
+        dataset, collator = self.train_dataset if train_dataset is None else train_dataset, self.data_collator
+        if not isinstance(collator, DataCollatorForGenerativeRetrieval):
             return super()._get_train_sampler(train_dataset)
-        return LengthGroupedSampler(lengths, self.args.train_batch_size, self.args.seed)
+        users = cast(PromptDataset, dataset).users
+        lengths = partial(collator.prompt_lengths, users)
+        return LengthGroupedSampler(lengths, len(users), self.args.train_batch_size, self.args.seed)
 
 
 class SetEpoch(TrainerCallback):

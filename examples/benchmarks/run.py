@@ -1,0 +1,88 @@
+"""The speed of the package, side by side with the usual ways, as one table.
+
+    pip install -c constraints.txt ".[bench]"
+    OMP_NUM_THREADS=1 python examples/benchmarks/run.py [--only tokens search] [--json FILE] > docs/performance.md
+
+Each benchmark is a module of this folder with a function `rows`, and runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import os
+import platform
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+
+from measure import Row
+
+NAMES = (
+    "preparation",
+    "tokens",
+    "training",
+    "ranking",
+    "search",
+    "store",
+    "code_table",
+    "growth",
+    "ml20m",
+    "modules_entered",
+)
+HEAD = ("what", "ours", "peer", "its time", "ratio", "bar")
+
+
+def main() -> None:
+    """Runs the benchmarks and prints Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="benchmarks to run (default: all)")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    arguments = parser.parse_args()
+    print(introduction(), flush=True)
+    found = {}
+    for name in arguments.only:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            title, rows = pool.apply(run, (name,))
+        found[name] = [asdict(row) for row in rows]
+        print(f"\n## {title}\n\n`--only {name}`\n\n{table(rows)}", flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+def run(name: str) -> tuple[str, list[Row]]:
+    """The first line of a benchmark's docstring, and its rows."""
+    module = importlib.import_module(name)
+    return module.__doc__.split("\n")[0].rstrip("."), module.rows()
+
+
+def introduction() -> str:
+    """How and where the table was made."""
+    return (
+        f"# Performance\n\nMade by `OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', '')} python "
+        f"examples/benchmarks/run.py` on {date.today()}:\n{processor()}, {os.cpu_count()} cores, Python "
+        f"{platform.python_version()}. Times are CPU times, medians over\nturns in which both sides alternate in one "
+        "process. A ratio is the peer's time divided by ours, with\nits quartiles: above 1, ours is faster. Both sides "
+        "give the same results; the benchmarks check this."
+    )
+
+
+def processor() -> str:
+    """The name of the processor."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def table(rows: list[Row]) -> str:
+    """A table in Markdown, without the columns that are empty."""
+    cells = [row.cells() for row in rows]
+    used = [number for number, column in enumerate(zip(*cells)) if any(column)]
+    lines = [HEAD, ["---"] * len(HEAD), *cells]
+    return "\n".join(f"| {' | '.join(line[number] for number in used)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    main()
