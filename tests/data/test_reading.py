@@ -14,7 +14,7 @@ import pyarrow.parquet as pa_parquet
 import pytest
 from datasets import Dataset, DatasetDict
 
-from tokenrec_hf.data.interactions import load_interactions
+from tokenrec_hf.data.interactions import ReadingOptions, load_interactions, read_interactions
 from tokenrec_hf.data.reading import read_items
 from tokenrec_hf.models.embedding_store import check_metadata
 
@@ -168,8 +168,32 @@ def test_what_was_found_is_said(tmp_path, caplog):
     path.write_text(lines("::", header=None))
     with caplog.at_level(logging.INFO, logger="tokenrec_hf"):
         load_interactions(path)
-    assert "separated by '::', without a header; users from column '1', items from column '2'" in caplog.text
-    assert "timestamps from column '4'" in caplog.text
+    assert caplog.messages == [
+        f"{path}: UTF-8 text, columns separated by '::', without a header; users from column '1' (by its place), items from "
+        "column '2' (by its place), timestamps from column '4' (by its values), not used: '3'. 5 rows; 2 users, 3 items and 5 "
+        "interactions are kept, from 2000-12-31 22:04:35 to 2001-01-06 23:38:11."
+    ]
+
+
+def test_what_was_dropped_is_counted_by_reason(tmp_path):
+    rows = [*ROWS, ROWS[0], ("", "a2", "5", "1"), ("7", "d4", "1", "978300761"), ("8", "a2", "4", "978300762")]
+    rows.append(("9", "b1", "3", "978302110"))
+    path = tmp_path / "a.csv"
+    path.write_text(lines(",", header=("user_id", "thing", "rating", "timestamp"), rows=rows))
+    options = ReadingOptions(item_column="thing", min_rating=2, drop_incomplete=True, k_core=2)
+    interactions, report = read_interactions(path, options)
+    assert report.dropped == {
+        "incomplete": 1,
+        "rated below 2": 2,
+        "repeated (the first of each pair counts)": 1,
+        "outside the 2-core": 2,
+    }
+    assert (report.rows, report.users, report.items, report.interactions) == (10, 2, 2, 4) and len(interactions) == 4
+    assert (
+        "10 rows; 1 incomplete, 2 rated below 2, 1 repeated (the first of each pair counts), 2 outside the 2-core are "
+        "dropped; 2 users, 2 items and 4 interactions are kept"
+    ) in str(report)
+    assert options.given() == {"item_column": "thing", "min_rating": 2, "drop_incomplete": True, "k_core": 2}
 
 
 @pytest.mark.parametrize(

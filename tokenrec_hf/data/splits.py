@@ -11,9 +11,9 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict
 
 from ..models.codes import check_ids
+from .files import quoted
 from .interaction_matrix import InteractionMatrix
 from .interactions import encode_column, time_order
-from .reading import quoted
 
 SPLITS = ("train", "validation", "test")
 
