@@ -292,7 +292,7 @@ def _clean(table: pa.Table, origin: str, options: ReadingOptions, k_core: int) -
     order = time_order(users, timestamps)
     if options.min_rating is not None and ratings is not None:
         order = order[ratings[order] >= options.min_rating]
-    kept.append((f"rated below {options.min_rating}", len(order)))
+    kept.append((f"rated below {options.min_rating or 0:g}", len(order)))
     order = order[_distinct(users[order] * len(item_ids) + items[order], options.keep)]
     kept.append((f"repeated (the {options.keep} of each pair counts)", len(order)))
     order = order[_in_k_core(users[order], items[order], k_core)]
