@@ -310,15 +310,20 @@ def _without_header(layout: _Layout, asked: Mapping[str, str | None]) -> dict[st
         if chosen[role] is None:
             chosen[role] = next((name for name in layout.names if name not in taken), None)
             taken.add(str(chosen[role]))
+    numeric = {}
     for place, name in enumerate(layout.names):
         values = [row[place] for row in layout.rows if place < len(row)]
-        if name in taken or not values or not all(map(_is_number, values)):
-            continue
-        numbers = [float(value.replace(",", ".")) for value in values]
-        kind = "timestamp" if min(numbers) > 1e8 else "rating" if max(numbers) <= 100 else None
-        if kind in chosen and chosen[kind] is None:
-            chosen[kind] = name
-            taken.add(name)
+        if name not in taken and values and all(map(_is_number, values)):
+            numeric[name] = [float(value.replace(",", ".")) for value in values]
+    found: dict[str, str] = {}
+    for name, numbers in numeric.items():
+        if kind := "timestamp" if min(numbers) > 1e8 else "rating" if max(numbers) <= 100 else None:
+            found.setdefault(kind, name)
+    if "timestamp" not in found and len(layout.names) == 4 and len(numeric) == 2:
+        found["timestamp"] = layout.names[-1]
+    for role, name in found.items():
+        if role in chosen and chosen[role] is None:
+            chosen[role] = name
     return chosen
 
 
