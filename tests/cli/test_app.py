@@ -14,7 +14,7 @@ from tokenrec_hf.cli.output import show_train
 from tokenrec_hf.evaluation.variants import LABELS, VARIANTS
 from tokenrec_hf.repository.repository import STAGES
 
-COMMANDS = ("quickstart", "train", "evaluate", "recommend", "similar", "add", "remove", "push", "info")
+COMMANDS = ("quickstart", "train", "evaluate", "compare", "recommend", "similar", "add", "remove", "push", "info")
 
 
 def run(capsys, *argv):
@@ -126,6 +126,7 @@ def test_help_and_usage_errors_import_nothing_heavy():
         ["similar", "out"],
         ["evaluate", "out", "--audit", "--store", "x"],
         ["evaluate", "out", "--split", "all"],
+        ["compare"],
         ["add", "out"],
         ["remove", "out"],
         ["info", "out", "--learning_rate", "1"],
@@ -504,6 +505,28 @@ def test_evaluation_shows_every_metric(capsys, trained_repository):
     recorded = json.loads((trained_repository / "metrics.json").read_text())["test"]["tokenrec"]
     for name, value in recorded.items():
         assert next(line for line in out.splitlines() if line.startswith(name)).endswith(f"{value:.4f}")
+
+
+def test_a_comparison_is_a_table_of_intervals(capsys, csv):
+    names = ("--user_column", "person", "--item_column", "movie")
+    found = document(capsys, "compare", "--dataset", csv, *names)
+    assert found["repository"] is None and len(found["methods"]) == 3
+    status, out, err = run(capsys, "compare", "--dataset", csv, *names)
+    assert status == 0 and "30 rows; 5 users" in err
+    assert f"interval of the difference to {LABELS.get(found['reference'], 'EASE')}" in out
+    assert sum(line.split()[0] in ("popularity", "ItemKNN", "EASE") for line in out.splitlines() if line) == 3
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ((), "give either a repository"),
+        (("out", "--dataset", "demo"), "give either a repository"),
+        (("out", "--min_rating", "3"), "these options go with --dataset"),
+    ],
+)
+def test_a_comparison_has_one_source_of_data(capsys, argv, says):
+    assert_fails(capsys, "compare", *argv, says=says, status=2)
 
 
 def test_a_repository_without_interactions_cannot_be_evaluated(capsys, repository):

@@ -323,6 +323,42 @@ def evaluate(
     return {"repository": repository, **opened.evaluate(split, given[0] if given else "tokenrec", _store(store))}
 
 
+@_command("tokenrec compare out", "tokenrec compare --dataset ratings.csv --min_rating 4", show=output.show_comparison)
+def compare(
+    repository: Annotated[
+        str | None, Argument(metavar="[REPOSITORY]", help="Folder that `tokenrec train` wrote, with its data.")
+    ] = None,
+    dataset: Annotated[
+        str | None, Option(help="Interactions to compare the baselines on, without a repository.")
+    ] = None,
+    k_core: KCore = None,
+    split: SplitBy = "leave_one_out",
+    at: At = None,
+    seed: Annotated[int, Option(help="Seed of the bootstrap.")] = 0,
+    *,
+    reading: dict[str, Any],
+) -> Document:
+    """Compare popularity, ItemKNN and EASE with each other, or with a trained repository on its own test items.
+
+    The baselines are tuned on validation. Differences have 95 % intervals by a paired bootstrap over users.
+    """
+    if (repository is None) == (dataset is None):
+        raise UsageError("give either a repository, whose data are compared on, or --dataset for the baselines alone.")
+    if dataset is None and (reading or k_core or at):
+        raise UsageError("the data of a repository have been read and split; these options go with --dataset.")
+    opened = None
+    if repository is not None:
+        opened = _open_local(repository)
+        _quiet()
+        splits = opened.splits()
+    else:
+        splits, report = _read_splits(str(dataset), {**reading, "k_core": k_core}, split, at)
+        note(report["summary"])
+    from ..repository.comparison import compare
+
+    return {"repository": repository, **compare(splits, opened, seed, log=note)}
+
+
 @_command(
     "tokenrec recommend out --user 03 --history 08 24 --top-k 10",
     "tokenrec recommend out --all-users --output recommendations.parquet",

@@ -15,7 +15,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..evaluation.variants import LABELS, SHOWN
+from ..evaluation.variants import COMPARED, LABELS, SHOWN
 
 Document = dict[str, Any]
 Blocks = Iterable[RenderableType]
@@ -93,6 +93,21 @@ def show_evaluation(document: Document) -> Blocks:
     names = [name for name in next(iter(groups.values())) if name != "users"]
     lengths = [[group, str(own["users"]), *(_number(own[name]) for name in names)] for group, own in groups.items()]
     yield _table(["items of the history", "users", *(f"HR@20, {LABELS[name]}" for name in names)], lengths)
+
+
+def show_comparison(document: Document) -> Blocks:
+    """A row for each method, and the differences to the reference with their intervals."""
+    reference = COMPARED[document["reference"]]
+    yield f"test, {document['users']} users; [ ] is the 95 % interval of the difference to {reference}"
+    rows = []
+    for one in document["methods"]:
+        cells = [COMPARED[one["name"]]]
+        for key in ("hr@20", "ndcg@20"):
+            interval = one["difference"] and "{:+.4f} [{:+.4f}, {:+.4f}]".format(*one["difference"][key])
+            cells += [_number(one[key]), interval or "reference"]
+        settings = ", ".join(f"{name} {value:g}" for name, value in one["settings"].items())
+        rows.append([*cells, settings])
+    yield _table(["", "HR@20", "difference", "NDCG@20", "difference", "settings"], rows)
 
 
 def show_recommendations(document: Document, held_out: str | None = None) -> Blocks:
