@@ -108,6 +108,18 @@ TABLE = [
     ("Zstandard", "a.csv.zst", ZSTD, {}),
     ("zip", "a.zip", zipped(a_csv=lines(",")), {}),
     ("zip of JSON lines", "a.zip", zipped(a_jsonl="\n".join(map(json.dumps, objects()))), {}),
+    ("UserBehavior of Taobao", "UserBehavior.csv", lines(",", header=None, rows=[(u, i, "4145813", "pv", t) for u, i, _, t in ROWS]), {}),
+    ("user_log of Tmall", "user_log.csv", lines(",", header=("user_id", "item_id", "cat_id", "time_stamp", "action_type"), rows=[(u, i, "833", t, "0") for u, i, _, t in ROWS]), {}),
+    ("events of REES46", "2019-Oct.csv", lines(",", header=("event_time", "event_type", "product_id", "price", "user_id"), rows=[(pd.Timestamp(int(t), unit="s").isoformat(" ") + " UTC", "view", i, "", u) for u, i, _, t in ROWS]), {}),
+    ("events of REES46, some kinds", "2019-Oct.csv", lines(",", header=("event_time", "event_type", "product_id", "user_id"), rows=[(t, "cart", i, u) for u, i, _, t in ROWS] + [("1", "view", "x", "7")]), {"events": ["cart"]}),
+    ("check-ins of Gowalla", "Gowalla.txt", lines("\t", header=None, rows=[(u, pd.Timestamp(int(t), unit="s").isoformat() + "Z", "30.2", "-97.7", i) for u, i, _, t in ROWS]), {"item_column": "5", "timestamp_column": "2"}),
+    ("ratings of Book-Crossing, with a time", "BX.csv", lines(";", header=('"User-ID"', '"ISBN"', '"Book-Rating"', '"Date"'), rows=[[f'"{value}"' for value in row] for row in ROWS]), {}),
+    ("CSV with missing values in a column that is not used", "a.csv", lines(",", rows=[(u, i, "NULL", t) for u, i, _, t in ROWS]), {}),
+    ("CSV with incomplete rows", "a.csv", lines(",", rows=[*ROWS, ("nan", "b1", "1", "5"), ("7", "N/A", "1", "5"), ("7", "z", "1", "")]), {"drop_incomplete": True}),
+    ("CSV with ratings to leave out", "a.csv", lines(",", rows=[*ROWS, ("7", "z", "0.5", "5")]), {"min_rating": 1}),
+    ("CSV with a pair again, later", "a.csv", lines(",", rows=[*ROWS, ("7", "b1", "1", "978900000")]), {}),
+    ("CSV with a pair earlier, the last counts", "a.csv", lines(",", rows=[("7", "a2", "1", "978000000"), *ROWS]), {"keep": "last"}),
+    ("JSON lines with nulls in a column that is not used", "a.jsonl", "\n".join(json.dumps({**row, "rating": None}) for row in objects()), {}),
     ("times in dates", "a.csv", lines(",", rows=[(u, i, r, pd.Timestamp(int(t), unit="s").isoformat()) for u, i, r, t in ROWS]), {}),
 ]  # fmt: skip
 
@@ -220,6 +232,21 @@ def test_a_file_that_is_no_table_is_refused_in_a_sentence(tmp_path, name, conten
     with pytest.raises(ValueError, match=says) as caught:
         load_interactions(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("unit", [10**3, 10**6, 10**9])
+def test_times_in_parts_of_seconds_are_in_order_and_shown_as_dates(tmp_path, unit):
+    path = tmp_path / "a.csv"
+    path.write_text(lines(",", rows=[(u, i, r, int(t) * unit) for u, i, r, t in ROWS]))
+    found, report = read_interactions(path, ReadingOptions())
+    assert tuples(found) == [(user, item, time * unit) for user, item, time in CLEAN]
+    assert (report.first, report.last) == ("2000-12-31 22:04:35", "2001-01-06 23:38:11")
+
+
+def test_small_times_of_a_file_without_header_are_its_fourth_column(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("u,a,5,3\nu,b,4,1\nu,c,1,2\n")
+    assert tuples(load_interactions(path)) == [("u", "b", 1), ("u", "c", 2), ("u", "a", 3)]
 
 
 def test_text_without_header_is_read_by_the_numbers_of_its_columns(tmp_path):

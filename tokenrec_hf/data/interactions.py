@@ -428,6 +428,8 @@ def _numbers(column: pa.ChunkedArray, name: str, rows: np.ndarray, origin: str) 
     if name == "timestamp":
         kinds, expected = kinds + _TIMES, "a number or an ISO 8601 date such as 2024-05-17T09:30:00"
     if _is_text(column.type):
+        if name == "timestamp":
+            column = pc.replace_substring_regex(column, " UTC$", "Z")
         kind = next((kind for kind in kinds if _fits(column, kind)), None)
         if kind is None:
             for row, value in zip(rows, column):

@@ -35,10 +35,13 @@ _ALIASES = {
     "user": ("userid", "user", "uid", "reviewerid", "customerid", "visitorid", "sessionid"),
     "item": (
         *("itemid", "item", "iid", "parentasin", "asin", "movieid", "artistid", "productid", "businessid", "bookid"),
-        *("trackid", "songid", "articleid", "gmapid"),
+        *("trackid", "songid", "articleid", "gmapid", "animeid", "gameid", "appid", "recipeid", "venueid", "isbn"),
     ),
     "rating": ("rating", "overall", "score", "stars", "weight"),
-    "timestamp": ("timestamp", "time", "unixtimestamp", "unixreviewtime", "unixtime", "datetime", "date"),
+    "timestamp": (
+        *("timestamp", "time", "unixtimestamp", "unixreviewtime", "unixtime", "datetime", "date"),
+        *("eventtime", "eventdate", "createdat"),
+    ),
     "event": ("event", "eventtype", "behavior", "behaviour", "behaviortype", "action", "actiontype"),
 }
 _DELIMITERS = {".csv": ",", ".tsv": "\t", ".inter": "\t"}
