@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "data.interactions": ("load_interactions",),
-    "data.splits": ("leave_one_out",),
+    "data.splits": ("leave_one_out", "temporal_split"),
     "data.interaction_matrix": ("InteractionMatrix",),
     "data.collator": ("DataCollatorForGenerativeRetrieval", "PromptDataset"),
     "models.configuration_tokenrec": (

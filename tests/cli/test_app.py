@@ -10,10 +10,11 @@ import pytest
 import tokenrec_hf
 from tokenrec_hf import EmbeddingStore, Recipe, Recommender, Repository
 from tokenrec_hf.cli.app import main
+from tokenrec_hf.cli.output import show_train
 from tokenrec_hf.evaluation.variants import LABELS, VARIANTS
 from tokenrec_hf.repository.repository import STAGES
 
-COMMANDS = ("quickstart", "train", "evaluate", "recommend", "similar", "add", "remove", "push", "info")
+COMMANDS = ("quickstart", "train", "evaluate", "compare", "recommend", "similar", "add", "remove", "push", "info")
 
 
 def run(capsys, *argv):
@@ -41,7 +42,7 @@ def assert_fails(capsys, *argv, says, status=1):
     assert "Traceback" not in err
     if status == 1:
         notes = err.splitlines()[:-1]
-        assert all("columns separated by" in line or "are kept" in line for line in notes)
+        assert all("are kept" in line or line.startswith("as in training: ") for line in notes)
 
 
 @pytest.fixture
@@ -125,6 +126,7 @@ def test_help_and_usage_errors_import_nothing_heavy():
         ["similar", "out"],
         ["evaluate", "out", "--audit", "--store", "x"],
         ["evaluate", "out", "--split", "all"],
+        ["compare"],
         ["add", "out"],
         ["remove", "out"],
         ["info", "out", "--learning_rate", "1"],
@@ -240,15 +242,62 @@ def test_the_table_is_read_by_the_columns_named_and_recorded_without_its_folder(
     assert splits["train"]["item_id"][:] == ["m1", "m2"] * 5
     assert splits["test"]["item_id"][:] == ["m4"] * 5
     assert trained_with["dataset_name"] == "table.csv"
+    assert trained_with["reading"] == {
+        "user_column": "person",
+        "item_column": "movie",
+        "rating_column": "stars",
+        "timestamp_column": "when",
+        "min_rating": 2,
+    }
 
 
 def test_training_says_how_the_file_was_read(capsys, trained_with, tmp_path):
     path = tmp_path / "ratings.dat"
     path.write_text("".join(f"{user}::{item}::4::{978300000 + item}\n" for user in range(3) for item in range(5)))
     status, _, err = run(capsys, "train", "--dataset", path, "--output_dir", tmp_path / "out")
-    said = " ".join(err.split())
-    assert status == 0 and "separated by '::', without a header; users from column '1'" in said
-    assert "15 rows; 3 users, 5 items and 15 interactions are kept" in said
+    assert status == 0
+    assert "separated by '::', without a header; users from column '1' (by its place)" in err
+    assert "15 rows; 3 users, 5 items and 15 interactions are kept, from 2000-12-31 22:00:00 to" in err
+    assert "Split: 9 interactions for training, a validation and a test item of each of 3 users.\n" in err
+
+
+def test_a_dry_run_shows_what_would_be_trained_on_and_writes_nothing(capsys, csv, tmp_path):
+    names = ("--user_column", "person", "--item_column", "movie", "--timestamp_column", "when")
+    argv = (
+        "train",
+        "--dataset",
+        csv,
+        "--output_dir",
+        tmp_path / "out",
+        *names,
+        "--rating_column",
+        "stars",
+        "--min-rating",
+        "2",
+    )
+    found = document(capsys, *argv, "--dry_run", "--split", "temporal", "--at", "0.5")
+    assert (found["dataset"], found["rows"], found["dropped"]) == ("table.csv", 30, {"rated below 2": 10})
+    assert found["splits"] == {"train": 5, "validation": 5, "test": 5}
+    assert found["format"]["columns"] == {"user": "person", "item": "movie", "rating": "stars", "timestamp": "when"}
+    status, out, err = run(capsys, *argv, "--dry-run", "--split", "temporal", "--at", "0.5")
+    assert (status, err) == (0, "") and out == found["summary"] + "\n"
+    assert "a test item of each of 5 users, 5 later interactions left out." in out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("argv", [("--split", "temporal"), ("--at", "0.5"), ("--keep", "all"), ("--split", "random")])
+def test_an_impossible_way_of_reading_is_a_usage_error(capsys, tmp_path, argv):
+    assert_fails(capsys, "train", "--dataset", "demo", "--output_dir", tmp_path / "out", *argv, says=argv[0], status=2)
+
+
+def test_few_users_are_said_to_tell_little(capsys, trained_with, trained_repository, tmp_path):
+    said = "1000 users: HR@20 of TokenRec is "
+    assert said in run(capsys, "train", "--dataset", "demo", "--output_dir", tmp_path / "out")[1]
+    metrics = json.loads((trained_repository / "metrics.json").read_text())
+    own, known = (metrics["test"][name]["hr@20"] for name in ("tokenrec", "itemknn"))
+    text = "\n".join(map(str, show_train({"repository": "out", **metrics, "evaluated_users": 20})))
+    assert "20 users: HR@20" in text and abs(own - known) < 0.1
+    assert "too few users to tell TokenRec from ItemKNN" in text
 
 
 def test_items_get_titles_from_a_table(capsys, repository, tmp_path):
@@ -293,6 +342,21 @@ def test_interactions_are_added_by_the_columns_named(capsys, repository, csv):
     columns = ("--user_column", "person", "--item_column", "movie")
     added = document(capsys, "add", repository, "--interactions", csv, *columns)
     assert added["users"] == 5
+
+
+def test_further_interactions_are_read_as_the_training_data_were(capsys, repository, csv):
+    metrics = json.loads((repository / "metrics.json").read_text())
+    reading = {"user_column": "person", "item_column": "movie", "rating_column": "stars", "min_rating": 3}
+    (repository / "metrics.json").write_text(json.dumps({**metrics, "reading": reading}))
+    items = Repository(repository).recommender().store.ids("item")
+    csv.write_text(re.sub(r",m(\d)", lambda match: f",{items[int(match[1])]}", csv.read_text()))
+    status, _, err = run(capsys, "add", repository, "--interactions", csv)
+    assert status == 0 and "as in training: user_column=person, item_column=movie" in err
+    assert "30 rows; 15 rated below 3 are dropped; 5 users, 3 items" in err
+    # What is given goes before.
+    csv.write_text(csv.read_text().replace("person,", "who,"))
+    assert_fails(capsys, "add", repository, "--interactions", csv, says="has no column 'person'")
+    assert document(capsys, "add", repository, "--interactions", csv, "--user-column", "who")["interactions"] == 0
 
 
 def test_a_folder_named_like_a_data_set_is_not_that_data_set(capsys, trained_with, tmp_path):
@@ -363,7 +427,7 @@ def test_interruption_tells_how_to_go_on(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("tokenrec_hf.repository.build.train", train)
     status, out, err = run(capsys, "train", "--dataset", "demo", "--output_dir", tmp_path / "out")
     assert (status, out) == (130, "")
-    assert err == "tokenrec: interrupted; the same command resumes the training.\n"
+    assert err.splitlines()[1:] == ["tokenrec: interrupted; the same command resumes the training."]
 
 
 def test_programming_errors_are_not_hidden(monkeypatch, tmp_path):
@@ -441,6 +505,28 @@ def test_evaluation_shows_every_metric(capsys, trained_repository):
     recorded = json.loads((trained_repository / "metrics.json").read_text())["test"]["tokenrec"]
     for name, value in recorded.items():
         assert next(line for line in out.splitlines() if line.startswith(name)).endswith(f"{value:.4f}")
+
+
+def test_a_comparison_is_a_table_of_intervals(capsys, csv):
+    names = ("--user_column", "person", "--item_column", "movie")
+    found = document(capsys, "compare", "--dataset", csv, *names)
+    assert found["repository"] is None and len(found["methods"]) == 3
+    status, out, err = run(capsys, "compare", "--dataset", csv, *names)
+    assert status == 0 and "30 rows; 5 users" in err
+    assert f"interval of the difference to {LABELS.get(found['reference'], 'EASE')}" in out
+    assert sum(line.split()[0] in ("popularity", "ItemKNN", "EASE") for line in out.splitlines() if line) == 3
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ((), "give either a repository"),
+        (("out", "--dataset", "demo"), "give either a repository"),
+        (("out", "--min_rating", "3"), "these options go with --dataset"),
+    ],
+)
+def test_a_comparison_has_one_source_of_data(capsys, argv, says):
+    assert_fails(capsys, "compare", *argv, says=says, status=2)
 
 
 def test_a_repository_without_interactions_cannot_be_evaluated(capsys, repository):

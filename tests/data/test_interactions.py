@@ -155,11 +155,75 @@ def test_dictionary_encoded_ids_are_read():
     ]
 
 
-def test_ids_that_other_programs_take_for_missing_values_are_ids(write):
-    found = [("NA", "null"), ("nan", "None")]
-    assert tuples(load_interactions(write("a.csv", "user_id,item_id\nNA,null\nnan,None\n"))) == found
-    lines = '{"user_id": "NA", "item_id": "null"}\n{"user_id": "nan", "item_id": "None"}\n'
-    assert tuples(load_interactions(write("a.jsonl", lines))) == found
+MISSING = ["", "NULL", "null", "nan", "NaN", "N/A", r"\N", "<NA>", " "]
+
+
+@pytest.mark.parametrize("missing", MISSING)
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_a_missing_value_is_named_or_dropped(write, name, missing):
+    rows = [("u", "a", "1"), (missing, "b", "2"), ("v", "c", "3"), ("u", "d", missing), ("u", missing, missing)]
+    text = (
+        delimited_rows(rows) if name == "a.csv" else "".join(json.dumps(dict(zip(HEADER, row))) + "\n" for row in rows)
+    )
+    path = write(name, text)
+    says = (
+        r" has 1 of 5 rows without user id \(row 2\) and 1 of 5 rows without item id \(row 5\) and "
+        r"2 of 5 rows without timestamp \(rows 4, 5\); .* drops 3 rows\.$"
+    )
+    with pytest.raises(ValueError, match=says):
+        load_interactions(path)
+    assert tuples(load_interactions(path, drop_incomplete=True)) == [("u", "a", 1), ("v", "c", 3)]
+
+
+HEADER = ("user_id", "item_id", "timestamp")
+
+
+def delimited_rows(rows, header=HEADER):
+    return "".join(",".join(row) + "\n" for row in [header, *rows])
+
+
+def test_names_of_places_and_people_are_ids(write):
+    """Namibia, and a user who calls herself None."""
+    assert tuples(load_interactions(write("a.csv", "user_id,item_id\nNA,None\n"))) == [("NA", "None")]
+
+
+def test_columns_that_are_not_used_are_not_checked(write):
+    path = write("a.csv", "user_id,item_id,rating,event\nu,a,,\nu,b,good,nan\nu,c,inf,NULL\n")
+    assert tuples(load_interactions(path)) == [("u", "a"), ("u", "b"), ("u", "c")]
+    with pytest.raises(ValueError, match=r"1 of 3 rows without rating \(row 1\)"):
+        load_interactions(path, min_rating=1)
+    with pytest.raises(ValueError, match="the rating 'good' of row 2 is not a number"):
+        load_interactions(path, min_rating=1, drop_incomplete=True)
+
+
+def test_timestamps_in_seconds_and_milliseconds_are_not_mixed(write):
+    path = write("a.csv", "user_id,item_id,time\nu,a,1600000000\nu,b,1600000001000\n")
+    with pytest.raises(
+        ValueError, match="timestamps 1600000000 of row 1 and 1600000001000 of row 2 are in different units"
+    ):
+        load_interactions(path)
+
+
+def test_events_are_chosen_by_their_names(write):
+    rows = [
+        ("u", "a", "view"),
+        ("u", "b", "cart"),
+        ("u", "c", "buy"),
+        ("u", "b", "buy"),
+        ("v", "a", ""),
+        ("v", "c", "cart"),
+    ]
+    path = write("a.csv", delimited_rows(rows, ("user_id", "item_id", "event")))
+    assert tuples(load_interactions(path, events=["cart", "buy"])) == [("u", "b"), ("u", "c"), ("v", "c")]
+    assert len(load_interactions(path)) == 5
+    with pytest.raises(ValueError, match=r"has no event 'sell'; its events are 'buy', 'cart', 'view'\.$"):
+        load_interactions(path, events=["sell"])
+    with pytest.raises(ValueError, match="has no event 'cart=3'; .* Events have no weights; name the ones that count"):
+        load_interactions(path, events=["cart=3"])
+    with pytest.raises(ValueError, match="needs events, but .* has no event column; name it by event_column"):
+        load_interactions(write("b.csv", "user_id,item_id,kind\nu,a,cart\n"), events=["cart"])
+    path = write("b.csv", "user_id,item_id,kind\nu,a,1\nu,b,2\n")
+    assert tuples(load_interactions(path, event_column="kind", events=["2"])) == [("u", "b")]
 
 
 def test_numbers_and_text_may_be_mixed_in_the_ids_of_json_lines(write):
@@ -179,7 +243,7 @@ def test_json_lines_are_typed_over_all_rows(write, monkeypatch):
         path = write("b.jsonl", json.dumps({"user_id": "b", "item_id": "x", "rating": 1, **first}) + "\n" + text)
         for rows in (1, 2, 10):
             monkeypatch.setattr("tokenrec_hf.data.reading._BATCH_ROWS", rows)
-            with pytest.raises(ValueError, match="1 of 3 rows have no finite timestamp, the first of them row 1"):
+            with pytest.raises(ValueError, match=r"has 1 of 3 rows without timestamp \(row 1\)"):
                 load_interactions(path)
     for rows in (1, 2):
         monkeypatch.setattr("tokenrec_hf.data.reading._BATCH_ROWS", rows)
@@ -251,6 +315,7 @@ def test_large_integer_timestamps_stay_exact(write):
 def test_of_repeated_interactions_the_first_in_time_remains(write):
     path = write("a.csv", "user_id,item_id,time\n1,a,9\n1,b,5\n1,a,3\n2,a,1\n2,a,1\n")
     assert tuples(load_interactions(path)) == [("1", "a", 3), ("1", "b", 5), ("2", "a", 1)]
+    assert tuples(load_interactions(path, keep="last")) == [("1", "b", 5), ("1", "a", 9), ("2", "a", 1)]
 
 
 # Against naive references --------------------------------------------------------------------------------------------
@@ -380,25 +445,33 @@ def test_an_error_in_a_folder_is_named(write, tmp_path, train, test, sentence):
             {"user_column": "who"},
             r"a\.csv has no column 'who'; its columns are 'user_id', 'item_id'",
         ),
-        ("user_id,item_id\n1,2\n,3\n,4\n", {}, r"a\.csv: 2 of 3 rows have no user id, the first of them row 2"),
-        ("user_id,item_id\n1,2\n1,\n", {}, r"a\.csv: 1 of 2 rows have no item id, the first of them row 2"),
+        ("user_id,item_id\n1,2\n,3\n,4\n", {}, r"a\.csv has 2 of 3 rows without user id \(rows 2, 3\)"),
+        ("user_id,item_id\n1,2\n1,\n", {}, r"a\.csv has 1 of 2 rows without item id \(row 2\)"),
         ("user_id,item_id\n1,a b\n", {}, r"a\.csv: item id 'a b' contains white space"),
         (
             "user_id,item_id,rating\n1,2,3\n1,3,nan\n",
-            {},
-            r"a\.csv: 1 of 2 rows have no finite rating, the first of them row 2",
+            {"min_rating": 1},
+            r"a\.csv has 1 of 2 rows without rating \(row 2\)",
         ),
         (
             "user_id,item_id,rating\n1,2,3\n1,3,\n",
-            {},
-            r"a\.csv: 1 of 2 rows have no finite rating, the first of them row 2",
+            {"min_rating": 1},
+            r"a\.csv has 1 of 2 rows without rating \(row 2\)",
         ),
-        ("user_id,item_id,rating\n1,2,inf\n", {}, r"no finite rating, the first of them row 1"),
-        ("user_id,item_id,rating\n1,2,3\n1,3,good\n", {}, r"a\.csv: the rating 'good' of row 2 is not a number"),
+        (
+            "user_id,item_id,rating\n1,2,inf\n",
+            {"min_rating": 1},
+            r"1 of 1 rows have an infinite rating, the first of them row 1",
+        ),
+        (
+            "user_id,item_id,rating\n1,2,3\n1,3,good\n",
+            {"min_rating": 1},
+            r"a\.csv: the rating 'good' of row 2 is not a number",
+        ),
         (
             "user_id,item_id,time\n1,2,3\n1,3,\n",
             {},
-            r"a\.csv: 1 of 2 rows have no finite timestamp, the first of them row 2",
+            r"a\.csv has 1 of 2 rows without timestamp \(row 2\)",
         ),
         (
             "user_id,item_id,time\n1,2,2024-01-01\n1,3,soon\n",
@@ -408,7 +481,7 @@ def test_an_error_in_a_folder_is_named(write, tmp_path, train, test, sentence):
         ("user_id,item_id,time\n1,2,2024-01-01\n1,3,17\n", {}, r"timestamps are written in more than one way"),
         ("user_id,item_id\n1,2\n1,2,3\n", {}, r"a\.csv cannot be read: .*Expected 2 fields in line 3, saw 3"),
         ("user_id,item_id\n1,2,3\n1,2,3\n", {}, r"a\.csv cannot be read: row 1 has more fields than the 2 columns"),
-        ("user_id,item_id,time\n1,2,3\n1\n", {}, r"a\.csv: 1 of 2 rows have no item id, the first of them row 2"),
+        ("user_id,item_id,time\n1,2,3\n1\n", {}, r"a\.csv has 1 of 2 rows without item id \(row 2\)"),
         ("user_id/item_id\n1/2\n", {}, r"a\.csv has a single column, 'user_id/item_id'; separate its columns by ','"),
         ('user_id,item_id\n1,"2\n', {}, r"a\.csv cannot be read"),
         ("user_id,item_id\n1,2\n", {"min_rating": 4}, r"min_rating=4 needs ratings, but .*a\.csv has no rating column"),
@@ -419,6 +492,8 @@ def test_an_error_in_a_folder_is_named(write, tmp_path, train, test, sentence):
         ),
         ("user_id,item_id\n1,2\n", {"k_core": 2}, r"is left after k_core=2;"),
         ("user_id,item_id\n1,2\n", {"k_core": 0}, r"k_core is 0"),
+        ("user_id,item_id\n1,2\n", {"keep": "all"}, r"keep is 'all'; .* the 'first' or the 'last' is kept"),
+        ("user_id,item_id\n1,\n", {"drop_incomplete": True}, r"is left after drop_incomplete=True;"),
     ],
 )
 def test_an_error_in_a_table_is_named(write, content, options, sentence):
@@ -433,14 +508,14 @@ def test_an_error_in_a_table_is_named(write, content, options, sentence):
         ({"user_id": ["a"]}, "the data set has no item column"),
         (
             {"user_id": ["a", None], "item_id": ["1", "2"]},
-            "the data set: 1 of 2 rows have no user id, the first of them row 2",
+            r"the data set has 1 of 2 rows without user id \(row 2\)",
         ),
-        ({"user_id": [1.0, float("nan")], "item_id": [1, 2]}, "1 of 2 rows have no user id"),
-        ({"user_id": ["", "b"], "item_id": [1, 2]}, "user id '' is empty"),
+        ({"user_id": [1.0, float("nan")], "item_id": [1, 2]}, "1 of 2 rows without user id"),
+        ({"user_id": ["", "b"], "item_id": [1, 2]}, "1 of 2 rows without user id"),
         ({"user_id": [1.5, 2.0], "item_id": [1, 2]}, "the user ids are of type double; ids are text or whole numbers"),
         ({"user_id": [[1], [2]], "item_id": [1, 2]}, "the user ids are of type list"),
-        ({"user_id": [1], "item_id": [1], "rating": [float("nan")]}, "1 of 1 rows have no finite rating"),
-        ({"user_id": [1], "item_id": [1], "rating": [[3]]}, "the ratings are of type list.*, not numbers"),
+        ({"user_id": [1], "item_id": [1], "timestamp": [float("nan")]}, "1 of 1 rows without timestamp"),
+        ({"user_id": [1], "item_id": [1], "timestamp": [[3]]}, "the timestamps are of type list.*, not numbers"),
     ],
 )
 def test_an_error_in_a_dataset_is_named(columns, sentence):

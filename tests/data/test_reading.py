@@ -14,7 +14,7 @@ import pyarrow.parquet as pa_parquet
 import pytest
 from datasets import Dataset, DatasetDict
 
-from tokenrec_hf.data.interactions import load_interactions
+from tokenrec_hf.data.interactions import ReadingOptions, load_interactions, read_interactions
 from tokenrec_hf.data.reading import read_items
 from tokenrec_hf.models.embedding_store import check_metadata
 
@@ -108,6 +108,18 @@ TABLE = [
     ("Zstandard", "a.csv.zst", ZSTD, {}),
     ("zip", "a.zip", zipped(a_csv=lines(",")), {}),
     ("zip of JSON lines", "a.zip", zipped(a_jsonl="\n".join(map(json.dumps, objects()))), {}),
+    ("UserBehavior of Taobao", "UserBehavior.csv", lines(",", header=None, rows=[(u, i, "4145813", "pv", t) for u, i, _, t in ROWS]), {}),
+    ("user_log of Tmall", "user_log.csv", lines(",", header=("user_id", "item_id", "cat_id", "time_stamp", "action_type"), rows=[(u, i, "833", t, "0") for u, i, _, t in ROWS]), {}),
+    ("events of REES46", "2019-Oct.csv", lines(",", header=("event_time", "event_type", "product_id", "price", "user_id"), rows=[(pd.Timestamp(int(t), unit="s").isoformat(" ") + " UTC", "view", i, "", u) for u, i, _, t in ROWS]), {}),
+    ("events of REES46, some kinds", "2019-Oct.csv", lines(",", header=("event_time", "event_type", "product_id", "user_id"), rows=[(t, "cart", i, u) for u, i, _, t in ROWS] + [("1", "view", "x", "7")]), {"events": ["cart"]}),
+    ("check-ins of Gowalla", "Gowalla.txt", lines("\t", header=None, rows=[(u, pd.Timestamp(int(t), unit="s").isoformat() + "Z", "30.2", "-97.7", i) for u, i, _, t in ROWS]), {"item_column": "5", "timestamp_column": "2"}),
+    ("ratings of Book-Crossing, with a time", "BX.csv", lines(";", header=('"User-ID"', '"ISBN"', '"Book-Rating"', '"Date"'), rows=[[f'"{value}"' for value in row] for row in ROWS]), {}),
+    ("CSV with missing values in a column that is not used", "a.csv", lines(",", rows=[(u, i, "NULL", t) for u, i, _, t in ROWS]), {}),
+    ("CSV with incomplete rows", "a.csv", lines(",", rows=[*ROWS, ("nan", "b1", "1", "5"), ("7", "N/A", "1", "5"), ("7", "z", "1", "")]), {"drop_incomplete": True}),
+    ("CSV with ratings to leave out", "a.csv", lines(",", rows=[*ROWS, ("7", "z", "0.5", "5")]), {"min_rating": 1}),
+    ("CSV with a pair again, later", "a.csv", lines(",", rows=[*ROWS, ("7", "b1", "1", "978900000")]), {}),
+    ("CSV with a pair earlier, the last counts", "a.csv", lines(",", rows=[("7", "a2", "1", "978000000"), *ROWS]), {"keep": "last"}),
+    ("JSON lines with nulls in a column that is not used", "a.jsonl", "\n".join(json.dumps({**row, "rating": None}) for row in objects()), {}),
     ("times in dates", "a.csv", lines(",", rows=[(u, i, r, pd.Timestamp(int(t), unit="s").isoformat()) for u, i, r, t in ROWS]), {}),
 ]  # fmt: skip
 
@@ -168,8 +180,32 @@ def test_what_was_found_is_said(tmp_path, caplog):
     path.write_text(lines("::", header=None))
     with caplog.at_level(logging.INFO, logger="tokenrec_hf"):
         load_interactions(path)
-    assert "separated by '::', without a header; users from column '1', items from column '2'" in caplog.text
-    assert "timestamps from column '4'" in caplog.text
+    assert caplog.messages == [
+        f"{path}: UTF-8 text, columns separated by '::', without a header; users from column '1' (by its place), items from "
+        "column '2' (by its place), timestamps from column '4' (by its values), not used: '3'. 5 rows; 2 users, 3 items and 5 "
+        "interactions are kept, from 2000-12-31 22:04:35 to 2001-01-06 23:38:11."
+    ]
+
+
+def test_what_was_dropped_is_counted_by_reason(tmp_path):
+    rows = [*ROWS, ROWS[0], ("", "a2", "5", "1"), ("7", "d4", "1", "978300761"), ("8", "a2", "4", "978300762")]
+    rows.append(("9", "b1", "3", "978302110"))
+    path = tmp_path / "a.csv"
+    path.write_text(lines(",", header=("user_id", "thing", "rating", "timestamp"), rows=rows))
+    options = ReadingOptions(item_column="thing", min_rating=2, drop_incomplete=True, k_core=2)
+    interactions, report = read_interactions(path, options)
+    assert report.dropped == {
+        "incomplete": 1,
+        "rated below 2": 2,
+        "repeated (the first of each pair counts)": 1,
+        "outside the 2-core": 2,
+    }
+    assert (report.rows, report.users, report.items, report.interactions) == (10, 2, 2, 4) and len(interactions) == 4
+    assert (
+        "10 rows; 1 incomplete, 2 rated below 2, 1 repeated (the first of each pair counts), 2 outside the 2-core are "
+        "dropped; 2 users, 2 items and 4 interactions are kept"
+    ) in str(report)
+    assert options.given() == {"item_column": "thing", "min_rating": 2, "drop_incomplete": True, "k_core": 2}
 
 
 @pytest.mark.parametrize(
@@ -196,6 +232,21 @@ def test_a_file_that_is_no_table_is_refused_in_a_sentence(tmp_path, name, conten
     with pytest.raises(ValueError, match=says) as caught:
         load_interactions(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("unit", [10**3, 10**6, 10**9])
+def test_times_in_parts_of_seconds_are_in_order_and_shown_as_dates(tmp_path, unit):
+    path = tmp_path / "a.csv"
+    path.write_text(lines(",", rows=[(u, i, r, int(t) * unit) for u, i, r, t in ROWS]))
+    found, report = read_interactions(path, ReadingOptions())
+    assert tuples(found) == [(user, item, time * unit) for user, item, time in CLEAN]
+    assert (report.first, report.last) == ("2000-12-31 22:04:35", "2001-01-06 23:38:11")
+
+
+def test_small_times_of_a_file_without_header_are_its_fourth_column(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("u,a,5,3\nu,b,4,1\nu,c,1,2\n")
+    assert tuples(load_interactions(path)) == [("u", "b", 1), ("u", "c", 2), ("u", "a", 3)]
 
 
 def test_text_without_header_is_read_by_the_numbers_of_its_columns(tmp_path):

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenrec_hf.data import splits as splits_module
-from tokenrec_hf.data.splits import SPLITS, fingerprint, index_splits
+from tokenrec_hf.data.splits import SPLITS, fingerprint, index_splits, temporal_split
 
 
 def splits_of(**pairs):
@@ -56,3 +56,57 @@ def test_a_fingerprint_does_not_depend_on_how_many_ids_are_read_at_once(block, m
     monkeypatch.setattr(splits_module, "BLOCK", block)
     assert fingerprint(ids, ["x"]) == known
     assert len({known, fingerprint(["a", "bb", "c", "d"], ["é", "x"]), fingerprint(["a", "bbc", "d", "é"], ["x"])}) == 3
+
+
+def timed(rows):
+    return Dataset.from_dict(dict(zip(("user_id", "item_id", "timestamp"), map(list, zip(*rows)))))
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from("pqr"), st.integers(0, 20)), min_size=1, max_size=30),
+    st.floats(0.01, 0.99),
+)
+def test_a_temporal_split_equals_a_naive_reference(pairs, share):
+    rows = [(user, f"i{number}", time) for number, (user, time) in enumerate(pairs)]
+    at = sorted(time for *_, time in rows)[int(share * len(rows))]
+    expected = {name: [] for name in SPLITS}
+    for user in dict.fromkeys(user for user, *_ in rows):
+        own = sorted((row for row in rows if row[0] == user), key=lambda row: row[2])
+        past, later = [row for row in own if row[2] < at], [row for row in own if row[2] >= at]
+        if len(past) >= 2 and later:
+            expected["validation"].append(past.pop())
+            expected["test"].append(later[0])
+        expected["train"] += past
+    if not expected["test"]:
+        with pytest.raises(ValueError, match="no user has two interactions before"):
+            temporal_split(timed(rows), share)
+        return
+    found = temporal_split(timed(rows), share)
+    assert {name: list(zip(*found[name][:].values())) for name in SPLITS} == expected
+
+
+@pytest.mark.parametrize("unit", [1, 10**3, 10**9])
+def test_a_date_is_found_in_times_of_any_unit(unit):
+    """2024-05-01T00:00 is 1714521600."""
+    rows = [("u", f"i{step}", (1714521600 + 60 * (step - 2)) * unit) for step in range(4)]
+    for date in ("2024-05-01", "2024-05-01T02:00+02:00"):
+        assert temporal_split(timed(rows), date)["test"]["item_id"][:] == ["i2"]
+
+
+@pytest.mark.parametrize(
+    ("at", "says"),
+    [
+        ("soon", "at is 'soon'; it must be a date such as 2024-05-17 or a share between 0 and 1"),
+        ("1.5", "at is 1.5; it must be a date"),
+        ("2024-05-01", "the timestamps are no times since 1970, so 2024-05-01 cannot be found"),
+    ],
+)
+def test_a_moment_that_cannot_be_found_is_refused(at, says):
+    with pytest.raises(ValueError, match=says):
+        temporal_split(timed([("u", "a", 1), ("u", "b", 2), ("u", "c", 3)]), at)
+
+
+def test_without_times_there_is_no_moment():
+    with pytest.raises(ValueError, match="no column 'timestamp', so there is no moment"):
+        temporal_split(Dataset.from_dict({"user_id": ["u"], "item_id": ["a"]}), 0.5)

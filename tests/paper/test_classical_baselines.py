@@ -4,13 +4,11 @@ import numpy as np
 import pytest
 import torch
 from baselines.base import TRIALS, evaluate
-from baselines.ease import EASE
+from baselines.closed_forms import EASE, ItemKNN, Popularity
 from baselines.ials import IALS
-from baselines.item_knn import ItemKNN
 from baselines.lightgcn import LightGCN
 from baselines.mf_bpr import MFBPR
 from baselines.neumf import NeuMF, NeuMFModel
-from baselines.popularity import Popularity
 from baselines.registry import BASELINES, load_baseline
 from baselines.sparse import binary_matrix
 
@@ -76,42 +74,9 @@ def test_the_best_epoch_on_validation_is_kept_and_a_refit_of_its_length_is_the_s
     torch.testing.assert_close(again.scores(users), selected.scores(users))
 
 
-def test_popularity_is_the_number_of_interactions(small):
-    baseline = Popularity()
-    baseline.fit(small, None)
-    assert baseline.scores(np.array([3, 7])).tolist() == [np.bincount(small.items, minlength=25).tolist()] * 2
-
-
 def test_the_binary_matrix_counts_a_repeated_interaction_once(small, dense):
     assert len(small) > dense.sum()
     assert np.array_equal(binary_matrix(small).toarray(), dense)
-
-
-@pytest.mark.parametrize("neighbours", [3, 100])
-def test_item_knn_sums_the_similarities_of_the_nearest_neighbours(neighbours, small, dense):
-    expected = np.zeros((60, 25))
-    for item in range(25):
-        similarity = np.zeros(25)
-        for other in range(25):
-            common, both = dense[:, item] @ dense[:, other], dense[:, item].sum() * dense[:, other].sum()
-            if item != other and common:
-                similarity[other] = common / (np.sqrt(both) + 2)
-        nearest = sorted(range(25), key=lambda other: (-np.float32(similarity[other]), other))[:neighbours]
-        expected[:, item] = dense[:, nearest] @ similarity[nearest]
-    baseline = ItemKNN(neighbours=neighbours, shrinkage=2)
-    baseline.fit(small, None)
-    np.testing.assert_allclose(baseline.scores(np.arange(60)), expected, atol=1e-6)
-
-
-def test_ease_is_the_ridge_regression_of_each_item_on_the_others(small, dense):
-    weights = np.zeros((25, 25))
-    for item in range(25):
-        others = np.delete(np.arange(25), item)
-        gram = dense[:, others].T @ dense[:, others] + 3 * np.eye(24)
-        weights[others, item] = np.linalg.solve(gram, dense[:, others].T @ dense[:, item])
-    baseline = EASE(l2=3)
-    baseline.fit(small, None)
-    np.testing.assert_allclose(baseline.scores(np.arange(60)), dense @ weights, atol=1e-4)
 
 
 def test_ials_ends_where_each_vector_solves_its_weighted_least_squares_problem(small, dense):

@@ -17,6 +17,7 @@ from tokenrec_hf import (
     NewVectors,
     Repository,
     TokenRecTokenizer,
+    temporal_split,
 )
 from tokenrec_hf.cli.app import main
 from tokenrec_hf.models.codes import load_indexes
@@ -158,6 +159,16 @@ def test_a_test_item_that_is_not_the_last_one_is_found(repository):
         ("data", "order"), ("data", "fingerprint"), ("refit", "collaborative"), ("refit", "seen")
     }  # fmt: skip
     assert f"go back 1 times, first for user '{USER}'" in failed["data", "order"]
+
+
+def test_a_split_in_time_is_checked_to_be_one(demo_splits):
+    """Of leave-one-out splits, some training interactions are later than the test items of others."""
+    assert "go back" not in module._order(module._Data(demo_splits), None)[1]
+    passed, finding = module._order(module._Data(demo_splits), "0.8")
+    assert passed is False and "split at 0.8, but the last training or validation interaction" in finding
+    interactions = Dataset(pa.concat_tables([split.with_format("arrow")[:] for split in demo_splits.values()]))
+    passed, finding = module._order(module._Data(temporal_split(interactions, 0.8)), "0.8")
+    assert passed and finding.endswith("All that is trained on is earlier than the first test item (split at 0.8).")
 
 
 def test_without_timestamps_a_swapped_target_is_found_by_the_fingerprint(repository):

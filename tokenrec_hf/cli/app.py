@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -27,9 +28,10 @@ from . import output
 from .output import Blocks, Document, note, working
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, DatasetDict
     from typer.core import TyperCommand
 
+    from ..data.interactions import ReadingReport
     from ..models.embedding_store import Store
     from ..models.recommender import Recommendation, Recommender
     from ..repository.repository import Repository
@@ -57,6 +59,36 @@ Where = Annotated[
     list[str] | None,
     Option(metavar="NAME=VALUE ...", help="Only items with this metadata; values of the same name are alternatives."),
 ]
+
+SplitBy = Annotated[
+    Literal["leave_one_out", "temporal"],
+    Option(help="Hold out each user's last items, or what followed one moment; see --at."),
+]
+At = Annotated[
+    str | None,
+    Option(metavar="DATE|SHARE", help="The moment of a temporal split, or the share of interactions before."),
+]
+KCore = Annotated[int | None, Option("--k_core", help="Drop users and items with fewer interactions.")]
+
+
+def _reads(kind: Any, name: str, help: str, **settings: Any) -> Any:
+    return Annotated[kind, Option(name, help=help, rich_help_panel="Reading of interactions", **settings)]
+
+
+# The options of `load_interactions`, which a command takes in the parameter `reading`.
+READING = {
+    "user_column": _reads(str | None, "--user_column", "Column of user ids, or its number in a file without header."),
+    "item_column": _reads(str | None, "--item_column", "Column of item ids."),
+    "rating_column": _reads(str | None, "--rating_column", "Column of ratings."),
+    "timestamp_column": _reads(str | None, "--timestamp_column", "Column of timestamps."),
+    "event_column": _reads(str | None, "--event_column", "Column of kinds of events."),
+    "events": _reads(list[str] | None, "--event", "Kinds of events that count.", metavar="NAME ..."),
+    "min_rating": _reads(float | None, "--min_rating", "Drop interactions rated lower."),
+    "keep": _reads(
+        Literal["first", "last"] | None, "--keep", "Which interaction of a repeated pair.", show_default="first"
+    ),
+    "drop_incomplete": _reads(bool | None, "--drop_incomplete", "Drop rows with missing values."),
+}
 
 app = typer.Typer(
     rich_markup_mode="rich",
@@ -106,10 +138,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(*examples: str, show: Callable[[Document], Blocks], **settings: Any) -> Callable:
-    """Registers a function as a command, with `--json`, and with `show` to make text of the document that it returns."""
+    """Registers a function as a command, with `--json`, and with `show` to make text of the document that it returns.
+
+    In place of a parameter `reading`, the command has the options `READING`; those given come as a dictionary.
+    """
 
     def register(function: Callable[..., Document]) -> Callable[..., Document]:
+        signature = inspect.signature(function, eval_str=True)
+        reads = "reading" in signature.parameters
+
         def run(as_json: bool, **arguments: Any) -> int:
+            if reads:
+                given = {name: arguments.pop(name) for name in READING}
+                arguments["reading"] = {name: value for name, value in given.items() if value is not None}
             # Only the document may be written to stdout, also where a library prints.
             with contextlib.redirect_stdout(sys.stderr):
                 document = function(**arguments)
@@ -118,9 +159,10 @@ def _command(*examples: str, show: Callable[[Document], Blocks], **settings: Any
             sys.stdout.flush()
             return 1 if document.get("passed") is False else 0
 
-        signature = inspect.signature(function, eval_str=True)
-        as_json = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=AsJson)
-        parameters = [*signature.parameters.values(), as_json]
+        option = partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY)
+        parameters = [one for one in signature.parameters.values() if one.name != "reading"]
+        parameters += [option(name, default=None, annotation=kind) for name, kind in READING.items() if reads]
+        parameters.append(option("as_json", default=False, annotation=AsJson))
         run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         # The lines of a paragraph are joined, because they are wrapped again to the width of the terminal.
         paragraphs = [part.replace("\n", " ") for part in (inspect.getdoc(function) or "").split("\n\n")]
@@ -190,6 +232,7 @@ def quickstart(
 @_command(
     "tokenrec train --dataset ml-100k --output_dir out",
     "tokenrec train --dataset ratings.csv --min_rating 4 --k_core 5 --output_dir out --learning_rate 1e-3",
+    "tokenrec train --dataset events.csv --event cart purchase --split temporal --at 2024-05-01 --output_dir out --dry_run",
     "tokenrec train --dataset ratings.csv --output_dir out --mq_tokenizer.config.codebook_size 512",
     show=output.show_train,
     context_settings={"ignore_unknown_options": True},
@@ -207,14 +250,14 @@ def train(
     config: Annotated[str | None, Option(help="YAML file with the settings that differ from the recipe's.")] = None,
     seed: Annotated[int | None, Option(help="Seed of the recipe.")] = None,
     no_refit: Annotated[bool, Option("--no-refit", help="Do not train again with the validation items.")] = False,
-    min_rating: Annotated[float | None, Option("--min_rating", help="Drop interactions rated lower.")] = None,
-    k_core: Annotated[int | None, Option("--k_core", help="Drop users and items with fewer interactions.")] = None,
-    user_column: Annotated[str | None, Option("--user_column", help="Column of user ids.")] = None,
-    item_column: Annotated[str | None, Option("--item_column", help="Column of item ids.")] = None,
-    rating_column: Annotated[str | None, Option("--rating_column", help="Column of ratings.")] = None,
-    timestamp_column: Annotated[str | None, Option("--timestamp_column", help="Column of timestamps.")] = None,
+    k_core: KCore = None,
+    split: SplitBy = "leave_one_out",
+    at: At = None,
+    dry_run: Annotated[bool, Option("--dry_run", help="Only show what would be trained on.")] = False,
     item_metadata: Annotated[str | None, Option("--item_metadata", metavar="FILE", help=ITEM_METADATA)] = None,
     settings: Annotated[list[str] | None, Argument(metavar="--SETTING VALUE", help="Any other setting.")] = None,
+    *,
+    reading: dict[str, Any],
 ) -> Document:
     """Train a recommender, or resume the same command where it was stopped.
 
@@ -235,13 +278,15 @@ def train(
         raise
     metadata = _item_metadata(item_metadata)
     # Imports torch; missing files have been reported by now.
-    from ..data.splits import leave_one_out
+    splits, report = _read_splits(dataset, {**reading, "k_core": k_core}, split, at)
+    if dry_run:
+        return {"dataset": name, **report}
     from ..repository import build
 
-    _quiet()
-    columns = _columns(user_column, item_column, rating_column, timestamp_column)
-    splits = leave_one_out(_interactions(dataset, **columns, min_rating=min_rating, k_core=k_core))
-    trained = build.train(splits, loaded, output_dir, dataset_name=name, refit=not no_refit, log=note)
+    note(report["summary"])
+    trained = build.train(
+        splits, loaded, output_dir, dataset_name=name, reading=reading, split_at=at, refit=not no_refit, log=note
+    )
     if metadata:
         note(f"{trained.add(metadata=metadata)['described']} items are described by {item_metadata}.")
     return {"repository": output_dir, **trained.metrics}
@@ -276,6 +321,42 @@ def evaluate(
     if store and split == "validation" and opened.info()["refit"]:
         raise UsageError("--store holds the vectors of the refit; evaluate it on --split test.")
     return {"repository": repository, **opened.evaluate(split, given[0] if given else "tokenrec", _store(store))}
+
+
+@_command("tokenrec compare out", "tokenrec compare --dataset ratings.csv --min_rating 4", show=output.show_comparison)
+def compare(
+    repository: Annotated[
+        str | None, Argument(metavar="[REPOSITORY]", help="Folder that `tokenrec train` wrote, with its data.")
+    ] = None,
+    dataset: Annotated[
+        str | None, Option(help="Interactions to compare the baselines on, without a repository.")
+    ] = None,
+    k_core: KCore = None,
+    split: SplitBy = "leave_one_out",
+    at: At = None,
+    seed: Annotated[int, Option(help="Seed of the bootstrap.")] = 0,
+    *,
+    reading: dict[str, Any],
+) -> Document:
+    """Compare popularity, ItemKNN and EASE with each other, or with a trained repository on its own test items.
+
+    The baselines are tuned on validation. Differences have 95 % intervals by a paired bootstrap over users.
+    """
+    if (repository is None) == (dataset is None):
+        raise UsageError("give either a repository, whose data are compared on, or --dataset for the baselines alone.")
+    if dataset is None and (reading or k_core or at):
+        raise UsageError("the data of a repository have been read and split; these options go with --dataset.")
+    opened = None
+    if repository is not None:
+        opened = _open_local(repository)
+        _quiet()
+        splits = opened.splits()
+    else:
+        splits, report = _read_splits(str(dataset), {**reading, "k_core": k_core}, split, at)
+        note(report["summary"])
+    from ..repository.comparison import compare
+
+    return {"repository": repository, **compare(splits, opened, seed, log=note)}
 
 
 @_command(
@@ -369,17 +450,15 @@ def add(
     interactions: Annotated[str | None, Option(help="New interactions, as `train --dataset` reads them.")] = None,
     retrain: Annotated[bool, Option("--retrain", help="Train the collaborative model further.")] = False,
     item_metadata: Annotated[str | None, Option("--item_metadata", metavar="FILE", help=ITEM_METADATA)] = None,
-    user_column: Annotated[str | None, Option("--user_column", help="Column of user ids.")] = None,
-    item_column: Annotated[str | None, Option("--item_column", help="Column of item ids.")] = None,
-    rating_column: Annotated[str | None, Option("--rating_column", help="Column of ratings.")] = None,
-    timestamp_column: Annotated[str | None, Option("--timestamp_column", help="Column of timestamps.")] = None,
+    *,
+    reading: dict[str, Any],
 ) -> Document:
     """Add users and items to a trained repository without training T5 again.
 
     Parquet files have a column of ids (id) and a column of vectors (vector); further columns of items are the metadata that
-    `recommend --where` filters by. Users and items that only --interactions names are folded in. With --retrain, the
-    vectors of the further trained collaborative model are aligned with the old space. If the command fails, the repository is
-    unchanged.
+    `recommend --where` filters by. Interactions are read with the options of the training, unless others are given. Users and
+    items that only they name are folded in. With --retrain, the vectors of the further trained collaborative model are aligned
+    with the old space. If the command fails, the repository is unchanged.
     """
     if not (users or items or interactions or item_metadata or retrain):
         raise UsageError(
@@ -387,16 +466,21 @@ def add(
         )
     opened = _open_local(repository)
     metadata = _item_metadata(item_metadata)
-    columns = _columns(user_column, item_column, rating_column, timestamp_column)
     from ..repository.update import read_vectors
 
     _quiet()
     started = time.monotonic()
     with working("adding"):
+        new = None
+        if interactions:
+            if remembered := {name: value for name, value in opened.reading.items() if name not in reading}:
+                note("as in training: " + ", ".join(f"{name}={value}" for name, value in remembered.items()))
+            new, how = _read(interactions, {**remembered, **reading})
+            note(str(how))
         report = opened.add(
             users=read_vectors(users, "user") if users else None,
             items=read_vectors(items, "item") if items else None,
-            interactions=_interactions(interactions, **columns) if interactions else None,
+            interactions=new,
             metadata=metadata,
             retrain=retrain,
         )
@@ -544,30 +628,31 @@ def _lines(path: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def _columns(user: str | None, item: str | None, rating: str | None, timestamp: str | None) -> dict[str, str | None]:
-    """The columns of interactions, as `load_interactions` names them."""
-    return {"user_column": user, "item_column": item, "rating_column": rating, "timestamp_column": timestamp}
+def _read(source: str, options: Document) -> tuple[Dataset, ReadingReport]:
+    """Interactions, and how they were read."""
+    from ..data.interactions import ReadingOptions, read_interactions
+
+    _quiet()
+    return read_interactions(source, ReadingOptions(**options))
 
 
-def _interactions(source: str, **options: Any) -> Dataset:
-    """Reads interactions, and says on stderr how the file was read."""
-    import logging
+def _read_splits(source: str, options: Document, split: str, at: str | None) -> tuple[DatasetDict, Document]:
+    """The splits of interactions, and a report of reading and splitting, with a `summary` in words."""
+    if (split == "temporal") != (at is not None):
+        raise UsageError("--split temporal and --at DATE or SHARE go together.")
+    from ..data.files import counted
+    from ..data.splits import leave_one_out, temporal_split
 
-    from ..data.interactions import load_interactions
-
-    handler = logging.Handler()
-    handler.emit = lambda record: note(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("tokenrec_hf.data")
-    level, propagate = logger.level, logger.propagate
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    try:
-        return load_interactions(source, **options)
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        logger.propagate = propagate
+    interactions, report = _read(source, options)
+    splits = leave_one_out(interactions) if at is None else temporal_split(interactions, at)
+    counts = {name: len(part) for name, part in splits.items()}
+    later = report.interactions - sum(counts.values())
+    parts = [
+        f"{counted(counts['train'], 'interaction')} for training",
+        f"a validation and a test item of each of {counted(counts['test'], 'user')}",
+        *[f"{counted(later, 'later interaction')} left out"] * bool(later),
+    ]
+    return splits, {**asdict(report), "splits": counts, "summary": f"{report} Split: {', '.join(parts)}."}
 
 
 def _item_metadata(path: str | None) -> dict[str, dict[str, Any]] | None:

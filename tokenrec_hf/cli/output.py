@@ -6,6 +6,7 @@ and headers and verdicts are styled. Elsewhere the text is plain and a table row
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -14,7 +15,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..evaluation.variants import LABELS, SHOWN
+from ..evaluation.variants import COMPARED, LABELS, SHOWN
 
 Document = dict[str, Any]
 Blocks = Iterable[RenderableType]
@@ -64,9 +65,13 @@ def show_quickstart(document: Document) -> Blocks:
 
 
 def show_train(document: Document) -> Blocks:
-    """Results, statistics of the codes, and further commands."""
+    """What would be trained on; or results, statistics of the codes, and further commands."""
+    if "summary" in document:
+        yield document["summary"]
+        return
     folder = document["repository"]
     yield _results(document, LABELS)
+    yield _precision(document)
     yield _code_statistics(document["codes"])
     yield f"Next:\n  tokenrec recommend {folder} --user <id>\n  tokenrec info {folder}"
 
@@ -98,6 +103,21 @@ def _checks(document: Document, good: str, bad: str) -> Blocks:
     passed = [check["passed"] for check in checks]
     counts = [f"{passed.count(outcome)} {word}" for outcome, word in _VERDICTS.items() if outcome in passed]
     yield f"{good if document['passed'] else bad}: {', '.join(counts)}."
+
+
+def show_comparison(document: Document) -> Blocks:
+    """A row for each method, and the differences to the reference with their intervals."""
+    reference = COMPARED[document["reference"]]
+    yield f"test, {document['users']} users; [ ] is the 95 % interval of the difference to {reference}"
+    rows = []
+    for one in document["methods"]:
+        cells = [COMPARED[one["name"]]]
+        for key in ("hr@20", "ndcg@20"):
+            interval = one["difference"] and "{:+.4f} [{:+.4f}, {:+.4f}]".format(*one["difference"][key])
+            cells += [_number(one[key]), interval or "reference"]
+        settings = ", ".join(f"{name} {value:g}" for name, value in one["settings"].items())
+        rows.append([*cells, settings])
+    yield _table(["", "HR@20", "difference", "NDCG@20", "difference", "settings"], rows)
 
 
 def show_recommendations(document: Document, held_out: str | None = None) -> Blocks:
@@ -199,6 +219,18 @@ def _results(metrics: Mapping[str, Any], names: Iterable[str]) -> Table:
     header = [f"{split if key is SHOWN[0] else ''}\n{key.upper()}" for split in splits for key in SHOWN]
     values = {name: [_number(metrics[split][name][key]) for split in splits for key in SHOWN] for name in names}
     return _table(["", *header], [[LABELS[name], *row] for name, row in values.items()])
+
+
+def _precision(document: Document) -> str:
+    """How far chance moves HR@20, and whether that hides the difference to the better baseline."""
+    metrics, users = document.get("test") or document["validation"], document["evaluated_users"]
+    own, best = metrics["tokenrec"]["hr@20"], max(("popularity", "itemknn"), key=lambda one: metrics[one]["hr@20"])
+    # The normal approximation of a share, at 95 %.
+    half = 1.96 * math.sqrt(own * (1 - own) / users)
+    text = f"{users} users: HR@20 of TokenRec is {own:.4f} ± {half:.4f} (95 %)."
+    if abs(own - metrics[best]["hr@20"]) < half:
+        text += f" These are too few users to tell TokenRec from {LABELS[best]}; see `tokenrec compare`."
+    return text
 
 
 def _code_statistics(codes: Mapping[str, Mapping[str, float]]) -> Table:

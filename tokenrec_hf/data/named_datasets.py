@@ -18,7 +18,7 @@ from requests.exceptions import ChunkedEncodingError, RequestException
 from tqdm import tqdm
 
 from .demo import demo_titles
-from .reading import RawFile
+from .files import RawFile
 
 logger = logging.getLogger(__name__)
 

@@ -7,30 +7,26 @@ file is laid out (separator, header, encoding) is found from its first lines. Th
 
 from __future__ import annotations
 
-import bz2
 import codecs
 import csv
-import gzip
 import io
 import json
 import logging
-import lzma
 import math
 import os
 import re
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pa_parquet
 from datasets import Dataset, IterableDataset
+
+from .files import RawFile, quoted
 
 logger = logging.getLogger(__name__)
 
@@ -39,21 +35,20 @@ _ALIASES = {
     "user": ("userid", "user", "uid", "reviewerid", "customerid", "visitorid", "sessionid"),
     "item": (
         *("itemid", "item", "iid", "parentasin", "asin", "movieid", "artistid", "productid", "businessid", "bookid"),
-        *("trackid", "songid", "articleid", "gmapid"),
+        *("trackid", "songid", "articleid", "gmapid", "animeid", "gameid", "appid", "recipeid", "venueid", "isbn"),
     ),
     "rating": ("rating", "overall", "score", "stars", "weight"),
-    "timestamp": ("timestamp", "time", "unixtimestamp", "unixreviewtime", "unixtime", "datetime", "date"),
+    "timestamp": (
+        *("timestamp", "time", "unixtimestamp", "unixreviewtime", "unixtime", "datetime", "date"),
+        *("eventtime", "eventdate", "createdat"),
+    ),
+    "event": ("event", "eventtype", "behavior", "behaviour", "behaviortype", "action", "actiontype"),
 }
 _DELIMITERS = {".csv": ",", ".tsv": "\t", ".inter": "\t"}
 # Separators that are looked for, where the file extension does not tell or is wrong.
 _SEPARATORS = ("::", "\t", ";", "|", ",", " ")
-_PACKED: dict[str, Callable[[Path], Any]] = {
-    ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
-    ".zst": lambda path: pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"),
-}
 _NOT_TEXT = (".xlsx", ".xls", ".pkl", ".pickle", ".npy", ".npz", ".feather", ".arrow", ".db", ".sqlite", ".h5", ".hdf5")
+_ENCODINGS = {"utf-8-sig": "UTF-8", "utf-16": "UTF-16", "latin-1": "Latin-1"}
 # Bytes and lines that the layout of a file is found from.
 _HEAD, _HEAD_LINES = 1 << 16, 50
 # Rows read at once. Columns that are not needed are dropped before the next rows are read.
@@ -61,67 +56,20 @@ _BATCH_ROWS = 20_000
 
 
 @dataclass(frozen=True)
-class RawFile:
-    """A file of interactions, or a folder with `train.txt` and `test.txt`.
+class TableFormat:
+    """How a table was read.
 
     Args:
-        path: the file or folder.
-        member: the file inside, if `path` is a zip archive.
-        delimiter: the separator of columns, if the file extension does not tell it.
-        columns: the names of the columns, if the file has no header.
+        name: the format, in words.
+        columns: the column of each role.
+        reasons: why it is this column, for each role.
+        unused: the other columns.
     """
 
-    path: Path
-    member: str | None = None
-    delimiter: str | None = None
-    columns: tuple[str, ...] | None = None
-
-    def __str__(self) -> str:
-        return f"{self.member} in {self.path}" if self.member else str(self.path)
-
-    @property
-    def suffix(self) -> str:
-        """The file extension in small letters, without that of the packing: `.csv` for `log.csv.gz`."""
-        path = Path(self._inside or self.path.name)
-        return Path(path.stem if path.suffix.lower() in _PACKED else path.name).suffix.lower()
-
-    @property
-    def _inside(self) -> str | None:
-        """The file in a zip archive.
-
-        Raises:
-            ValueError: it is not said which of several.
-        """
-        if self.member or self.path.suffix.lower() != ".zip" or not zipfile.is_zipfile(self.path):
-            return self.member
-        with zipfile.ZipFile(self.path) as archive:
-            names = [name for name in archive.namelist() if not name.endswith("/") and not name.startswith("__MACOSX")]
-        if len(names) != 1:
-            raise ValueError(
-                f"{self.path} holds {len(names)} files ({quoted(names[:5])}); unpack it and give one of them."
-            )
-        return names[0]
-
-    @contextmanager
-    def open(self) -> Iterator[IO[bytes]]:
-        """Opens the unpacked file for reading bytes.
-
-        Raises:
-            ValueError: the archive is damaged or lacks the member.
-        """
-        try:
-            if inside := self._inside:
-                with zipfile.ZipFile(self.path) as archive, archive.open(inside) as member:
-                    yield member
-            else:
-                with _PACKED.get(self.path.suffix.lower(), Path.open)(self.path, *self._mode) as stream:
-                    yield cast(IO[bytes], io.BytesIO(stream.read()) if isinstance(stream, pa.NativeFile) else stream)
-        except (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError, KeyError) as error:
-            raise ValueError(f"{self} cannot be unpacked ({error}); delete it and fetch it again.") from error
-
-    @property
-    def _mode(self) -> tuple[str, ...]:
-        return () if self.path.suffix.lower() == ".zst" else ("rb",)
+    name: str
+    columns: dict[str, str]
+    reasons: dict[str, str]
+    unused: list[str]
 
 
 @dataclass(frozen=True)
@@ -143,16 +91,18 @@ class _Layout:
     rows: list[list[str]]
 
 
-def read_table(source: RawFile | Dataset | IterableDataset, asked: Mapping[str, str | None], origin: str) -> pa.Table:
-    """Reads the columns of users, items and, if present, ratings and times.
+def read_table(
+    source: RawFile | Dataset | IterableDataset, asked: Mapping[str, str | None], origin: str
+) -> tuple[pa.Table, TableFormat]:
+    """Reads the columns of some roles: "user", "item", "rating", "timestamp" and "event".
 
     Args:
-        source: a file, a folder with `train.txt`, or a data set.
-        asked: the column that holds each of "user", "item", "rating" and "timestamp"; None finds it by its name.
+        source: a file, a folder with `train.txt` or of such files, or a data set.
+        asked: the column that holds each role; None finds it by its name.
         origin: the name of the source in messages.
 
     Returns:
-        A table with the columns "user", "item" and, if present, "rating" and "timestamp".
+        A table with the columns "user", "item" and, of the other roles asked for, those that are present; and how it was read.
 
     Raises:
         ValueError: the file is damaged or of an unknown kind, or a column is missing.
@@ -162,22 +112,17 @@ def read_table(source: RawFile | Dataset | IterableDataset, asked: Mapping[str, 
         chosen = _choose_columns(names, asked, origin)
         arrow = source.select_columns(list(chosen.values())).with_format("arrow")
         table = arrow[:] if isinstance(arrow, Dataset) else pa.concat_tables(arrow.iter(batch_size=_BATCH_ROWS))
-        return pa.table({role: table[name] for role, name in chosen.items()})
+        return _by_role(table, chosen), _format("columns in memory", names, chosen, asked)
     if source.path.is_dir():
-        parts = [path for path in sorted(source.path.glob("[!._]*")) if path.is_file()]
-        if {"train.txt", "test.txt"} & {path.name for path in parts} or not parts:
-            return _read_sequences(source.path)
-        return pa.concat_tables(
-            [read_table(RawFile(path), asked, str(path)) for path in parts], promote_options="permissive"
-        )
+        return _read_folder(source.path, asked)
     try:
         if source.suffix in (".jsonl", ".json"):
             return _read_json(source, asked)
         if source.suffix == ".parquet":
             file = pa_parquet.ParquetFile(source.path)
-            chosen = _choose_columns(file.schema_arrow.names, asked, origin)
-            table = file.read(columns=list(chosen.values()))
-            return pa.table({role: table[name] for role, name in chosen.items()})
+            names = file.schema_arrow.names
+            chosen = _choose_columns(names, asked, origin)
+            return _by_role(file.read(list(chosen.values())), chosen), _format("Parquet", names, chosen, asked)
         if source.suffix not in _NOT_TEXT:
             return _read_delimited(source, asked)
     except UnicodeError as error:
@@ -215,7 +160,7 @@ def read_items(path: str | os.PathLike) -> tuple[list[str], list[dict[str, Any]]
             filled = [(number, line) for number, line in enumerate(_one_a_line(text, raw), 1) if line.strip()]
         frame = pd.DataFrame(_objects(filled, raw))
     else:
-        layout = _layout(raw, dict.fromkeys(_ALIASES))
+        layout = _layout(raw, {})
         places = dict(zip(layout.names, range(len(layout.names))))
         try:
             table = _read_columns(raw, layout, places, layout.encoding)
@@ -223,7 +168,7 @@ def read_items(path: str | os.PathLike) -> tuple[list[str], list[dict[str, Any]]
             table = _read_columns(raw, layout, places, "latin-1")
         frame = table.to_pandas()
     columns = [str(name) for name in frame.columns]
-    found = _match_columns(columns, {**dict.fromkeys(_ALIASES), "item": "id" if "id" in columns else None}).get("item")
+    found = _match_columns(columns, {"item": "id" if "id" in columns else None}).get("item")
     if found is None:
         raise ValueError(f"{path} has no column of item ids; its columns are {quoted(columns)}. Call it id or item_id.")
     ids = [str(_as_text(value)).strip() for value in frame.pop(found)]
@@ -246,12 +191,17 @@ def read_items(path: str | os.PathLike) -> tuple[list[str], list[dict[str, Any]]
     return ids, [{name: value for name, value in row.items() if value is not None} for row in rows]
 
 
-def quoted(names: Sequence[str]) -> str:
-    """Names as a message lists them."""
-    return ", ".join(repr(name) for name in names)
-
-
 # Formats --------------------------------------------------------------------------------------------------------------
+
+
+def _read_folder(folder: Path, asked: Mapping[str, str | None]) -> tuple[pa.Table, TableFormat]:
+    """Reads `train.txt` and `test.txt`, or all files as parts of one table."""
+    parts = [path for path in sorted(folder.glob("[!._]*")) if path.is_file()]
+    if {"train.txt", "test.txt"} & {path.name for path in parts} or not parts:
+        return _read_sequences(folder), TableFormat("a line of items for each user", {}, {}, [])
+    tables, formats = zip(*(read_table(RawFile(path), asked, str(path)) for path in parts))
+    name = f"{len(parts)} files, {formats[0].name}"
+    return pa.concat_tables(tables, promote_options="permissive"), replace(formats[0], name=name)
 
 
 def _read_sequences(folder: Path) -> pa.Table:
@@ -344,7 +294,7 @@ def _is_number(text: str) -> bool:
 def _is_header(first: Sequence[str], rows: Sequence[Sequence[str]], asked: Mapping[str, str | None]) -> bool:
     """Whether the first line of a file names the columns."""
     wanted = [name for name in asked.values() if name is not None]
-    if set(wanted) & set(first) or {"user", "item"} <= set(_match_columns(first, dict.fromkeys(_ALIASES))):
+    if set(wanted) & set(first) or {"user", "item"} <= set(_match_columns(first, dict.fromkeys(("user", "item")))):
         return True
     numeric = [
         place for place in range(len(first)) if rows and all(_is_number(row[place]) for row in rows if place < len(row))
@@ -363,19 +313,24 @@ def _without_header(layout: _Layout, asked: Mapping[str, str | None]) -> dict[st
         if chosen[role] is None:
             chosen[role] = next((name for name in layout.names if name not in taken), None)
             taken.add(str(chosen[role]))
+    numeric = {}
     for place, name in enumerate(layout.names):
         values = [row[place] for row in layout.rows if place < len(row)]
-        if name in taken or not values or not all(map(_is_number, values)):
-            continue
-        numbers = [float(value.replace(",", ".")) for value in values]
-        kind = "timestamp" if min(numbers) > 1e8 else "rating" if max(numbers) <= 100 else None
-        if kind and chosen[kind] is None:
-            chosen[kind] = name
-            taken.add(name)
+        if name not in taken and values and all(map(_is_number, values)):
+            numeric[name] = [float(value.replace(",", ".")) for value in values]
+    found: dict[str, str] = {}
+    for name, numbers in numeric.items():
+        if kind := "timestamp" if min(numbers) > 1e8 else "rating" if max(numbers) <= 100 else None:
+            found.setdefault(kind, name)
+    if "timestamp" not in found and len(layout.names) == 4 and len(numeric) == 2:
+        found["timestamp"] = layout.names[-1]
+    for role, name in found.items():
+        if role in chosen and chosen[role] is None:
+            chosen[role] = name
     return chosen
 
 
-def _read_delimited(raw: RawFile, asked: Mapping[str, str | None]) -> pa.Table:
+def _read_delimited(raw: RawFile, asked: Mapping[str, str | None]) -> tuple[pa.Table, TableFormat]:
     layout = _layout(raw, asked)
     names = layout.names
     # A number stands for a column, unless a column has that name.
@@ -385,22 +340,20 @@ def _read_delimited(raw: RawFile, asked: Mapping[str, str | None]) -> pa.Table:
         else name
         for role, name in asked.items()
     }
-    if not layout.has_header and not raw.columns:
-        asked = _without_header(layout, asked)
-    by_name = _choose_columns(names, asked, str(raw))
-    logger.info(
-        "%s: columns separated by %r, %s; %s.",
-        raw,
-        layout.delimiter,
-        "with a header" if layout.has_header else "without a header",
-        ", ".join(f"{role}s from column {name!r}" for role, name in by_name.items()),
-    )
+    completed = asked if layout.has_header or raw.columns else _without_header(layout, asked)
+    by_name = _choose_columns(names, completed, str(raw))
     chosen = {role: names.index(name) for role, name in by_name.items()}
+    encoding = layout.encoding
     try:
-        return _read_columns(raw, layout, chosen, layout.encoding)
+        table = _read_columns(raw, layout, chosen, encoding)
     except UnicodeError:
+        encoding = "latin-1"
         logger.warning("%s is not UTF-8 text and is read as Latin-1; if names look wrong, save it as UTF-8.", raw)
-        return _read_columns(raw, layout, chosen, "latin-1")
+        table = _read_columns(raw, layout, chosen, encoding)
+    header = "with a header" if layout.has_header else "without a header"
+    kind = f"{_ENCODINGS[encoding]} text, columns separated by {layout.delimiter!r}, {header}"
+    guessed = [role for role in completed if completed[role] != asked[role]]
+    return table, _format(kind, names, by_name, asked, guessed)
 
 
 def _read_columns(raw: RawFile, layout: _Layout, chosen: Mapping[str, int], encoding: str) -> pa.Table:
@@ -439,7 +392,7 @@ def _read_columns(raw: RawFile, layout: _Layout, chosen: Mapping[str, int], enco
     return pa.concat_tables(tables)
 
 
-def _read_json(raw: RawFile, asked: Mapping[str, str | None]) -> pa.Table:
+def _read_json(raw: RawFile, asked: Mapping[str, str | None]) -> tuple[pa.Table, TableFormat]:
     names: dict[str, None] = {}
     frames = []
     with raw.open() as stream:
@@ -456,7 +409,8 @@ def _read_json(raw: RawFile, asked: Mapping[str, str | None]) -> pa.Table:
     columns = {
         role: frame[name].map(_as_text) if frame[name].dtype == object else frame[name] for role, name in chosen.items()
     }
-    return pa.table({role: pa.array(column, from_pandas=True) for role, column in columns.items()})
+    table = pa.table({role: pa.array(column, from_pandas=True) for role, column in columns.items()})
+    return table, _format("JSON", list(names), chosen, asked)
 
 
 def _one_a_line(text: IO[str], raw: RawFile) -> Iterator[str]:
@@ -500,13 +454,13 @@ def _as_text(value: object) -> object:
 
 
 def _match_columns(names: Sequence[str], asked: Mapping[str, str | None]) -> dict[str, str]:
-    """The column of each role ("user", "item", "rating", "timestamp") that has one."""
+    """The column of each role that is asked for and has one."""
     # The header of an atomic file has types: "user_id:token".
     exact = {name.split(":")[0]: name for name in reversed(names)} | {name: name for name in names}
     loose = {re.sub(r"[\W_]", "", name.split(":")[0].lower()): name for name in reversed(names)}
     found = {}
-    for role, aliases in _ALIASES.items():
-        wanted, known = (aliases, loose) if asked[role] is None else ((asked[role],), exact)
+    for role, column in asked.items():
+        wanted, known = (_ALIASES[role], loose) if column is None else ((column,), exact)
         if name := next((known[name] for name in wanted if name in known), None):
             found[role] = name
     return found
@@ -517,12 +471,30 @@ def _choose_columns(names: Sequence[str], asked: Mapping[str, str | None], origi
     if not names:
         raise ValueError(f"{origin} is empty.")
     chosen = _match_columns(names, asked)
-    for role in _ALIASES:
-        if role not in chosen and asked[role] is not None:
-            raise ValueError(f"{origin} has no column {asked[role]!r}; its columns are {quoted(names)}.")
+    for role, column in asked.items():
+        if role not in chosen and column is not None:
+            raise ValueError(f"{origin} has no column {column!r}; its columns are {quoted(names)}.")
         if role not in chosen and role in ("user", "item"):
             raise ValueError(
                 f"{origin} has no {role} column with a common name; its columns are {quoted(names)}. "
                 f"Name the right one by {role}_column, or give its number, from 1, if the file has no header."
             )
     return chosen
+
+
+def _by_role(table: pa.Table, chosen: Mapping[str, str]) -> pa.Table:
+    return pa.table({role: table[name] for role, name in chosen.items()})
+
+
+def _format(
+    name: str,
+    names: Sequence[str],
+    chosen: Mapping[str, str],
+    asked: Mapping[str, str | None],
+    guessed: Collection[str] = (),
+) -> TableFormat:
+    """The format of a table with columns `names`; the columns of the roles `guessed` have no names to go by."""
+    found = {role: "by its name" for role in chosen}
+    found |= {role: "by its place" if role in ("user", "item") else "by its values" for role in guessed}
+    reasons = {role: found[role] if asked[role] is None else "as asked" for role in chosen}
+    return TableFormat(name, dict(chosen), reasons, [one for one in names if one not in chosen.values()])

@@ -1,4 +1,4 @@
-"""Leave-one-out splits (section III-A of TokenRec, arXiv 2406.10450), as data sets of ids and as rows."""
+"""Leave-one-out (section III-A of TokenRec, arXiv 2406.10450) and temporal splits, as data sets of ids and as rows."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 from datasets import Dataset, DatasetDict
 
 from ..models.codes import check_ids
+from .files import quoted
 from .interaction_matrix import InteractionMatrix
-from .interactions import encode_column, time_order
-from .reading import quoted
+from .interactions import encode_column, time_order, timestamp_unit
 
 SPLITS = ("train", "validation", "test")
 # Ids read at once by `fingerprint`, so that it holds few strings in memory.
@@ -66,15 +67,7 @@ def leave_one_out(interactions: Dataset, min_interactions: int = 3) -> DatasetDi
     """
     if min_interactions < 3:
         raise ValueError(f"min_interactions is {min_interactions}; it must be 3 or more, one for each split.")
-    for column in ("user_id", "item_id"):
-        if column not in interactions.column_names:
-            raise ValueError(
-                f"the interactions have no column {column!r} but {quoted(interactions.column_names)}; "
-                "read them with load_interactions."
-            )
-    table = interactions.with_format("arrow")[:]
-    users = encode_column(table["user_id"])[0]
-    timestamps = table["timestamp"].to_numpy() if "timestamp" in table.column_names else None
+    table, users, timestamps = _columns(interactions)
     order = time_order(users, timestamps)
     counts = np.bincount(users)
     if not len(users) or counts.max() < min_interactions:
@@ -86,6 +79,74 @@ def leave_one_out(interactions: Dataset, min_interactions: int = 3) -> DatasetDi
     held_out = np.where(np.repeat(counts, counts) >= min_interactions, from_end, 0)
     rows = {"train": (held_out == 0) | (held_out > 2), "validation": held_out == 2, "test": held_out == 1}
     return DatasetDict({split: Dataset(table.take(order[chosen])) for split, chosen in rows.items()})
+
+
+def temporal_split(interactions: Dataset, at: str | float) -> DatasetDict:
+    """Holds out what users did next at one moment in time, the same for all.
+
+    The test item of a user is the first one from `at` on, the validation item the last one before. All other interactions
+    before `at` are for training. Those after the test item are left out, so that no model knows anything of the time from `at` on.
+
+    Args:
+        interactions: columns `user_id`, `item_id` and `timestamp`.
+        at: a date (ISO 8601, UTC), or the share of all interactions that come before, between 0 and 1.
+
+    Returns:
+        `train`, `validation` and `test` with the columns of `interactions`, users in order of their first appearance.
+        `validation` and `test` hold one row for each user with two interactions before `at` and one later, in the same order.
+
+    Raises:
+        ValueError: a column is missing, `at` is neither a date nor a share, or no user can be evaluated.
+    """
+    table, users, timestamps = _columns(interactions)
+    if timestamps is None:
+        raise ValueError("the interactions have no column 'timestamp', so there is no moment to split them at.")
+    order = time_order(users, timestamps)
+    before = timestamps[order] < _moment(timestamps, at)
+    counts = np.bincount(users)
+    past = np.bincount(users[order], before, minlength=len(counts)).astype(np.int64)
+    evaluated = (past >= 2) & (counts > past)
+    if not evaluated.any():
+        raise ValueError(
+            f"no user has two interactions before {at} and one later, so nothing can be held out; choose another."
+        )
+    first = (np.cumsum(counts) - counts + past)[evaluated]
+    before[first - 1] = False
+    rows = {"train": np.flatnonzero(before), "validation": first - 1, "test": first}
+    return DatasetDict({split: Dataset(table.take(order[chosen])) for split, chosen in rows.items()})
+
+
+def _columns(interactions: Dataset) -> tuple[pa.Table, np.ndarray, np.ndarray | None]:
+    """The table, the number of the user of each row, and the timestamps if there are any."""
+    for column in ("user_id", "item_id"):
+        if column not in interactions.column_names:
+            raise ValueError(
+                f"the interactions have no column {column!r} but {quoted(interactions.column_names)}; "
+                "read them with load_interactions."
+            )
+    table = interactions.with_format("arrow")[:]
+    timestamps = table["timestamp"].to_numpy() if "timestamp" in table.column_names else None
+    return table, encode_column(table["user_id"])[0], timestamps
+
+
+def _moment(timestamps: np.ndarray, at: str | float) -> float:
+    """A date, or the quantile of a share, in the unit of the timestamps."""
+    try:
+        share = float(at)
+    except ValueError:
+        share = None
+    if share is not None:
+        if not 0 < share < 1:
+            raise ValueError(f"at is {at}; it must be a date such as 2024-05-17 or a share between 0 and 1.")
+        return np.sort(timestamps)[int(share * len(timestamps))]
+    try:
+        seconds = pd.Timestamp(at).timestamp()
+    except ValueError:
+        raise ValueError(f"at is {at!r}; it must be a date such as 2024-05-17 or a share between 0 and 1.") from None
+    unit = timestamp_unit(timestamps.max())
+    if unit is None:
+        raise ValueError(f"the timestamps are no times since 1970, so {at} cannot be found in them; give a share.")
+    return seconds * unit
 
 
 def index_splits(splits: DatasetDict, evaluate_on: str) -> IndexedSplits:

@@ -69,7 +69,7 @@ def audit(repository: Repository) -> list[Check]:
     users_removed = len(data.index["user"]) < repository.metrics["users"]
     checks = [
         Check("data", "splits", *_splits(data)),
-        Check("data", "order", *_order(data)),
+        Check("data", "order", *_order(data, repository.metrics.get("split_at"))),
         Check("data", "fingerprint", *_fingerprint(data, run["data"], users_removed)),
     ]
     parts = [(SELECTION, repository, ["validation", "test"])]
@@ -148,8 +148,11 @@ def _splits(data: _Data) -> Result:
     )
 
 
-def _order(data: _Data) -> Result:
-    """Whether the test item is a user's last, the validation item the last but one, and the rest in order."""
+def _order(data: _Data, split_at: str | None) -> Result:
+    """Whether the test item is a user's last, the validation item the last but one, and the rest in order.
+
+    After a temporal split, whether all that is trained on is earlier than all test items.
+    """
     users = np.concatenate([data.rows[name]["user"] for name in SPLITS])
     if "timestamp" not in data.splits["train"].column_names:
         return None, (
@@ -157,6 +160,14 @@ def _order(data: _Data) -> Result:
             "confirm."
         )
     times = np.concatenate([np.asarray(data.splits[name]["timestamp"][:]) for name in SPLITS])
+    if split_at is not None:
+        tested = len(data.rows["test"]["user"])
+        latest, earliest = times[:-tested].max(), times[-tested:].min()
+        if latest >= earliest:
+            return False, (
+                f"the data were split at {split_at}, but the last training or validation interaction, of time {latest}, is not "
+                f"earlier than the first test item, of time {earliest}."
+            )
     order = np.argsort(users, kind="stable")
     users, times = users[order], times[order]
     back = np.flatnonzero((users[1:] == users[:-1]) & (times[1:] < times[:-1]))
@@ -168,6 +179,8 @@ def _order(data: _Data) -> Result:
     return True, (
         f"by the timestamps of {len(users)} interactions, every user's test item is the last, the validation item the last but "
         "one, and the training interactions are in order."
+        + f" All that is trained on is earlier than the first test item (split at {split_at})."
+        * (split_at is not None)
     )
 
 

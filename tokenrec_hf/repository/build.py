@@ -52,16 +52,20 @@ def train(
     output_dir: str | os.PathLike,
     *,
     dataset_name: str = "custom",
+    reading: Mapping[str, Any] | None = None,
+    split_at: str | None = None,
     refit: bool = True,
     log: Callable[[str], None] = lambda line: None,
 ) -> Repository:
     """Trains a recommender and writes it to `output_dir`; continues an earlier call with the same arguments.
 
     Args:
-        splits: `train`, `validation` and `test`, as `leave_one_out` returns them.
+        splits: `train`, `validation` and `test`, as `leave_one_out` or `temporal_split` returns them.
         recipe: all settings.
         output_dir: becomes a trained repository.
         dataset_name: for the records.
+        reading: options of `load_interactions`, to be recorded for further interactions.
+        split_at: `at` of `temporal_split`, to be recorded for the audit; None after `leave_one_out`.
         refit: train once more on training + validation interactions and evaluate on the test items. Without it the selection
             run is the result; its test metrics are those of a model that has not been trained on the validation items.
         log: receives a line about each step.
@@ -87,12 +91,15 @@ def train(
     validation = selection.complete(data)
     metrics: dict[str, Any] = {
         "dataset": dataset_name,
+        "reading": dict(reading or {}),
+        "split_at": split_at,
         "recipe": recipe.recipe,
         "seed": recipe.seed,
         "refit": refit,
         "users": len(data.user_ids),
         "items": len(data.item_ids),
         "interactions": sum(len(splits[name]) for name in SPLITS),
+        "evaluated_users": len(data.holdout.users),
         "users_are_histories": COLLABORATIVE_MODELS[recipe.collaborative.model].users_are_histories,
         "validation": validation,
         "epochs": selection.epochs,

@@ -31,6 +31,13 @@ STATISTICS = {
 }
 
 
+LEAVE_ONE_OUT = "Leave-one-out: the last item of each user is the test item, the last but one the validation item."
+TEMPORAL = (
+    "Temporal split at {}: the first item of each user from then on is the test item, the last one before the validation item; "
+    "nothing later than the split is trained on."
+)
+
+
 def model_card(repository: Repository, repo_id: str | None = None) -> str:
     """The text of the card.
 
@@ -59,6 +66,7 @@ def model_card(repository: Repository, repo_id: str | None = None) -> str:
         user_codes="K={}, L={}".format(*codebooks["user"]),
         item_codes="K={}, L={}".format(*codebooks["item"]),
         history=json.dumps(EmbeddingStore.open(repository.parts.store).ids("item")[:2], ensure_ascii=False),
+        protocol=LEAVE_ONE_OUT if metrics.get("split_at") is None else TEMPORAL.format(metrics["split_at"]),
         refit=REFIT_NOTE if metrics["refit"] else "",
         results=_results(metrics),
         codes=_codes(metrics["codes"]),

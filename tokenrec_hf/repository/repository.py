@@ -107,6 +107,11 @@ class Repository:
         """The measurements of the training: the content of `metrics.json`."""
         return read_json(self.parts.metrics)
 
+    @property
+    def reading(self) -> dict[str, Any]:
+        """The options of `load_interactions` that the training data were read with; read further interactions alike."""
+        return self.metrics.get("reading", {}) if self.parts.metrics.is_file() else {}
+
     def recommender(self, store: Store | None = None) -> Recommender:
         """Opens the repository to recommend; `store` replaces its own store, for example by one on Milvus."""
         from ..models.recommender import Recommender

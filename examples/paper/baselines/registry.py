@@ -7,9 +7,9 @@ import importlib
 from .base import Baseline
 
 BASELINES = {
-    "popularity": "popularity:Popularity",
-    "itemknn": "item_knn:ItemKNN",
-    "ease": "ease:EASE",
+    "popularity": "closed_forms:Popularity",
+    "itemknn": "closed_forms:ItemKNN",
+    "ease": "closed_forms:EASE",
     "ials": "ials:IALS",
     "mf": "mf_bpr:MFBPR",
     "neumf": "neumf:NeuMF",

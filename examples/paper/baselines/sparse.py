@@ -1,4 +1,4 @@
-"""Interactions as a sparse matrix, for the baselines that count co-occurrences."""
+"""Interactions as a sparse matrix, for iALS."""
 
 from __future__ import annotations
 

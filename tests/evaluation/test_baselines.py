@@ -1,0 +1,129 @@
+"""The baselines in closed form compute what their papers say; a comparison is paired and tuned on validation."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from tokenrec_hf import InteractionMatrix, Repository, leave_one_out
+from tokenrec_hf.data.splits import index_splits
+from tokenrec_hf.evaluation import baselines
+from tokenrec_hf.evaluation.baselines import CLOSED_FORMS, EASE, ItemKNN, Popularity, baseline_ranks, best_settings
+from tokenrec_hf.evaluation.metrics import hit_rate, ndcg
+from tokenrec_hf.repository import comparison
+from tokenrec_hf.repository.comparison import bootstrap, compare
+
+
+@pytest.fixture(scope="module")
+def small():
+    """60 users, 25 items, of which the last one has no user; some pairs occur twice."""
+    random = np.random.default_rng(0)
+    users = np.repeat(np.arange(60), random.integers(2, 9, 60))
+    return InteractionMatrix(users, random.integers(0, 24, len(users)), 60, 25)
+
+
+@pytest.fixture(scope="module")
+def dense(small):
+    """The same as a binary matrix, float64 `[60, 25]`."""
+    matrix = np.zeros((60, 25))
+    matrix[small.users, small.items] = 1
+    assert len(small) > matrix.sum()
+    return matrix
+
+
+@pytest.fixture(params=[1024, 7])
+def blocks(monkeypatch, request):
+    """Matrices in one block and in several."""
+    monkeypatch.setattr(baselines, "ROWS", request.param)
+
+
+def test_popularity_is_the_number_of_interactions(small):
+    assert Popularity(small).scores(np.array([3, 7])).tolist() == [np.bincount(small.items, minlength=25).tolist()] * 2
+
+
+@pytest.mark.parametrize("neighbours", [3, 100])
+def test_item_knn_sums_the_similarities_of_the_nearest_neighbours(neighbours, small, dense, blocks):
+    expected = np.zeros((60, 25))
+    for item in range(25):
+        similarity = np.zeros(25)
+        for other in range(25):
+            common, both = dense[:, item] @ dense[:, other], dense[:, item].sum() * dense[:, other].sum()
+            if item != other and common:
+                similarity[other] = common / (np.sqrt(both) + 2)
+        nearest = sorted(range(25), key=lambda other: (-np.float32(similarity[other]), other))[:neighbours]
+        expected[:, item] = dense[:, nearest] @ similarity[nearest]
+    users = np.random.default_rng(1).permutation(60)
+    found = ItemKNN(small, neighbours=neighbours, shrinkage=2).scores(users)
+    np.testing.assert_allclose(found, expected[users], atol=1e-6)
+
+
+def test_ease_is_the_ridge_regression_of_each_item_on_the_others(small, dense, blocks):
+    weights = np.zeros((25, 25))
+    for item in range(25):
+        others = np.delete(np.arange(25), item)
+        gram = dense[:, others].T @ dense[:, others] + 3 * np.eye(24)
+        weights[others, item] = np.linalg.solve(gram, dense[:, others].T @ dense[:, item])
+    np.testing.assert_allclose(EASE(small, l2=3).scores(np.arange(60)), dense @ weights, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", CLOSED_FORMS.values())
+def test_an_item_is_ranked_among_those_that_its_user_has_not_seen(kind, demo_splits):
+    data = index_splits(demo_splits, "validation")
+    data.holdout.users, data.holdout.targets = data.holdout.users[:300], data.holdout.targets[:300]
+    baseline = kind(data.interactions)
+    expected = []
+    for user, target in zip(data.holdout.users, data.holdout.targets):
+        scores = baseline.scores(np.array([user]))[0].clone()
+        scores[data.interactions.of(user)] = -torch.inf
+        expected.append(int((scores >= scores[target]).sum()) - 1)
+    assert baseline_ranks(baseline, data).tolist() == expected
+
+
+def test_the_best_settings_are_those_of_the_best_ndcg_on_the_held_out_items(demo_splits):
+    data = index_splits(demo_splits, "validation")
+    measured = [ndcg(baseline_ranks(EASE(data.interactions, **one), data), 20) for one in EASE.grid]
+    assert best_settings(EASE, data) == EASE.grid[int(np.argmax(measured))]
+    assert len(set(measured)) == len(EASE.grid)
+
+
+def test_an_interval_holds_the_mean_as_often_as_it_says():
+    random = np.random.default_rng(0)
+    held = 0
+    for seed in range(100):
+        mean, low, high = bootstrap(random.normal(0.3, 1, 200), seed)
+        assert low < mean < high
+        held += low <= 0.3 <= high
+    assert 88 <= held <= 100
+    assert bootstrap(np.full(50, 0.25)) == [0.25, 0.25, 0.25]
+    values = random.random(80)
+    assert bootstrap(values, 1) == bootstrap(values, 1) != bootstrap(values, 2)
+
+
+def test_a_repository_is_compared_on_the_test_items_it_was_measured_on(demo_splits, trained_repository):
+    repository = Repository(trained_repository)
+    found = compare(demo_splits, repository)
+    methods = {one["name"]: one for one in found["methods"]}
+    assert list(methods) == ["popularity", "itemknn", "ease", "collaborative_cosine", "tokenrec"]
+    assert (found["users"], found["reference"]) == (1000, "tokenrec")
+    for name in ("popularity", "collaborative_cosine", "tokenrec"):
+        for metric in ("hr@20", "ndcg@20"):
+            assert methods[name][metric] == pytest.approx(repository.metrics["test"][name][metric], abs=1e-6)
+    assert methods["tokenrec"]["difference"] is None
+    mean, low, high = methods["popularity"]["difference"]["hr@20"]
+    assert mean == pytest.approx(methods["popularity"]["hr@20"] - methods["tokenrec"]["hr@20"]) and low < mean < high
+
+
+def test_without_a_repository_the_best_baseline_is_the_reference(monkeypatch):
+    rows = [(f"u{user}", f"i{(user % 2) * 10 + (user + step) % 10}") for user in range(40) for step in range(6)]
+    splits = leave_one_out(Dataset.from_dict({"user_id": [u for u, _ in rows], "item_id": [i for _, i in rows]}))
+    found = compare(splits)
+    best = max(found["methods"], key=lambda one: one["ndcg@20"])
+    assert [one["name"] for one in found["methods"]] == list(CLOSED_FORMS)
+    assert found["reference"] == best["name"] != "popularity" and best["difference"] is None
+    test = index_splits(splits, "test")
+    ranks = baseline_ranks(EASE(test.interactions, **found["methods"][2]["settings"]), test)
+    assert found["methods"][2]["hr@20"] == hit_rate(ranks, 20)
+    monkeypatch.setattr(comparison, "MOST_ITEMS", 19)
+    said = []
+    assert [one["name"] for one in compare(splits, log=said.append)["methods"]] == ["popularity", "itemknn"]
+    assert "EASE is left out: 20 items are more than 19" in said
