@@ -87,6 +87,9 @@ class Store(Protocol):
     def seen(self, user_ids: Sequence[str]) -> list[list[str]]:
         """The ids of the items that each user has seen, oldest first."""
 
+    def popular(self, top_k: int, where: Mapping[str, Any] | None = None) -> list[str]:
+        """The items that users have seen most often."""
+
     def set_metadata(self, item_ids: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
         """Merges names and values into the metadata of items."""
 
@@ -400,6 +403,18 @@ class EmbeddingStore(Store):
         names, ends = self._index["item"].ids(lists.values), lists.indptr.tolist()
         known = (names[start:end] for start, end in zip(ends, ends[1:]))
         return [next(known) if row >= 0 else [] for row in rows]
+
+    @_locked
+    def popular(self, top_k: int, where: Mapping[str, Any] | None = None) -> list[str]:
+        """The items that users have seen most often, best first, equal ones in row order; items that nobody has seen are none.
+
+        Args:
+            top_k: how many; fewer come back where fewer have been seen.
+            where: only items with this metadata, see [`~EmbeddingStore.search`].
+        """
+        counts, allowed = np.bincount(self._seen.values, minlength=self.count("item")), self.allowed(where)
+        rows = np.flatnonzero(counts if allowed is None else counts * allowed)
+        return self._index["item"].ids(rows[np.argsort(-counts[rows], kind="stable")[: check_top_k(top_k)]])
 
     # ---- metadata of items
 
@@ -875,12 +890,18 @@ def check_search(
 ) -> tuple[torch.Tensor, Sequence[Sequence[str]], np.ndarray]:
     """Unit queries, float32 `[B, embedding_dim]`, the ids to exclude for each, and their numbers; errors of `search`."""
     matrix = _checked_matrix(embedding_dim, queries, "queries", "B")
-    if isinstance(top_k, bool) or not isinstance(top_k, (int, np.integer)) or top_k < 1:
-        raise ValueError(f"top_k is {top_k!r}; ask for at least 1 item, in whole numbers.")
+    check_top_k(top_k)
     if (row := _first_not_finite(matrix)) is not None:
         raise ValueError(f"query {row} holds NaN or an infinity; no item can be compared with it.")
     lists = [()] * len(matrix) if exclude is None else exclude
     return unit_rows(matrix), lists, list_lengths(lists, len(matrix), "exclude", "query")
+
+
+def check_top_k(top_k: int) -> int:
+    """`top_k`, or a ValueError if it is no positive integer."""
+    if isinstance(top_k, bool) or not isinstance(top_k, (int, np.integer)) or top_k < 1:
+        raise ValueError(f"top_k is {top_k!r}; ask for at least 1 item, in whole numbers.")
+    return top_k
 
 
 def _checked_matrix(embedding_dim: int, vectors: Vectors, role: str, rows: str) -> torch.Tensor:

@@ -151,6 +151,10 @@ class TokenRecTokenizer(TokenizersBackend):
         """All ids of `"user"` or `"item"`, in row order: that of the store, with later additions last."""
         return self._table(kind).index.ids()
 
+    def contains(self, kind: str, ids: Sequence[str]) -> np.ndarray:
+        """Whether each id is known, boolean `[n]`."""
+        return self._table(kind).index.rows(ids) >= 0
+
     def codes(self, kind: str, ids: Sequence[str] | None = None) -> np.ndarray:
         """The codes of `ids` (default: all, in row order), int64 `[n, K]` of values in `[0, L)`.
 
