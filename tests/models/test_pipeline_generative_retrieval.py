@@ -164,7 +164,7 @@ def test_defaults_can_be_set_once(trained_repository, recommend, requests):
         ({"user": "u001.x"}, KeyError, "user 'u001.x' is unknown"),
         ({"history": ["f001", "nothing"]}, KeyError, "item 'nothing' is unknown"),
         ({"users": "u001"}, ValueError, "must be a dict with 'user', 'history' or both"),
-        (7, ValueError, "a request is 7 .int. but must be"),
+        (7, ValueError, "a request is 7 but must be"),
         ({"user": 1}, ValueError, "users must be a list of ids, which are strings, but one is 1"),
         ({"user": ["u001"]}, ValueError, r"but one is \['u001'\]"),
         ({"history": "f001"}, ValueError, "the history of request 0 must be a list of ids, not 'f001'"),

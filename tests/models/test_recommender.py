@@ -187,7 +187,9 @@ def test_tokenised_prompts_are_answered_without_the_items_that_they_name(recomme
         assert {one["item"] for one in row} == {f"i{n}" for n in range(NUM_ITEMS)} - seen
     del inputs["user_ids"]
     assert len(recommender.answer(inputs, top_k=NUM_ITEMS, exclude_seen=False)[0]) == NUM_ITEMS
-    with pytest.raises(ValueError, match="return_entities=True, or pass exclude_seen=False"):
+    with pytest.raises(
+        ValueError, match="exclude_seen needs the ids that prompts name: tokenise with return_entities=True"
+    ):
         recommender.answer(inputs)
 
 
@@ -457,9 +459,7 @@ def test_those_without_a_history_get_what_is_popular(parts, own_store):
 
 def test_nothing_is_popular_without_users(parts, own_store):
     own_store.delete("user", list(SEEN))
-    with pytest.raises(
-        ValueError, match="no item is popular, because the store has no seen items of users; pass on_un"
-    ):
+    with pytest.raises(ValueError, match="no item is popular: the store has no seen items of users; pass on_un"):
         Recommender(*parts[:2], own_store).recommend([None], on_unknown="popular")
 
 

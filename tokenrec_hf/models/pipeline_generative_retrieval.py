@@ -137,12 +137,8 @@ class GenerativeRetrievalPipeline(Pipeline):
                 text = self.tokenizer([prompt], return_tensors="pt", return_entities=True)
                 named = {name: [[*text[name][0], *inputs[name][0]]] for name in ("user_ids", "item_ids")}
                 inputs = {**inputs, **text, **named}
-        return {
-            **inputs,
-            "user_ids": tuple(inputs["user_ids"][0]),
-            "item_ids": inputs["item_ids"][0],
-            "notes": inputs["notes"][0],
-        }
+        single = {name: inputs[name][0] for name in ("item_ids", "notes")}
+        return {**inputs, **single, "user_ids": tuple(inputs["user_ids"][0])}
 
     def _forward(self, inputs: Mapping[str, Any], **kwargs: Any) -> dict[str, list]:  # type: ignore[override]
         # A batch of one comes as `preprocess` made it; in larger ones each entry is a list over the requests.
@@ -160,7 +156,7 @@ class GenerativeRetrievalPipeline(Pipeline):
         """The user and the history of a request; the recommender checks them."""
         if not isinstance(request, Mapping) or not set(request) <= {"user", "history"}:
             raise ValueError(
-                f"a request is {_short(request)} but must be a dict with 'user', 'history' or both, or a prompt as a string."
+                f"a request is {request!r:.100} but must be a dict with 'user', 'history' or both, or a prompt as a string."
             )
         return request.get("user"), request.get("history")
 
@@ -170,7 +166,7 @@ class GenerativeRetrievalPipeline(Pipeline):
             encoded = self.tokenizer([text], return_tensors="pt", return_entities=True)
             if not (encoded["user_ids"][0] or encoded["item_ids"][0]):
                 raise ValueError(
-                    f"the prompt {_short(text)} names no user and no item, as in 'What would user_03 enjoy next?'; for an id alone "
+                    f"the prompt {text!r:.100} names no user and no item, as in 'What would user_03 enjoy next?'; for an id alone "
                     'pass {"user": "03"} or {"history": ["08"]}.'
                 )
         except (KeyError, ValueError) as error:
@@ -178,8 +174,3 @@ class GenerativeRetrievalPipeline(Pipeline):
                 raise
             return {**self.recommender.tokenize([None], [[]], on_unknown=on_unknown), "notes": [error.args[0]]}
         return {**encoded, "notes": [""]}
-
-
-def _short(thing: Any) -> str:
-    text = repr(thing)
-    return f"{text if len(text) <= 100 else text[:100] + '...'} ({type(thing).__name__})"

@@ -7,7 +7,7 @@ cosine (Eq. 19). Nothing here changes a repository.
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import chain, compress
 from pathlib import Path
@@ -19,12 +19,14 @@ from safetensors import SafetensorError
 
 from .codes import RepositoryFolder, check_repository, damage_named, fetch_repository, read_json
 from .configuration_tokenrec import T5GenerativeRetrievalConfig
-from .embedding_store import EmbeddingStore, Store, stable_topk, unit_rows
+from .embedding_store import EmbeddingStore, Store, Where, stable_topk, unit_rows
 from .modeling_collaborative import HistoryEncoder, collaborative_class, load_collaborative
 from .modeling_t5_retrieval import T5ForGenerativeRetrieval
 from .prompts import HISTORY_ONLY_TEMPLATE, HISTORY_TEMPLATES, USER_ONLY_TEMPLATES, PromptTemplate
 from .tokenization_tokenrec import TokenRecTokenizer
 
+Users = Sequence[str | None]
+Histories = Sequence[Sequence[str] | None]
 OnUnknown = Literal["error", "skip", "popular"]
 
 
@@ -128,12 +130,12 @@ class Recommender:
 
     def recommend(
         self,
-        users: Sequence[str | None],
-        histories: Sequence[Sequence[str] | None] | None = None,
+        users: Users,
+        histories: Histories | None = None,
         *,
         top_k: int = 10,
         exclude_seen: bool = True,
-        where: Mapping[str, Any] | None = None,
+        where: Where | None = None,
         template: PromptTemplate | None = None,
         on_unknown: OnUnknown = "error",
     ) -> list[list[Recommendation]]:
@@ -164,7 +166,7 @@ class Recommender:
         return self.answer(inputs, top_k=top_k, exclude_seen=exclude_seen, where=where, on_unknown=on_unknown)
 
     def similar_items(
-        self, item_ids: Sequence[str], *, top_k: int = 10, where: Mapping[str, Any] | None = None
+        self, item_ids: Sequence[str], *, top_k: int = 10, where: Where | None = None
     ) -> list[list[Recommendation]]:
         """The items nearest to each of `item_ids` by the cosine of their vectors in the store, without the item itself.
 
@@ -196,9 +198,8 @@ class Recommender:
         known = [item for item, is_known in zip(seen, self.store.contains("item", seen)) if is_known]
         cosines = unit_rows(self.store.get("item", item_ids)) @ unit_rows(self.store.get("item", known)).T
         # An item is no reason for itself.
-        cosines[
-            torch.tensor([[item == one for one in known] for item in item_ids], dtype=torch.bool).view(cosines.shape)
-        ] = -torch.inf
+        is_same = np.array(item_ids, dtype=object)[:, None] == np.array(known, dtype=object)
+        cosines[torch.from_numpy(is_same)] = -torch.inf
         columns, scores = stable_topk(cosines, most)
         return [
             [known[column] for column, score in zip(*row) if score > -torch.inf]
@@ -207,8 +208,8 @@ class Recommender:
 
     def tokenize(
         self,
-        users: Sequence[str | None],
-        histories: Sequence[Sequence[str] | None] | None = None,
+        users: Users,
+        histories: Histories | None = None,
         template: PromptTemplate | None = None,
         on_unknown: OnUnknown = "error",
     ) -> dict[str, Any]:
@@ -226,7 +227,7 @@ class Recommender:
             )
         ]
         lengths = np.array([len(row) for row in rows], dtype=np.int64)
-        is_token = np.arange(lengths.max(initial=0)) < lengths[:, None]  # [B, T]
+        is_token = np.arange(lengths.max(initial=1)) < lengths[:, None]  # [B, T]
         tokens = np.full(is_token.shape, self.tokenizer.pad_token_id, dtype=np.int64)
         tokens[is_token] = np.concatenate([*rows, np.empty(0, dtype=np.int64)])
         return {
@@ -239,10 +240,7 @@ class Recommender:
         }
 
     def known(
-        self,
-        users: Sequence[str | None],
-        histories: Sequence[Sequence[str] | None] | None = None,
-        on_unknown: OnUnknown = "error",
+        self, users: Users, histories: Histories | None = None, on_unknown: OnUnknown = "error"
     ) -> tuple[list[str | None], list[list[str]], list[str]]:
         """Users and histories of known ids, and for each request a note of what was left out; arguments of `recommend`.
 
@@ -275,7 +273,7 @@ class Recommender:
         *,
         top_k: int = 10,
         exclude_seen: bool = True,
-        where: Mapping[str, Any] | None = None,
+        where: Where | None = None,
         on_unknown: OnUnknown = "skip",
     ) -> list[list[Recommendation]]:
         """The best items for tokenised prompts.
@@ -288,24 +286,18 @@ class Recommender:
         Raises:
             ValueError: `exclude_seen` without the ids.
         """
-        is_asked = inputs["attention_mask"].any(dim=1).tolist()
-        excluded: list[list[str]] | None = None
+        has_prompt, excluded = inputs["attention_mask"].any(dim=1), None
+        is_asked = has_prompt.tolist()
         if exclude_seen:
             if "user_ids" not in inputs or "item_ids" not in inputs:
-                raise ValueError(
-                    "exclude_seen needs the ids that the prompts name: tokenise them with return_entities=True, or pass "
-                    "exclude_seen=False."
-                )
+                raise ValueError("exclude_seen needs the ids that prompts name: tokenise with return_entities=True.")
             seen = iter(self.store.seen(list(chain.from_iterable(inputs["user_ids"]))))
             excluded = [
                 [*named, *chain.from_iterable(next(seen) for _ in users)]
                 for named, users in compress(zip(inputs["item_ids"], inputs["user_ids"]), is_asked)
             ]
-        prompts = (inputs[name][torch.tensor(is_asked)] for name in ("input_ids", "attention_mask"))
-        found: Iterator[list[Recommendation]] = iter(())
-        if any(is_asked):
-            queries = self.model.encode_by_length(*prompts).float().cpu()
-            found = iter(self._search(queries, top_k, excluded, where))
+        queries = self.model.encode_by_length(*(inputs[name][has_prompt] for name in ("input_ids", "attention_mask")))
+        found = iter(self._search(queries.float().cpu(), top_k, excluded, where))
         popular = self._popular(top_k, where) if on_unknown == "popular" and not all(is_asked) else []
         answers = [next(found) if asked else [row.copy() for row in popular] for asked in is_asked]
         for rows, note, asked in zip(answers, inputs.get("notes", ()), is_asked):
@@ -314,20 +306,18 @@ class Recommender:
         return answers
 
     def _search(
-        self, queries: torch.Tensor, top_k: int, excluded: list[list[str]] | None, where: Mapping[str, Any] | None
+        self, queries: torch.Tensor, top_k: int, excluded: list[list[str]] | None, where: Where | None
     ) -> list[list[Recommendation]]:
         ids, scores = self.store.search(queries, top_k, excluded, where)
         return [[{"item": item, "score": score} for item, score in zip(*row)] for row in zip(ids, scores)]
 
-    def _popular(self, top_k: int, where: Mapping[str, Any] | None) -> list[Recommendation]:
+    def _popular(self, top_k: int, where: Where | None) -> list[Recommendation]:
         """The items that users have seen most often."""
         if not self.store.popular(1):
-            raise ValueError(
-                "no item is popular, because the store has no seen items of users; pass on_unknown='skip'."
-            )
+            raise ValueError("no item is popular: the store has no seen items of users; pass on_unknown='skip'.")
         return [{"item": item, "score": None} for item in self.store.popular(top_k, where)]
 
-    def _user_tokens(self, users: Sequence[str | None], histories: Sequence[list[str]]) -> list[np.ndarray | None]:
+    def _user_tokens(self, users: Users, histories: Sequence[list[str]]) -> list[np.ndarray | None]:
         """The tokens of each user, those of the history of an anonymous one, or None where no tokens can be made."""
         known = [row for row, user in enumerate(users) if user is not None]
         tokens: list[np.ndarray | None] = [None] * len(users)
@@ -366,23 +356,17 @@ class Recommender:
             entities.append(self.tokenizer.entity_token_ids("item", latest).ravel())
         return np.concatenate([words[0], *chain.from_iterable(zip(entities, words[1:]))])
 
-    def _histories(
-        self, users: Sequence[str | None], histories: Sequence[Sequence[str] | None] | None
-    ) -> list[list[str]]:
+    def _histories(self, users: Users, histories: Histories | None) -> list[list[str]]:
         """The given history of each user, and the one in the store where None is given."""
         given = [None] * len(users) if histories is None else histories
         if isinstance(given, str) or len(given) != len(users):
             found = "a single string" if isinstance(given, str) else f"{len(given)} histories"
             raise ValueError(f"there are {found} for {len(users)} users; pass one history for each, or None.")
-        absent = [user for user, history in zip(users, given) if user is not None and history is None]
-        seen = iter(self.store.seen(absent))
+        # Nobody is called "".
+        seen = iter(self.store.seen([user or "" for user, history in zip(users, given) if history is None]))
         return [
-            check_list(history, f"the history of request {row}")
-            if history is not None
-            else next(seen)
-            if user is not None
-            else []
-            for row, (user, history) in enumerate(zip(users, given))
+            next(seen) if history is None else check_list(history, f"the history of request {row}")
+            for row, history in enumerate(given)
         ]
 
 

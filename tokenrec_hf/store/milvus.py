@@ -31,6 +31,7 @@ from ..models.embedding_store import (
     check_search,
     check_vectors,
     check_where,
+    condition_parts,
     list_lengths,
 )
 
@@ -285,16 +286,18 @@ class MilvusStore(Store):
     ) -> tuple[list[list[str]], list[list[float]]]:
         """As [`EmbeddingStore.search`]; more items are fetched than asked for, and the excluded ones are left out here.
 
-        Milvus returns at most 16,384 items. Where `top_k` and the longest list of excluded items exceed that together, all items
-        are fetched and searched here.
+        Milvus returns at most 16,384 items. Where `top_k` and the longest list of excluded items exceed that together, or a filter
+        has an operator, all items are fetched and searched here.
         """
         matrix, lists, _ = check_search(self.embedding_dim, queries, top_k, exclude)
         excluded = [set(map(_encoded, items)) for items in lists]
-        expression = _filter_of(check_where(where or {}))
+        conditions = check_where(where or {})
+        expression = _filter_of(conditions)
         if not len(matrix) or not self.count("item"):
             return [[] for _ in matrix], [[] for _ in matrix]
         limit = top_k + max(map(len, excluded))
-        if limit > MAX_FOUND and self.count("item") > MAX_FOUND:
+        has_operator = any(condition_parts(one)[1] for one in conditions)
+        if has_operator or (limit > MAX_FOUND and self.count("item") > MAX_FOUND):
             return self._embedded(("item",)).search(queries, top_k, exclude, where)
         limit = min(limit, MAX_FOUND)
         ids, scores = [], []
