@@ -1,6 +1,7 @@
 """What any store that keeps the order of ids must do, as a state machine against plain dictionaries and lists."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import torch
@@ -134,6 +135,12 @@ class AgainstDictionaries(RuleBasedStateMachine):
         np.testing.assert_allclose(
             scores, sorted((expected[one] for one in allowed), reverse=True)[: len(found)], atol=1e-6
         )
+
+    @rule(top_k=st.integers(1, 8), where=st.dictionaries(names, values | st.lists(values, max_size=2), max_size=1))
+    def popular(self, top_k, where):
+        counts = Counter(item for items in self.seen.values() for item in items)
+        seen = [item for item in self.model["item"] if counts[item] and self.matches(item, where)]
+        assert self.store.popular(top_k, where) == sorted(seen, key=lambda item: -counts[item])[:top_k]
 
     def matches(self, item, where):
         known = {name: json.dumps(value) for name, value in self.known.get(item, {}).items()}

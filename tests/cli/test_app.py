@@ -619,6 +619,24 @@ def test_unknown_ids_and_impossible_numbers_are_named(capsys, trained_repository
     assert_fails(capsys, "recommend", trained_repository, *argv, says=says)
 
 
+def test_unknown_users_and_items_are_left_out_when_asked(capsys, trained_repository):
+    argv = ("recommend", trained_repository, "--top-k", "3", "--on-unknown")
+    found = document(capsys, *argv, "skip", "--user", "nobody", "--history", "f001", "zz")
+    assert found["note"] == "user 'nobody' is unknown, item 'zz' is unknown"
+    assert (found["user"], found["tokens"], found["history"], len(found["recommendations"])) == (
+        "nobody",
+        None,
+        ["f001"],
+        3,
+    )
+    found = document(capsys, *argv, "skip", "--user", "nobody")
+    assert (found["note"], found["recommendations"]) == ("user 'nobody' is unknown", [])
+    _, out, _ = run(capsys, *argv, "popular", "--user", "nobody")
+    assert out.startswith("user_nobody (user 'nobody' is unknown; these are the most popular items)\n")
+    best = EmbeddingStore.open(trained_repository).popular(1)[0]
+    assert out.splitlines()[2].split()[:2] == ["1", best]
+
+
 @pytest.mark.parametrize("command", ["evaluate", "recommend"])
 def test_damaged_weights_are_refused(capsys, repository, command):
     weights = repository / "model.safetensors"

@@ -331,6 +331,35 @@ def test_a_filter_takes_one_or_several_values_of_every_name(store):
     assert store.metadata(["i4", "i0"]) == [{"stock": True, "genre": "jazz"}, {"stock": True}]
 
 
+def test_filters_compare_numbers_and_look_for_parts_of_texts(store):
+    items = store.ids("item")[:5]
+    metadata = [
+        {"price": 10, "title": "Blue Train"},
+        {"price": 29.5, "title": "Kind of BLUE"},
+        {"price": 30, "title": "Giant Steps"},
+        {"price": "30", "title": 30},
+        {"price": True},
+    ]
+    store.set_metadata(items, metadata)
+
+    def found(**where):
+        where = {
+            name.replace("_lt", "<").replace("_gt", ">").replace("_e", "=").replace("_has", "~"): value
+            for name, value in where.items()
+        }
+        return sorted(store.search(torch.ones(1, DIM), 10, where=where)[0][0])
+
+    assert found(price_lt=30) == items[:2] and found(price_lt_e=30) == items[:3]
+    assert found(price_gt=10, price_lt=30) == [items[1]] and found(price_gt_e=29.5) == items[1:3]
+    assert found(title_has="blue") == items[:2] and found(title_has=["steps", "train"]) == [items[0], items[2]]
+    assert found(title_has="blue", price_lt=20) == [items[0]] and found(title_has="3") == [items[3]]
+    assert found(price_lt=None) == found(price_lt="cheap", price_gt="z") == found(other_lt=1) == []
+    assert found(price_lt="4") == [items[3]]
+    for wrong in ("price=<", "<", "price <", "price~~"):
+        with pytest.raises(ValueError, match="is not made of letters, digits and underscores"):
+            store.search(torch.ones(1, DIM), 1, where={wrong: 1})
+
+
 def test_a_withdrawn_item_is_never_found_whatever_comes_later(store, tmp_path):
     store.withdraw(["i1"])
     store.upsert("item", ["i1"], torch.ones(1, DIM))

@@ -186,7 +186,9 @@ def test_tokenised_prompts_are_answered_without_the_items_that_they_name(recomme
         assert {one["item"] for one in row} == {f"i{n}" for n in range(NUM_ITEMS)} - seen
     del inputs["user_ids"]
     assert len(recommender.answer(inputs, top_k=NUM_ITEMS, exclude_seen=False)[0]) == NUM_ITEMS
-    with pytest.raises(ValueError, match="return_entities=True, or pass exclude_seen=False"):
+    with pytest.raises(
+        ValueError, match="exclude_seen needs the ids that prompts name: tokenise with return_entities=True"
+    ):
         recommender.answer(inputs)
 
 
@@ -394,7 +396,75 @@ def test_a_history_that_tells_nothing_of_its_user_is_shown_alone(parts, recommen
 
 
 def test_neither_a_user_nor_a_history_is_refused(recommender):
-    with pytest.raises(ValueError, match="request 1 names neither a user nor a history"):
+    with pytest.raises(ValueError, match=r"^neither a user nor a history is named \(request 1\); "):
         recommender.tokenize(["ann", None], [["i3"], []])
-    with pytest.raises(ValueError, match="request 0 names neither a user nor a history"):
+    with pytest.raises(ValueError, match="^neither a user nor a history is named; "):
         recommender.recommend([None])
+
+
+def test_all_bad_requests_are_named_at_once(recommender):
+    users = ["zoe", "ann", "bob", None, *["gone"] * 9]
+    histories = [None, ["i1", "x1", "x2", "x1", "x3", "x4"], ["i1"], [], *[["i2"]] * 9]
+    with pytest.raises(KeyError) as caught:
+        recommender.recommend(users, histories)
+    assert caught.value.args[0] == (
+        "user 'zoe' is unknown (request 0); item 'x1' is unknown, item 'x2' is unknown, item 'x3' is unknown and 1 more "
+        "(request 1); neither a user nor a history is named (request 3); and 9 more requests; correct them, add them with "
+        "`tokenrec add`, or answer the other requests with on_unknown='skip' or 'popular'."
+    )
+
+
+BAD = (["zoe", "ann", "zoe", "bob", None], [None, ["i1", "x1"], ["i5", "i6"], ["x1"], ["x1"]])
+
+
+def test_unknown_ids_are_skipped_where_it_is_asked_for(recommender):
+    """An unknown user is answered by the history, or not at all; an unknown item is left out. All such answers say so."""
+    nobody, known, by_history, alone, empty = recommender.recommend(*BAD, top_k=5, on_unknown="skip")
+    expected = recommender.recommend(["ann", None, "bob"], [["i1"], ["i5", "i6"], []], top_k=5)
+    notes = ["item 'x1' is unknown", "user 'zoe' is unknown", "item 'x1' is unknown"]
+    for found, row, note in zip((known, by_history, alone), expected, notes):
+        assert [{"item": one["item"], "score": pytest.approx(one["score"], abs=1e-6)} for one in found] == [
+            {"item": one["item"], "score": one["score"]} for one in row
+        ]
+        assert {one["note"] for one in found} == {note}
+    assert nobody == empty == []
+    assert recommender.recommend(["zoe"], on_unknown="skip") == [[]]
+    assert recommender.recommend(["ann"], on_unknown="skip") == recommender.recommend(["ann"])
+
+
+def test_a_wording_that_names_the_unknown_user_is_replaced(recommender):
+    found = recommender.recommend(["zoe", "ann"], [["i5"], ["i5"]], template=UNSEEN_TEMPLATE, on_unknown="skip")
+    expected = recommender.recommend([None], [["i5"]])[0]
+    assert [row["item"] for row in found[0]] == [row["item"] for row in expected] and "note" in found[0][0]
+    assert all("note" not in row for row in found[1])
+
+
+def test_those_without_a_history_get_what_is_popular(parts, own_store):
+    """Items seen most often first, equal ones in the order of the store; withdrawn and filtered ones never."""
+    own_store.set_seen(["ann", "bob", "cid"], [["i4", "i9", "i7"], ["i9", "i4", "i3"], ["i9", "i2"]])
+    own_store.set_metadata(["i9", "i3", "i2"], [{"genre": "jazz"}] * 3)
+    recommender = Recommender(*parts[:2], own_store)
+    found = recommender.recommend(*BAD, top_k=4, on_unknown="popular")
+    assert [row["item"] for row in found[0]] == ["i9", "i4", "i2", "i3"]
+    assert {row["score"] for row in found[0]} == {None}
+    assert {row["note"] for row in found[0]} == {"user 'zoe' is unknown; these are the most popular items"}
+    assert {row["note"] for row in found[4]} == {"item 'x1' is unknown; these are the most popular items"}
+    assert found[1:4] == recommender.recommend(*BAD, top_k=4, on_unknown="skip")[1:4]
+    assert [row["item"] for row in recommender.recommend([None], on_unknown="popular", where={"genre": "jazz"})[0]] == [
+        "i9",
+        "i2",
+        "i3",
+    ]
+    own_store.withdraw(["i9"])
+    assert [row["item"] for row in recommender.recommend(["zoe"], top_k=1, on_unknown="popular")[0]] == ["i4"]
+
+
+def test_nothing_is_popular_without_users(parts, own_store):
+    own_store.delete("user", list(SEEN))
+    with pytest.raises(ValueError, match="no item is popular: the store has no seen items of users; pass on_un"):
+        Recommender(*parts[:2], own_store).recommend([None], on_unknown="popular")
+
+
+def test_another_treatment_of_the_unknown_is_refused(recommender):
+    with pytest.raises(ValueError, match="on_unknown is 'drop'; it must be one of 'error', 'skip', 'popular'"):
+        recommender.recommend(["ann"], on_unknown="drop")

@@ -27,9 +27,9 @@ def recommender(trained_repository):
 def test_the_file_has_what_the_recommender_answers(recommender, tmp_path, monkeypatch, suffix):
     monkeypatch.setattr(export, "BATCH", 7)
     users, path = recommender.store.ids("user")[:20], tmp_path / "new" / f"out{suffix}"
-    assert export_recommendations(recommender, path, users, top_k=4, titles={"f001": "First"}) == 20
+    assert export_recommendations(recommender, path, users, top_k=4, titles={"f001": "First"}) == (20, 0)
     table = READ[suffix](path)
-    assert list(table.columns) == ["user_id", "rank", "item_id", "score", "title"]
+    assert list(table.columns) == ["user_id", "rank", "item_id", "score", "title", "note"]
     expected = recommender.recommend(users, top_k=4)
     assert table.user_id.tolist() == [user for user in users for _ in range(4)]
     assert table["rank"].tolist() == [1, 2, 3, 4] * 20
@@ -45,12 +45,15 @@ def test_an_error_leaves_the_former_file(recommender, tmp_path):
     with pytest.raises(KeyError, match="nobody"):
         export_recommendations(recommender, path, [*recommender.store.ids("user")[:3], "nobody"])
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+    users = ["nobody", *recommender.store.ids("user")[:2000], *["somebody"] * 2]
+    with pytest.raises(KeyError, match=r"'nobody' is unknown \(request 0\); .* 'somebody' is unknown \(request 1001\)"):
+        export_recommendations(recommender, path, users)
     with pytest.raises(ValueError, match=r"out\.xlsx is not a \.parquet, \.csv or \.jsonl file"):
         export_recommendations(recommender, tmp_path / "out.xlsx")
 
 
 def test_no_users_are_a_table_without_rows(recommender, tmp_path):
-    assert export_recommendations(recommender, tmp_path / "out.parquet", []) == 0
+    assert export_recommendations(recommender, tmp_path / "out.parquet", []) == (0, 0)
     assert len(pd.read_parquet(tmp_path / "out.parquet")) == 0
 
 
@@ -82,3 +85,18 @@ def test_the_command_writes_all_users_or_those_of_a_list(trained_repository, tmp
 def test_arguments_that_do_not_go_together_are_refused(trained_repository, capsys, arguments):
     assert main(["recommend", str(trained_repository), *arguments]) == 2
     assert "--users-file" in capsys.readouterr().err
+
+
+def test_users_who_are_unknown_are_skipped_or_get_popular_items(trained_repository, recommender, tmp_path, capsys):
+    path, users = tmp_path / "out.csv", tmp_path / "users.txt"
+    users.write_text("u003\nnobody\n")
+    argv = ["recommend", str(trained_repository), "--users-file", str(users), "--output", str(path), "--top-k", "2"]
+    assert main(argv) == 1
+    assert "user 'nobody' is unknown" in capsys.readouterr().err and not path.exists()
+    assert main([*argv, "--on-unknown", "skip"]) == 0
+    assert "2 users" in (out := capsys.readouterr().out) and "1 of them not as asked" in out
+    assert READ[".csv"](path).user_id.tolist() == ["u003"] * 2
+    assert main([*argv, "--on-unknown", "popular"]) == 0
+    table = READ[".csv"](path)
+    assert table.item_id.tolist()[2:] == recommender.store.popular(2)
+    assert table.note.isna().tolist() == [True, True, False, False] == table.score.notna().tolist()

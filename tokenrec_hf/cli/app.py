@@ -225,7 +225,10 @@ def quickstart(
         "repository": output_dir,
         "metrics": repository.metrics,
         "held_out": dict(zip(users, splits["test"]["item_id"][:3])),
-        "users": [_recommendations(recommender, titles, user, None, rows) for user, rows in zip(users, found)],
+        "users": [
+            _recommendations(recommender, titles, user, seen, rows)
+            for user, seen, rows in zip(users, recommender.store.seen(users), found)
+        ],
     }
 
 
@@ -384,10 +387,16 @@ def recommend(
     to: Annotated[
         str | None, Option("--output", metavar="FILE", help="A .parquet, .csv or .jsonl file for several users.")
     ] = None,
+    on_unknown: Annotated[
+        Literal["error", "skip", "popular"],
+        Option("--on-unknown", help="Refuse unknown users and items, leave them out, or answer with popular items."),
+    ] = "error",
 ) -> Document:
     """Recommend items to a user, to an unknown user by a history, or to many users into a file.
 
-    With --user and an empty --history, the model is asked with the user id alone.
+    With --user and an empty --history, the model is asked with the user id alone. With --on-unknown skip or popular, unknown items
+    are left out of the history, and an unknown user is answered by the history. Without one, nobody or the most popular items
+    answer.
     """
     # `--history` without items is one empty value.
     shown = None if history is None else [item for item in history if item]
@@ -399,19 +408,24 @@ def recommend(
     if user is None and not shown and not several:
         raise UsageError("there is no user to recommend to; give --user, --history or both.")
     filters = read_where(where or ())
+    users = None if users_file is None else _lines(users_file)
+    recommender, titles = _recommender(repository, revision, store)
+    options: dict[str, Any] = {
+        "top_k": top_k,
+        "exclude_seen": not include_seen,
+        "where": filters,
+        "on_unknown": on_unknown,
+    }
     if to is not None:
-        users = None if users_file is None else _lines(users_file)
-        recommender, titles = _recommender(repository, revision, store)
         from ..repository.export import export_recommendations
 
         started = time.monotonic()
-        count = export_recommendations(
-            recommender, to, users, top_k=top_k, exclude_seen=not include_seen, where=filters, titles=titles
-        )
-        return {"output": to, "users": count, "seconds": round(time.monotonic() - started, 2)}
-    recommender, titles = _recommender(repository, revision, store)
-    found = recommender.recommend([user], [shown], top_k=top_k, exclude_seen=not include_seen, where=filters)[0]
-    return _recommendations(recommender, titles, user, shown, found)
+        count, noted = export_recommendations(recommender, to, users, titles=titles, **options)
+        return {"output": to, "users": count, "noted": noted, "seconds": round(time.monotonic() - started, 2)}
+    inputs = recommender.tokenize([user], [shown], on_unknown=on_unknown)
+    found = recommender.answer(inputs, **options)[0]
+    document = _recommendations(recommender, titles, user, inputs["item_ids"][0], found)
+    return {**document, "note": found[0].get("note") if found else inputs["notes"][0] or None}
 
 
 @_command("tokenrec similar out --item 08 --top-k 10", show=output.show_similar)
@@ -728,15 +742,15 @@ def _store(uri: str | None) -> Store | None:
 
 
 def _recommendations(
-    recommender: Recommender, titles: dict[str, str], user: str | None, history: list[str] | None, found: Found
+    recommender: Recommender, titles: dict[str, str], user: str | None, history: list[str], found: Found
 ) -> Document:
-    shown = recommender.store.seen([str(user)])[0] if history is None else history
     ranked = _ranked(recommender, titles, found)
-    reasons = recommender.reasons([row["item"] for row in ranked], shown) if shown else [[] for _ in ranked]
+    reasons = recommender.reasons([row["item"] for row in ranked], history) if history else [[] for _ in ranked]
+    is_known = user is not None and recommender.tokenizer.contains("user", [user]).all()
     return {
         "user": user,
-        "tokens": None if user is None else _tokens(recommender, "user", [user])[0],
-        "history": shown,
+        "tokens": _tokens(recommender, "user", [str(user)])[0] if is_known else None,
+        "history": history,
         "recommendations": [{**row, "because": items} for row, items in zip(ranked, reasons)],
     }
 
@@ -746,7 +760,7 @@ def _ranked(recommender: Recommender, titles: dict[str, str], found: Found) -> l
     items = [row["item"] for row in found]
     named = _titled(recommender, titles, items)
     return [
-        {"rank": rank, **row, "tokens": code, "title": title}
+        {"rank": rank, "item": row["item"], "score": row["score"], "tokens": code, "title": title}
         for rank, (row, code, title) in enumerate(zip(found, _tokens(recommender, "item", items), named), 1)
     ]
 

@@ -123,11 +123,14 @@ def show_comparison(document: Document) -> Blocks:
 def show_recommendations(document: Document, held_out: str | None = None) -> Blocks:
     """A table of items, with a mark on the held-out item; or what was written to a file."""
     if "output" in document:
-        yield "{users} users, {output} ({seconds:.1f} s)".format(**document)
+        noted = ", {noted} of them not as asked: see the column note" * bool(document["noted"])
+        yield ("{users} users, {output} ({seconds:.1f} s)" + noted).format(**document)
         return
     subject = f"a history of {len(document['history'])} items"
     if document["user"] is not None:
-        subject = f"user_{document['user']} = {document['tokens']}"
+        subject = f"user_{document['user']}" + f" = {document['tokens']}" * bool(document["tokens"])
+    if document.get("note"):
+        subject += f" ({document['note']})"
     yield Group(subject, _items(document["recommendations"], held_out))
 
 

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import math
+import operator
 import os
 import re
 import secrets
@@ -53,10 +54,15 @@ ITEM_CHUNK, QUERY_CHUNK, SCORES = 16_384, 1_024, 1 << 20
 # Scores that are represented by their maximum while the best are looked for.
 GROUP = 32
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+# A condition of a filter: a name, and how values are compared with those wanted.
+_CONDITION = re.compile("(.*?)(<=?|>=?|~|)", re.DOTALL)
+_COMPARISONS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 _DATA_FILE = re.compile(r"[a-z]+-[0-9a-f]{16}\.safetensors")
 _TEMPORARY = re.compile(r"\.(users|items|store)[-.].*\.tmp")
 
 Vectors = torch.Tensor | np.ndarray
+# Values wanted by name, see [`~EmbeddingStore.search`].
+Where = Mapping[str, Any]
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
@@ -99,6 +105,9 @@ class Store(Protocol):
     def seen(self, user_ids: Sequence[str]) -> list[list[str]]:
         """The ids of the items that each user has seen, oldest first."""
 
+    def popular(self, top_k: int, where: Where | None = None) -> list[str]:
+        """The items that users have seen most often."""
+
     def set_metadata(self, item_ids: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
         """Merges names and values into the metadata of items."""
 
@@ -106,11 +115,7 @@ class Store(Protocol):
         """The metadata of each item, values by name."""
 
     def search(
-        self,
-        queries: Vectors,
-        top_k: int,
-        exclude: Sequence[Sequence[str]] | None = None,
-        where: Mapping[str, Any] | None = None,
+        self, queries: Vectors, top_k: int, exclude: Sequence[Sequence[str]] | None = None, where: Where | None = None
     ) -> tuple[list[list[str]], list[list[float]]]:
         """The items of highest cosine with each query `[B, embedding_dim]`, and their cosines, best first."""
 
@@ -424,6 +429,13 @@ class EmbeddingStore(Store):
         known = (names[start:end] for start, end in zip(ends, ends[1:]))
         return [next(known) if row >= 0 else [] for row in rows]
 
+    @_locked
+    def popular(self, top_k: int, where: Where | None = None) -> list[str]:
+        """The `top_k` items that users have seen most often, of equal ones the first; `where` as in [`~EmbeddingStore.search`]."""
+        counts, allowed = np.bincount(self._seen.values, minlength=self.count("item")), self.allowed(where)
+        rows = np.flatnonzero(counts if allowed is None else counts * allowed)
+        return self._index["item"].ids(rows[np.argsort(-counts[rows], kind="stable")[:top_k]])
+
     # ---- metadata of items
 
     @_locked
@@ -451,7 +463,7 @@ class EmbeddingStore(Store):
         return [dict(self._metadata.items[row]) for row in self._rows_of("item", item_ids, "the metadata")]
 
     @_locked
-    def allowed(self, where: Mapping[str, Any] | None = None) -> np.ndarray | None:
+    def allowed(self, where: Where | None = None) -> np.ndarray | None:
         """The items that a search with this filter may return, boolean `[count]`; `None` if it may return all.
 
         Raises:
@@ -463,11 +475,7 @@ class EmbeddingStore(Store):
 
     @_locked
     def search(
-        self,
-        queries: Vectors,
-        top_k: int,
-        exclude: Sequence[Sequence[str]] | None = None,
-        where: Mapping[str, Any] | None = None,
+        self, queries: Vectors, top_k: int, exclude: Sequence[Sequence[str]] | None = None, where: Where | None = None
     ) -> tuple[list[list[str]], list[list[float]]]:
         """The items of highest cosine with each query, best first (Eq. 19).
 
@@ -476,7 +484,8 @@ class EmbeddingStore(Store):
             top_k: how many items to return for each query; fewer come back only where fewer remain.
             exclude: for each query, ids of items that must not be returned; ids that are not in the store are ignored.
             where: only items whose metadata has these values: `{"category": ["jazz", "folk"], "in_stock": True}` stands
-                for either category and in stock. An item without the name is left out.
+                for either category and in stock. `{"price<": 30, "title~": "blue"}` compares numbers, with `<`, `<=`, `>` or `>=`,
+                and looks for a part of a text in any case. An item without the name is left out.
 
         Returns:
             For each query, item ids and their cosines. Items of equal score come in row order; a zero vector scores 0.
@@ -627,15 +636,20 @@ class ItemMetadata:
             conditions.append(~withdrawn)
         return np.logical_and.reduce(conditions) if conditions else None
 
-    def _holds(self, name: str, wanted: Sequence[Any]) -> np.ndarray:
-        """Whether each item has one of the values `wanted` for a name, boolean `[n]`."""
+    def _holds(self, condition: str, wanted: Sequence[Any]) -> np.ndarray:
+        """Whether each item fulfils a condition for one of the values `wanted`, boolean `[n]`."""
+        name, sign = condition_parts(condition)
         if name not in self._columns:
             keys = [_key(values.get(name)) for values in self.items]
             numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
             column = np.fromiter(map(numbers.__getitem__, keys), dtype=np.int32, count=len(keys))
             self._columns[name] = numbers, column
         numbers, column = self._columns[name]
-        sought = [numbers[_key(value)] for value in wanted if value is not None and _key(value) in numbers]
+        wanted = [value for value in wanted if value is not None]
+        if sign:
+            sought = [number for key, number in numbers.items() if any(_fits(*key, sign, value) for value in wanted)]
+        else:
+            sought = [numbers[_key(value)] for value in wanted if _key(value) in numbers]
         return np.isin(column, sought) if sought else np.zeros(len(column), dtype=bool)
 
 
@@ -970,11 +984,26 @@ def check_metadata(metadata: Sequence[Mapping[str, Any]], num_items: int) -> lis
     return [{_checked_name(name): _checked_value(name, value) for name, value in values.items()} for values in metadata]
 
 
-def check_where(where: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """A filter with a list of values for every name; errors of [`check_metadata`]."""
+def check_where(where: Where) -> dict[str, list[Any]]:
+    """A filter with a list of values for every condition; errors of [`check_metadata`]."""
     several = (list, tuple, set, frozenset)
-    lists = {name: wanted if isinstance(wanted, several) else [wanted] for name, wanted in where.items()}
-    return {_checked_name(name): [_checked_value(name, value) for value in wanted] for name, wanted in lists.items()}
+    lists = {condition: wanted if isinstance(wanted, several) else [wanted] for condition, wanted in where.items()}
+    names = {condition: _checked_name(condition_parts(condition)[0]) for condition in lists}
+    return {condition: [_checked_value(names[condition], one) for one in wanted] for condition, wanted in lists.items()}
+
+
+def condition_parts(condition: str) -> tuple[str, str]:
+    """The name of a filter's condition, and its operator or ""."""
+    return cast(re.Match, _CONDITION.fullmatch(str(condition))).groups()  # type: ignore[return-value]
+
+
+def _fits(is_bool: bool, value: Any, sign: str, wanted: Any) -> bool:
+    """Whether a value of metadata, with its key, contains or compares with the value wanted; numbers only with numbers."""
+    if value is None or is_bool:
+        return False
+    if sign == "~":
+        return str(wanted).casefold() in str(value).casefold()
+    return isinstance(value, str) == isinstance(wanted, str) and _COMPARISONS[sign](value, wanted)
 
 
 def _key(value: Any) -> tuple[bool, Any]:

@@ -295,6 +295,8 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
         """`encode_queries` without gradient or dropout, for prompts on any device; those of similar length go together."""
         if attention_mask is None:
             attention_mask = input_ids.ne(cast(int, self.config.pad_token_id)).long()
+        if len(input_ids) == 1 and not self.training:
+            return self.encode_queries(input_ids.to(self.device), attention_mask.to(self.device))
         lengths = attention_mask.shape[1] - attention_mask.flip(1).argmax(dim=1)  # without the padding at the end, [B]
         # The longest prompt of a group is at most twice as long as its shortest.
         groups = lengths.clamp(min=SHORT_PROMPT).float().log2().ceil()

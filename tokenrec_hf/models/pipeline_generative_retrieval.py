@@ -7,7 +7,7 @@ its import takes 0.02 s after that of T5, but also brings torchvision and other 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import Pipeline
@@ -17,7 +17,7 @@ from .codes import RepositoryFolder, fetch_repository
 from .embedding_store import EmbeddingStore, Store
 from .modeling_t5_retrieval import T5ForGenerativeRetrieval
 from .prompts import PromptTemplate
-from .recommender import Recommender
+from .recommender import OnUnknown, Recommender
 from .tokenization_tokenrec import TokenRecTokenizer
 
 
@@ -67,17 +67,18 @@ class GenerativeRetrievalPipeline(Pipeline):
                 `"history"` (item ids, oldest first) or both; or, as a string, a whole prompt such as
                 `"What should user_03 try after item_08 then?"`. Without a history the store's is used; with an empty history
                 the prompt names the user only.
-            top_k: number of items, 10 by default; fewer are returned where fewer are left.
-            exclude_seen: leave out the items of the request and those that the store records as seen (the default).
-            where: only items with this metadata, see [`EmbeddingStore.search`].
+            top_k, exclude_seen, where: see [`~Recommender.recommend`].
             prompt: the wording for requests that are dicts: a [`PromptTemplate`] text with `{user}`, `{history}` or both, or a
                 finished text. For an anonymous user, `{user}` becomes the user tokens of the history, if the collaborative
                 model makes user vectors of histories.
+            on_unknown: `"error"` (the default) refuses unknown users and items, those of a whole list at once; `"skip"` and
+                `"popular"` answer the requests without them, see [`~Recommender.recommend`]. A prompt in text that names one is
+                not read at all then.
             batch_size: number of requests per forward pass.
 
         Returns:
             A list of `{"item": id, "score": cosine}`, best first; for several requests a list of such lists, and for a
-            generator an iterator over them.
+            generator an iterator over them. A `"note"` in each entry says what was left out of the request.
 
         Raises:
             KeyError: a user or an item is unknown.
@@ -88,6 +89,10 @@ class GenerativeRetrievalPipeline(Pipeline):
             inputs = list(inputs)
             if not inputs:
                 return []
+            asked = {**self._preprocess_params, **kwargs}.get("on_unknown", "error")
+            if asked == "error" and not any(isinstance(one, str) for one in inputs):
+                users, histories = zip(*map(self._read, inputs))
+                self.recommender.known(users, histories)
         return super().__call__(inputs, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
@@ -111,77 +116,61 @@ class GenerativeRetrievalPipeline(Pipeline):
             "which leaves the users' data out."
         )
 
-    def _sanitize_parameters(self, prompt: str | None = None, **kwargs: Any) -> tuple[dict, dict, dict]:
-        if unknown := set(kwargs) - {"top_k", "exclude_seen", "where"}:
+    def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict, dict, dict]:
+        if unknown := set(kwargs) - {"prompt", "on_unknown", "top_k", "exclude_seen", "where"}:
             raise TypeError(f"a pipeline of this task takes no argument {min(unknown)!r}.")
-        return {"prompt": prompt} if prompt else {}, {k: v for k, v in kwargs.items() if v is not None}, {}
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        reading = {name: given[name] for name in ("prompt", "on_unknown") if name in given}
+        return reading, {name: value for name, value in given.items() if name != "prompt"}, {}
 
     def preprocess(  # type: ignore[override]
-        self, request: Mapping | str, prompt: str | None = None
+        self, request: Mapping | str, prompt: str | None = None, on_unknown: OnUnknown = "error"
     ) -> dict[str, Any]:
-        """The tokens of a request's prompt, `[1, T]`, and the ids of its users and items."""
-        users: list[str] = []
-        history: list[str] = []
-        if not isinstance(request, str):
-            users, history = self._read(request)
-            if prompt is None or {"{", "}"} & set(prompt):
-                template = None if prompt is None else PromptTemplate(prompt)
-                inputs = self.recommender.tokenize(users or [None], [history], template)
-                return {**inputs, "user_ids": tuple(inputs["user_ids"][0]), "item_ids": tuple(inputs["item_ids"][0])}
-        text = request if isinstance(request, str) else prompt
-        encoded = self.tokenizer([text], return_tensors="pt", return_entities=True)
-        if isinstance(request, str) and not (encoded["user_ids"][0] or encoded["item_ids"][0]):
-            raise ValueError(
-                f"the prompt {_short(request)} names no user and no item, as in 'What would user_03 enjoy next?'; for an id alone "
-                'pass {"user": "03"} or {"history": ["08"]}.'
-            )
-        return {
-            "input_ids": encoded["input_ids"],
-            "attention_mask": encoded["attention_mask"],
-            "user_ids": (*encoded["user_ids"][0], *users),
-            "item_ids": (*encoded["item_ids"][0], *history),
-        }
+        """The tokens of a request's prompt, `[1, T]`, the ids of its users and items, and a note of what was left out."""
+        if isinstance(request, str):
+            inputs = self._read_text(request, on_unknown)
+        else:
+            template = PromptTemplate(prompt) if prompt and {"{", "}"} & set(prompt) else None
+            user, history = self._read(request)
+            inputs = self.recommender.tokenize([user], [history], template, on_unknown)
+            if prompt and not template:
+                text = self.tokenizer([prompt], return_tensors="pt", return_entities=True)
+                named = {name: [[*text[name][0], *inputs[name][0]]] for name in ("user_ids", "item_ids")}
+                inputs = {**inputs, **text, **named}
+        single = {name: inputs[name][0] for name in ("item_ids", "notes")}
+        return {**inputs, **single, "user_ids": tuple(inputs["user_ids"][0])}
 
-    def _forward(  # type: ignore[override]
-        self, inputs: Mapping[str, Any], top_k: int = 10, exclude_seen: bool = True, where: Mapping | None = None
-    ) -> dict[str, list]:
+    def _forward(self, inputs: Mapping[str, Any], **kwargs: Any) -> dict[str, list]:  # type: ignore[override]
         # A batch of one comes as `preprocess` made it; in larger ones each entry is a list over the requests.
         alone = isinstance(inputs["user_ids"], tuple)
         if alone:
-            inputs = {**inputs, "user_ids": [inputs["user_ids"]], "item_ids": [inputs["item_ids"]]}
-        found = self.recommender.answer(inputs, top_k=top_k, exclude_seen=exclude_seen, where=where)
+            inputs = {**inputs, **{name: [inputs[name]] for name in ("user_ids", "item_ids", "notes")}}
+        found = self.recommender.answer(inputs, **kwargs)
         return {"recommendations": found[0] if alone else found}
 
     def postprocess(self, outputs: Mapping[str, list]) -> list[dict]:  # type: ignore[override]
         """The items of one request."""
         return outputs["recommendations"]
 
-    def _read(self, request: Mapping) -> tuple[list[str], list[str]]:
-        """The users (one or none) and the history of a request, checked."""
+    def _read(self, request: Mapping) -> tuple[Any, Any]:
+        """The user and the history of a request; the recommender checks them."""
         if not isinstance(request, Mapping) or not set(request) <= {"user", "history"}:
             raise ValueError(
-                f"a request is {_short(request)} but must be a dict with 'user', 'history' or both, or a prompt as a string."
+                f"a request is {request!r:.100} but must be a dict with 'user', 'history' or both, or a prompt as a string."
             )
-        user, history = request.get("user"), request.get("history")
-        if history is not None and (
-            isinstance(history, str)
-            or not isinstance(history, Iterable)
-            or not all(isinstance(item, str) for item in history)
-        ):
-            raise ValueError(f"'history' is {_short(history)} but must be a list of item ids, which are strings.")
-        if user is None and not history:
-            raise ValueError(f"the request {_short(request)} names neither a user nor a history; give one of them.")
-        if user is not None and not isinstance(user, str):
-            raise ValueError(f"'user' is {_short(user)} but must be a user id, which is a string.")
-        # Ids are checked here, because in a text the beginning of an unknown id may be a known id.
-        users = [] if user is None else [user]
-        self.tokenizer.codes("user", users)
-        if history is None:
-            return users, self.recommender.store.seen(users)[0]
-        self.tokenizer.codes("item", list(history))
-        return users, list(history)
+        return request.get("user"), request.get("history")
 
-
-def _short(thing: Any) -> str:
-    text = repr(thing)
-    return f"{text if len(text) <= 100 else text[:100] + '...'} ({type(thing).__name__})"
+    def _read_text(self, text: str, on_unknown: OnUnknown) -> Mapping[str, Any]:
+        """The inputs of a request that is a whole prompt."""
+        try:
+            encoded = self.tokenizer([text], return_tensors="pt", return_entities=True)
+            if not (encoded["user_ids"][0] or encoded["item_ids"][0]):
+                raise ValueError(
+                    f"the prompt {text!r:.100} names no user and no item, as in 'What would user_03 enjoy next?'; for an id alone "
+                    'pass {"user": "03"} or {"history": ["08"]}.'
+                )
+        except (KeyError, ValueError) as error:
+            if on_unknown == "error":
+                raise
+            return {**self.recommender.tokenize([None], [[]], on_unknown=on_unknown), "notes": [error.args[0]]}
+        return {**encoded, "notes": [""]}

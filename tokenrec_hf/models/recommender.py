@@ -7,11 +7,11 @@ cosine (Eq. 19). Nothing here changes a repository.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from functools import cached_property
-from itertools import chain
+from itertools import chain, compress
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, Literal, TypedDict, cast, get_args
 
 import numpy as np
 import torch
@@ -19,18 +19,23 @@ from safetensors import SafetensorError
 
 from .codes import RepositoryFolder, check_repository, damage_named, fetch_repository, read_json, read_whole
 from .configuration_tokenrec import T5GenerativeRetrievalConfig
-from .embedding_store import EmbeddingStore, Store, stable_topk, unit_rows
+from .embedding_store import EmbeddingStore, Store, Where, stable_topk, unit_rows
 from .modeling_collaborative import HistoryEncoder, collaborative_class, load_collaborative
 from .modeling_t5_retrieval import T5ForGenerativeRetrieval
 from .prompts import HISTORY_ONLY_TEMPLATE, HISTORY_TEMPLATES, USER_ONLY_TEMPLATES, PromptTemplate
 from .tokenization_tokenrec import TokenRecTokenizer
 
+Users = Sequence[str | None]
+Histories = Sequence[Sequence[str] | None]
+OnUnknown = Literal["error", "skip", "popular"]
 
-class Recommendation(TypedDict):
-    """An item id and the cosine between its vector and the query."""
+
+class Recommendation(TypedDict, total=False):
+    """An item, the cosine between its vector and the query (None for a popular item), and what was left out of the request."""
 
     item: str
-    score: float
+    score: float | None
+    note: str
 
 
 def load_model(folder: str | os.PathLike) -> T5ForGenerativeRetrieval:
@@ -128,13 +133,14 @@ class Recommender:
 
     def recommend(
         self,
-        users: Sequence[str | None],
-        histories: Sequence[Sequence[str] | None] | None = None,
+        users: Users,
+        histories: Histories | None = None,
         *,
         top_k: int = 10,
         exclude_seen: bool = True,
-        where: Mapping[str, Any] | None = None,
+        where: Where | None = None,
         template: PromptTemplate | None = None,
+        on_unknown: OnUnknown = "error",
     ) -> list[list[Recommendation]]:
         """The best items for each user.
 
@@ -146,21 +152,24 @@ class Recommender:
             exclude_seen: leave out the items of the histories and those that the store records as seen.
             where: only items with this metadata, see [`EmbeddingStore.search`].
             template: the wording; one without history ignores the histories.
+            on_unknown: treatment of unknown users and items. `"error"` refuses all requests and names the bad ones. With
+                `"skip"`, unknown items are left out of the histories, an unknown user is answered by the history alone, and without
+                one by an empty list. `"popular"` gives the items that users have seen most often in place of an empty list.
 
         Returns:
-            Per user a list of `{"item": id, "score": cosine}`, best first.
+            Per user a list of `{"item": id, "score": cosine}`, best first. Where something was left out of the request, each
+            entry has a `"note"` that names it. Popular items have the score `None`.
 
         Raises:
             KeyError: an id is unknown to the tokenizer.
             ValueError: an argument is no list of ids, the number of histories is not that of users, a request has neither a user
-                nor a history, or the template does not fit the request.
+                nor a history, the template does not fit the request, or popular items are asked for and no user has seen any.
         """
-        return self.answer(
-            self.tokenize(users, histories, template), top_k=top_k, exclude_seen=exclude_seen, where=where
-        )
+        inputs = self.tokenize(users, histories, template, on_unknown)
+        return self.answer(inputs, top_k=top_k, exclude_seen=exclude_seen, where=where, on_unknown=on_unknown)
 
     def similar_items(
-        self, item_ids: Sequence[str], *, top_k: int = 10, where: Mapping[str, Any] | None = None
+        self, item_ids: Sequence[str], *, top_k: int = 10, where: Where | None = None
     ) -> list[list[Recommendation]]:
         """The items nearest to each of `item_ids` by the cosine of their vectors in the store, without the item itself.
 
@@ -192,9 +201,8 @@ class Recommender:
         known = [item for item, is_known in zip(seen, self.store.contains("item", seen)) if is_known]
         cosines = unit_rows(self.store.get("item", item_ids)) @ unit_rows(self.store.get("item", known)).T
         # An item is no reason for itself.
-        cosines[
-            torch.tensor([[item == one for one in known] for item in item_ids], dtype=torch.bool).view(cosines.shape)
-        ] = -torch.inf
+        is_same = np.array(item_ids, dtype=object)[:, None] == np.array(known, dtype=object)
+        cosines[torch.from_numpy(is_same)] = -torch.inf
         columns, scores = stable_topk(cosines, most)
         return [
             [known[column] for column, score in zip(*row) if score > -torch.inf]
@@ -203,22 +211,26 @@ class Recommender:
 
     def tokenize(
         self,
-        users: Sequence[str | None],
-        histories: Sequence[Sequence[str] | None] | None = None,
+        users: Users,
+        histories: Histories | None = None,
         template: PromptTemplate | None = None,
+        on_unknown: OnUnknown = "error",
     ) -> dict[str, Any]:
         """The prompts of `recommend` as `answer` takes them, with histories cut to the latest items that fit the model's input.
 
-        Prompts are made of the tokens of ids, not of text, so that an id cannot be read as anything else.
+        Prompts are made of the tokens of ids, not of text, so that an id cannot be read as anything else. A request of which
+        nothing is known has a prompt without tokens, and `notes` say what was left out of each request.
         """
-        users = check_list(users, "users", optional=True)
-        shown = self._histories(users, histories)
+        users, shown, notes = self.known(users, histories, on_unknown)
         rows = [
-            self._prompt(number, tokens, history, template if template else _wording(tokens, history), user is not None)
-            for number, (user, tokens, history) in enumerate(zip(users, self._user_tokens(users, shown), shown))
+            # The given wording may name the user who was left out.
+            self._prompt(number, tokens, history, None if note and user is None else template, user is not None)
+            for number, (user, tokens, history, note) in enumerate(
+                zip(users, self._user_tokens(users, shown), shown, notes)
+            )
         ]
         lengths = np.array([len(row) for row in rows], dtype=np.int64)
-        is_token = np.arange(lengths.max(initial=0)) < lengths[:, None]  # [B, T]
+        is_token = np.arange(lengths.max(initial=1)) < lengths[:, None]  # [B, T]
         tokens = np.full(is_token.shape, self.tokenizer.pad_token_id, dtype=np.int64)
         tokens[is_token] = np.concatenate([*rows, np.empty(0, dtype=np.int64)])
         return {
@@ -227,7 +239,36 @@ class Recommender:
             "user_ids": [[] if user is None else [user] for user in users],
             # Whole histories: items that are cut from the prompt have been seen too.
             "item_ids": shown,
+            "notes": notes,
         }
+
+    def known(
+        self, users: Users, histories: Histories | None = None, on_unknown: OnUnknown = "error"
+    ) -> tuple[list[str | None], list[list[str]], list[str]]:
+        """Users and histories of known ids, and for each request a note of what was left out; arguments of `recommend`.
+
+        Raises:
+            KeyError: an id is unknown; all requests with one are counted, and the first are named.
+            ValueError: an argument is no list of ids, or a request has neither a user nor a history.
+        """
+        if on_unknown not in (choices := get_args(OnUnknown)):
+            raise ValueError(f"on_unknown is {on_unknown!r}; it must be one of {', '.join(map(repr, choices))}.")
+        users = check_list(users, "users", optional=True)
+        shown = self._histories(users, histories)
+        named = {"user": [user for user in users if user is not None], "item": list(chain.from_iterable(shown))}
+        unknown = {kind: set(compress(ids, ~self.tokenizer.contains(kind, ids))) for kind, ids in named.items()}
+        notes = [_problem(user, history, unknown) for user, history in zip(users, shown)]
+        if not any(notes):
+            return users, shown, notes
+        if on_unknown == "error":
+            bad = [f"{note} (request {row})" if len(users) > 1 else note for row, note in enumerate(notes) if note]
+            more = f"; and {len(bad) - 3} more requests" * (len(bad) > 3)
+            raise (KeyError if any(unknown.values()) else ValueError)(
+                f"{'; '.join(bad[:3])}{more}; correct them, add them with `tokenrec add`, or answer the other requests with "
+                "on_unknown='skip' or 'popular'."
+            )
+        users = [None if user in unknown["user"] else user for user in users]
+        return users, [[item for item in history if item not in unknown["item"]] for history in shown], notes
 
     def answer(
         self,
@@ -235,50 +276,57 @@ class Recommender:
         *,
         top_k: int = 10,
         exclude_seen: bool = True,
-        where: Mapping[str, Any] | None = None,
+        where: Where | None = None,
+        on_unknown: OnUnknown = "skip",
     ) -> list[list[Recommendation]]:
         """The best items for tokenised prompts.
 
         Args:
             inputs: `input_ids` and `attention_mask`, `[B, T]`, and for each prompt the lists `user_ids` and `item_ids` of the
-                tokenizer's `return_entities=True`.
-            top_k, exclude_seen, where: see `recommend`.
+                tokenizer's `return_entities=True`. A prompt without tokens has no items, or the most popular ones.
+            top_k, exclude_seen, where, on_unknown: see `recommend`.
 
         Raises:
             ValueError: `exclude_seen` without the ids.
         """
-        if not len(inputs["input_ids"]):
-            return []
-        queries = self.model.encode_by_length(inputs["input_ids"], inputs["attention_mask"])
-        excluded = None
+        has_prompt, excluded = inputs["attention_mask"].any(dim=1), None
+        is_asked = has_prompt.tolist()
         if exclude_seen:
             if "user_ids" not in inputs or "item_ids" not in inputs:
-                raise ValueError(
-                    "exclude_seen needs the ids that the prompts name: tokenise them with return_entities=True, or pass "
-                    "exclude_seen=False."
-                )
-            recorded = [self.store.seen(users) for users in inputs["user_ids"]]
+                raise ValueError("exclude_seen needs the ids that prompts name: tokenise with return_entities=True.")
+            seen = iter(self.store.seen(list(chain.from_iterable(inputs["user_ids"]))))
             excluded = [
-                [*named, *(item for items in seen for item in items)]
-                for named, seen in zip(inputs["item_ids"], recorded)
+                [*named, *chain.from_iterable(next(seen) for _ in users)]
+                for named, users in compress(zip(inputs["item_ids"], inputs["user_ids"]), is_asked)
             ]
-        return self._search(queries.float().cpu(), top_k, excluded, where)
+        queries = self.model.encode_by_length(*(inputs[name][has_prompt] for name in ("input_ids", "attention_mask")))
+        found = iter(self._search(queries.float().cpu(), top_k, excluded, where))
+        popular = self._popular(top_k, where) if on_unknown == "popular" and not all(is_asked) else []
+        answers = [next(found) if asked else [row.copy() for row in popular] for asked in is_asked]
+        for rows, note, asked in zip(answers, inputs.get("notes", ()), is_asked):
+            for row in rows if note else ():
+                row["note"] = note if asked else f"{note}; these are the most popular items"
+        return answers
 
     def _search(
-        self, queries: torch.Tensor, top_k: int, excluded: list[list[str]] | None, where: Mapping[str, Any] | None
+        self, queries: torch.Tensor, top_k: int, excluded: list[list[str]] | None, where: Where | None
     ) -> list[list[Recommendation]]:
         ids, scores = self.store.search(queries, top_k, excluded, where)
         return [[{"item": item, "score": score} for item, score in zip(*row)] for row in zip(ids, scores)]
 
-    def _user_tokens(self, users: Sequence[str | None], histories: Sequence[list[str]]) -> list[np.ndarray | None]:
+    def _popular(self, top_k: int, where: Where | None) -> list[Recommendation]:
+        """The items that users have seen most often."""
+        if not self.store.popular(1):
+            raise ValueError("no item is popular: the store has no seen items of users; pass on_unknown='skip'.")
+        return [{"item": item, "score": None} for item in self.store.popular(top_k, where)]
+
+    def _user_tokens(self, users: Users, histories: Sequence[list[str]]) -> list[np.ndarray | None]:
         """The tokens of each user, those of the history of an anonymous one, or None where no tokens can be made."""
         known = [row for row, user in enumerate(users) if user is not None]
         tokens: list[np.ndarray | None] = [None] * len(users)
         for row, own in zip(known, self.tokenizer.entity_token_ids("user", [cast(str, users[row]) for row in known])):
             tokens[row] = own
-        anonymous = [row for row, user in enumerate(users) if user is None]
-        if (empty := next((row for row in anonymous if not histories[row]), None)) is not None:
-            raise ValueError(f"request {empty} names neither a user nor a history; give one of them.")
+        anonymous = [row for row, user in enumerate(users) if user is None and histories[row]]
         if anonymous and self.history_encoder is not None:
             vectors, is_known = self.history_encoder.encode([histories[row] for row in anonymous])
             made = self.tokenizer.vector_token_ids("user", vectors)
@@ -287,9 +335,13 @@ class Recommender:
         return tokens
 
     def _prompt(
-        self, number: int, user: np.ndarray | None, history: list[str], wording: PromptTemplate, is_named: bool
+        self, number: int, user: np.ndarray | None, history: list[str], template: PromptTemplate | None, is_named: bool
     ) -> np.ndarray:
-        """The tokens of one prompt, int64 `[T]`."""
+        """The tokens of one prompt, int64 `[T]`; none if nothing is known of the request."""
+        if not is_named and not history:
+            return np.empty(0, dtype=np.int64)
+        default = HISTORY_ONLY_TEMPLATE if user is None else (HISTORY_TEMPLATES if history else USER_ONLY_TEMPLATES)[0]
+        wording = template or default
         if wording.names_user and user is None:
             raise ValueError(
                 f"prompt template {wording.text!r} names a user, but request {number} has no user id and no user tokens can be "
@@ -307,27 +359,28 @@ class Recommender:
             entities.append(self.tokenizer.entity_token_ids("item", latest).ravel())
         return np.concatenate([words[0], *chain.from_iterable(zip(entities, words[1:]))])
 
-    def _histories(
-        self, users: Sequence[str | None], histories: Sequence[Sequence[str] | None] | None
-    ) -> list[list[str]]:
+    def _histories(self, users: Users, histories: Histories | None) -> list[list[str]]:
         """The given history of each user, and the one in the store where None is given."""
         given = [None] * len(users) if histories is None else histories
         if isinstance(given, str) or len(given) != len(users):
             found = "a single string" if isinstance(given, str) else f"{len(given)} histories"
             raise ValueError(f"there are {found} for {len(users)} users; pass one history for each, or None.")
-        seen = iter(self.store.seen([user for user in users if user is not None]))
-        recorded = [[] if user is None else next(seen) for user in users]
+        # Nobody is called "".
+        seen = iter(self.store.seen([user or "" for user, history in zip(users, given) if history is None]))
         return [
-            own if history is None else check_list(history, f"the history of request {row}")
-            for row, (history, own) in enumerate(zip(given, recorded))
+            next(seen) if history is None else check_list(history, f"the history of request {row}")
+            for row, history in enumerate(given)
         ]
 
 
-def _wording(user: np.ndarray | None, history: list[str]) -> PromptTemplate:
-    """The default template of a request."""
-    if user is None:
-        return HISTORY_ONLY_TEMPLATE
-    return (HISTORY_TEMPLATES if history else USER_ONLY_TEMPLATES)[0]
+def _problem(user: str | None, history: Sequence[str], unknown: Mapping[str, Container[str]]) -> str:
+    """What is wrong with a request, if anything, given the unknown ids of each kind."""
+    bad = [("user", user)] * (user in unknown["user"])
+    bad += [("item", item) for item in dict.fromkeys(history) if item in unknown["item"]]
+    if not bad:
+        return "" if user is not None or history else "neither a user nor a history is named"
+    more = f" and {len(bad) - 3} more" * (len(bad) > 3)
+    return ", ".join(f"{kind} {name!r:.100} is unknown" for kind, name in bad[:3]) + more
 
 
 def check_list(ids: Any, what: str, optional: bool = False) -> list:

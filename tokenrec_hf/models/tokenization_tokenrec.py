@@ -8,6 +8,7 @@ tokenizer does not learn codes, and needs torch only to make codes for new vecto
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import threading
@@ -41,18 +42,6 @@ _CODE_TOKEN = re.compile(r"<[uv]\d+-\d+>")
 _NON_WORD = re.compile(r"\W")
 # Texts and entities whose tokens are remembered at most, of each kind.
 _REMEMBERED = 65_536
-# Arguments of an encoding that `_assemble` knows. Others come with a value that says no, or the backend encodes.
-_SIMPLE = {
-    *(
-        "add_special_tokens",
-        "padding_strategy",
-        "truncation_strategy",
-        "max_length",
-        "pad_to_multiple_of",
-        "padding_side",
-    ),
-    *("return_tensors", "return_attention_mask", "verbose"),
-}
 # T5's pipeline begins a new word after an added token, so it decodes "item_08," as "item_08 ,".
 _SPACE_AFTER_CODE = re.compile(r"(<[uv]\d+-\d+>) (?=[,.;:!?)\]}'’”»…])")
 
@@ -150,6 +139,10 @@ class TokenRecTokenizer(TokenizersBackend):
     def ids(self, kind: str) -> list[str]:
         """All ids of `"user"` or `"item"`, in row order: that of the store, with later additions last."""
         return self._table(kind).index.ids()
+
+    def contains(self, kind: str, ids: Sequence[str]) -> np.ndarray:
+        """Whether each id is known, boolean `[n]`."""
+        return self._table(kind).index.rows(ids) >= 0
 
     def codes(self, kind: str, ids: Sequence[str] | None = None) -> np.ndarray:
         """The codes of `ids` (default: all, in row order), int64 `[n, K]` of values in `[0, L)`.
@@ -308,7 +301,7 @@ class TokenRecTokenizer(TokenizersBackend):
         return (
             bool(texts)
             and all(isinstance(one, str) for one in texts)
-            and not any(value for name, value in kwargs.items() if name not in _SIMPLE)
+            and not any(value for name, value in kwargs.items() if name not in _ASSEMBLED)
             and truncation in ("do_not_truncate", "longest_first", "only_first")
             and not (kwargs.get("padding_strategy") == "max_length" and truncation == "do_not_truncate")
             and (length is None or length > len(self._end))
@@ -446,7 +439,7 @@ class TokenRecTokenizer(TokenizersBackend):
                     continue
                 entity = found[kind][run]
                 if entity is None:
-                    if self.on_unknown == "error" and (name := _without_end(run)):
+                    if self.on_unknown == "error" and (name := run.rstrip("".join(filter(_may_follow, run)))):
                         raise KeyError(
                             f"the text names {kind} {name!r:.100}, which is unknown to this tokenizer; add it with `tokenrec add`, give "
                             f"it codes with add_{kind}s, or set on_unknown='keep' to leave such words as they are."
@@ -503,6 +496,10 @@ class TokenRecTokenizer(TokenizersBackend):
         # A new token changes how words are split.
         self._transient.words.clear()
         return super()._add_tokens(*args, **kwargs)
+
+
+# Arguments of an encoding that `_assemble` knows. Others come with a value that says no, or the backend encodes.
+_ASSEMBLED = inspect.signature(TokenRecTokenizer._assemble).parameters
 
 
 class _Transient:
@@ -617,13 +614,6 @@ def _beginnings(run: str, longest: int) -> list[str]:
     whole = [run] if len(run) <= longest else []
     cuts = [match.start() for match in _NON_WORD.finditer(run, 1, longest + 1)]
     return whole + [run[:cut] for cut in reversed(cuts) if _may_follow(run[cut])]
-
-
-def _without_end(run: str) -> str:
-    """`run` without the punctuation and symbols at its end."""
-    while run and _may_follow(run[-1]):
-        run = run[:-1]
-    return run
 
 
 def _may_follow(character: str) -> bool:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pa_parquet
 from tqdm.auto import tqdm
 
 from ..models.codes import atomic_write
-from ..models.recommender import Recommender
+from ..models.recommender import OnUnknown, Recommender
 
 # Users at once; more are no faster and take more memory.
 BATCH = 1024
@@ -25,6 +25,7 @@ SCHEMA = pa.schema(
         ("item_id", pa.string()),
         ("score", pa.float32()),
         ("title", pa.string()),
+        ("note", pa.string()),
     ]
 )
 
@@ -42,34 +43,44 @@ def export_recommendations(
     top_k: int = 10,
     exclude_seen: bool = True,
     where: Mapping[str, Any] | None = None,
+    on_unknown: OnUnknown = "error",
     titles: Mapping[str, str] | None = None,
-) -> int:
+) -> tuple[int, int]:
     """Writes the best items of users, by their histories in the store; memory does not grow with their number.
 
     Args:
         recommender: an open repository.
         path: a `.parquet`, `.csv` or `.jsonl` file, which is replaced whole or not at all. Its columns are `user_id`, `rank` (from
-            1), `item_id`, `score` (the cosine) and `title`.
+            1), `item_id`, `score` (the cosine), `title` and `note` (what was left out of the request). A user without items has
+            no row.
         users: their ids; by default all users of the store.
-        top_k, exclude_seen, where: see [`Recommender.recommend`].
+        top_k, exclude_seen, where, on_unknown: see [`Recommender.recommend`].
         titles: of items that have no `title` in their metadata.
 
     Returns:
-        The number of users.
+        The number of users, and of those of whom something was left out.
 
     Raises:
-        KeyError: a user is unknown.
+        KeyError: users are unknown; all are counted, and the first are named.
         ValueError: the file extension is another one.
     """
     path, asked = Path(path), recommender.store.ids("user") if users is None else list(users)
     if path.suffix.lower() not in (".parquet", ".csv", ".jsonl"):
         raise ValueError(f"{path} is not a .parquet, .csv or .jsonl file; choose one of these extensions.")
+    if users is not None:
+        # All at once, not batch by batch.
+        recommender.known(asked, [()] * len(asked), on_unknown)
     path.parent.mkdir(parents=True, exist_ok=True)
+    noted = 0
     starts = range(0, len(asked), BATCH)
     with atomic_write(path) as temporary, _writer(temporary, path.suffix.lower()) as writer:
         for start in tqdm(starts, desc="recommending", unit="batch", disable=None):
             batch = asked[start : start + BATCH]
-            found = recommender.recommend(batch, top_k=top_k, exclude_seen=exclude_seen, where=where)
+            inputs = recommender.tokenize(batch, on_unknown=on_unknown)
+            noted += sum(map(bool, inputs["notes"]))
+            found = recommender.answer(
+                inputs, top_k=top_k, exclude_seen=exclude_seen, where=where, on_unknown=on_unknown
+            )
             items = [row["item"] for rows in found for row in rows]
             known = {item: values.get("title") for item, values in zip(items, recommender.store.metadata(items))}
             columns = {
@@ -78,9 +89,10 @@ def export_recommendations(
                 "item_id": items,
                 "score": [row["score"] for rows in found for row in rows],
                 "title": [str(title) if (title := known[item] or (titles or {}).get(item)) else None for item in items],
+                "note": [row.get("note") for rows in found for row in rows],
             }
             writer.write_table(pa.table(columns, schema=SCHEMA))
-    return len(asked)
+    return len(asked), noted
 
 
 @contextmanager

@@ -134,6 +134,7 @@ class FaissStore(Store):
     set_seen = _of_store(EmbeddingStore.set_seen)
     add_seen = _of_store(EmbeddingStore.add_seen)
     seen = _of_store(EmbeddingStore.seen)
+    popular = _of_store(EmbeddingStore.popular)
     set_metadata = _of_store(EmbeddingStore.set_metadata)
     metadata = _of_store(EmbeddingStore.metadata)
     save_pretrained = _of_store(EmbeddingStore.save_pretrained)

@@ -32,6 +32,7 @@ from ..models.embedding_store import (
     check_search,
     check_vectors,
     check_where,
+    condition_parts,
     list_lengths,
 )
 
@@ -270,6 +271,10 @@ class MilvusStore(Store):
         lists = _joined(self._rows("seen", _unique("user", user_ids), SEEN_FIELDS, "user"))
         return [list(map(unquote, lists.get(_encoded(user), ()))) for user in user_ids]
 
+    def popular(self, top_k: int, where: Mapping[str, Any] | None = None) -> list[str]:
+        """As [`EmbeddingStore.popular`]; fetches the whole store."""
+        return self._embedded(KINDS).popular(top_k, where)
+
     # ---- metadata of items
 
     def set_metadata(self, item_ids: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
@@ -300,16 +305,18 @@ class MilvusStore(Store):
     ) -> tuple[list[list[str]], list[list[float]]]:
         """As [`EmbeddingStore.search`]; more items are fetched than asked for, and the excluded ones are left out here.
 
-        Milvus returns at most 16,384 items. Where `top_k` and the longest list of excluded items exceed that together, all items
-        are fetched and searched here.
+        Milvus returns at most 16,384 items. Where `top_k` and the longest list of excluded items exceed that together, or a filter
+        has an operator, all items are fetched and searched here.
         """
         matrix, lists, _ = check_search(self.embedding_dim, queries, top_k, exclude)
         excluded = [set(map(_encoded, items)) for items in lists]
-        expression = _filter_of(check_where(where or {}))
+        conditions = check_where(where or {})
+        expression = _filter_of(conditions)
         if not len(matrix) or not self.count("item"):
             return [[] for _ in matrix], [[] for _ in matrix]
         limit = top_k + max(map(len, excluded))
-        if limit > MAX_FOUND and self.count("item") > MAX_FOUND:
+        has_operator = any(condition_parts(one)[1] for one in conditions)
+        if has_operator or (limit > MAX_FOUND and self.count("item") > MAX_FOUND):
             return self._embedded(("item",)).search(queries, top_k, exclude, where)
         limit = min(limit, MAX_FOUND)
         ids, scores = [], []
