@@ -4,6 +4,8 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 
+DEMO = ["gradio>=6.31"]
+SERVE = ["fastapi>=0.115", "uvicorn>=0.30"]
 PEFT = ["peft>=0.17"]
 EVALUATE = ["evaluate>=0.4.6"]
 FAISS = ["faiss-cpu>=1.12"]
@@ -56,6 +58,8 @@ setup(
     ],
     extras_require={
         "test": TEST,
+        "demo": DEMO,
+        "serve": SERVE,
         "peft": PEFT,
         "evaluate": EVALUATE,
         "milvus": MILVUS,
