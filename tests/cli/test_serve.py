@@ -116,7 +116,14 @@ def test_a_bad_request_is_refused_in_one_sentence(client, path, body, says):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"[]", b"\xff\xfe", b'{"requests": [{"user": "\\ud800"}]}', b'{"requests": [{"user": "u001"}], "top_k": NaN}'],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"\xff\xfe",
+        b'{"requests": [{"user": "\\ud800"}]}',
+        b'{"requests": [{"user": "u001"}], "top_k": NaN}',
+    ],
 )
 def test_a_body_that_is_no_request_is_refused(client, content):
     response = client.post("/recommend", content=content, headers={"content-type": "application/json"})

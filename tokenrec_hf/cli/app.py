@@ -12,6 +12,7 @@ import inspect
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -451,6 +452,34 @@ def push(
 def info(repository: Name, revision: Revision = None) -> Document:
     """Show the contents, settings and results of a trained repository."""
     return {"repository": repository, **_open(repository, revision).info()}
+
+
+@app.command(epilog="example:\ntokenrec demo out")
+def demo(
+    repository: Name,
+    host: Host = "127.0.0.1",
+    port: Annotated[
+        int | None, Option(min=1, max=65535, show_default="the first free one from 7860", help="Port.")
+    ] = None,
+    store: URI = None,
+    revision: Revision = None,
+) -> None:
+    """Show a page with recommendations, their reasons, tokens and a map of the items.
+
+    The page loads nothing from the network. It shows the data of all users to everyone who can reach it.
+    """
+    opened = _open(repository, revision)
+    with working("opening the page"):
+        from . import demo as pages
+        from .showcase import Showcase
+
+        _quiet()
+        showcase = Showcase(opened.recommender(_store(store)), known_titles(opened.info()["dataset"]))
+        metrics = opened.metrics if opened.parts.metrics.is_file() else {}
+        page = pages.build(showcase, metrics, Path(repository).name)
+    with pages.serve(page, host, port) as address, contextlib.suppress(KeyboardInterrupt):
+        note(f"showing {repository} on {address}; Ctrl-C stops it.")
+        threading.Event().wait()
 
 
 @app.command(epilog="example:\ntokenrec serve out --port 8000")
