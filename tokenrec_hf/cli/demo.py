@@ -27,6 +27,7 @@ except ImportError:
 
 # Users and items that can be chosen from a list; the ids of others are typed.
 LISTED = 5_000
+STAGES = {"mq_user": "MQ-Tokenizer of users", "mq_item": "MQ-Tokenizer of items", "retrieval": "T5"}
 WIDTH, HEIGHT, MARGIN = 640, 420, 16
 # Colours that the colour-blind tell apart; the marks of the map differ in shape too.
 STYLE = """
@@ -69,13 +70,14 @@ def build(showcase: Showcase, metrics: Mapping[str, Any], name: str = "TokenRec"
         metrics: its `metrics.json`.
         name: the heading.
     """
-    users, filters = showcase.users[:LISTED], showcase.filters
+    users, filters = [("someone new", ""), *((user, user) for user in showcase.users[:LISTED])], showcase.filters
     items = [(title, item) for item, title in list(showcase.titles.items())[:LISTED]]
 
-    def answer(user: str | None, history: list[str], top_k: float, column: str | None, values: list[str]) -> list[str]:
-        where = {column: [filters[column].get(text, text) for text in values]} if column and values else {}
+    def answer(user: str, history: list[str], top_k: float, column: str | None, values: list[str]) -> list[str]:
+        # After another column was chosen, the values may still be those of the former one.
+        chosen = [filters[column][text] for text in values if text in filters[column]] if column else []
         try:
-            found = showcase.ask(user or None, history, int(top_k), where)
+            found = showcase.ask(user or None, history, int(top_k), {str(column): chosen} if chosen else {})
         except (KeyError, ValueError) as error:
             return [alert(str(error.args[0])), *[""] * 6]
         return [
@@ -97,19 +99,19 @@ def build(showcase: Showcase, metrics: Mapping[str, Any], name: str = "TokenRec"
             with gr.Row():
                 user = gr.Dropdown(
                     users,
-                    value=users[0] if users else None,
+                    value=showcase.users[0] if showcase.users else "",
                     label="User",
-                    info=f"Type to search{_listed(showcase.users)}. Empty: someone new.",
-                    allow_custom_value=True,
+                    info=f"Type to search{_listed(showcase.users)}.",
+                    allow_custom_value=len(showcase.users) > LISTED,
                     min_width=220,
                 )
                 history = gr.Dropdown(
                     items,
-                    value=[] if users else [item for _, item in items[:3]],
+                    value=[] if showcase.users else [item for _, item in items[:3]],
                     label="History, oldest first",
                     info=f"Type a title{_listed(showcase.titles)}. Empty: the user's own history.",
                     multiselect=True,
-                    allow_custom_value=True,
+                    allow_custom_value=len(showcase.titles) > LISTED,
                     min_width=280,
                     scale=2,
                 )
@@ -132,12 +134,10 @@ def build(showcase: Showcase, metrics: Mapping[str, Any], name: str = "TokenRec"
         with gr.Tab("Training"):
             html(training(showcase, metrics))
 
-        asked = [user, history, top_k, column, values]
-        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        gr.on([page.load, user.input, history.input, top_k.release, values.input], answer, asked, shown, **quiet)
-        column.input(lambda one: gr.Dropdown(list(filters.get(one, ())), value=[]), column, values, **quiet).then(
-            answer, asked, shown, **quiet
-        )
+        asked: list[Any] = [user, history, top_k, column, values]
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "trigger_mode": "always_last"}
+        gr.on([page.load, *(one.change for one in asked)], answer, asked, shown, **quiet)
+        column.change(lambda one: gr.Dropdown(list(filters.get(one, ())), value=[]), column, values, **quiet)
     return page
 
 
@@ -249,7 +249,7 @@ def prompt(found: Answer) -> str:
 
 
 def training(showcase: Showcase, metrics: Mapping[str, Any]) -> str:
-    """Accuracy by method, use of the codebooks, and time by stage."""
+    """Accuracy by method, time by stage, and use of the codebooks, of which users have the most."""
     tables = []
     for split in (name for name in ("test", "validation") if metrics.get(name)):
         results = metrics[split]
@@ -258,20 +258,23 @@ def training(showcase: Showcase, metrics: Mapping[str, Any]) -> str:
             [escape(LABELS[name]), *(_value(own[key], best[key]) for key in SHOWN)] for name, own in results.items()
         ]
         tables.append(_table("Accuracy", f"on {split} items", ["", *map(str.upper, SHOWN)], rows))
-    for kind, (_, size) in showcase.recommender.tokenizer.codebooks.items():
+    seconds = metrics.get("seconds", {})
+    longest = max((took for stages in seconds.values() for took in stages.values()), default=1)
+    stages = list(dict.fromkeys(stage for run in seconds.values() for stage in run))
+    rows = [
+        [
+            STAGES.get(stage, stage),
+            *(_value(run[stage], longest, ".1f") if stage in run else "" for run in seconds.values()),
+        ]
+        for stage in stages
+    ]
+    tables.append(_table("Seconds", "of each stage", ["", *seconds], rows))
+    for kind, (_, size) in reversed(showcase.recommender.tokenizer.codebooks.items()):
         rows = [
             [str(one.book), _value(one.used, 1, ".0%"), _value(one.perplexity, size, ".1f")]
             for one in showcase.usage(kind)
         ]
         tables.append(_table(f"Codebooks of {kind}s", f"{size} codewords each", ["book", "used", "perplexity"], rows))
-    seconds = metrics.get("seconds", {})
-    longest = max((took for stages in seconds.values() for took in stages.values()), default=1)
-    stages = list(dict.fromkeys(stage for run in seconds.values() for stage in run))
-    rows = [
-        [stage, *(_value(run[stage], longest, ".1f") if stage in run else "" for run in seconds.values())]
-        for stage in stages
-    ]
-    tables.append(_table("Seconds", "of each stage", ["", *seconds], rows))
     return _part(f"<div class=columns>{''.join(f'<div>{one}</div>' for one in tables)}</div>")
 
 
