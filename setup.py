@@ -17,6 +17,8 @@ TEST = [
     "hypothesis>=6",
     "sentencepiece>=0.2",
     "tensorboard>=2.18",
+    *DEMO,
+    *SERVE,
     *PEFT,
     *EVALUATE,
     *FAISS,
@@ -60,6 +62,8 @@ setup(
         "test": TEST,
         "demo": DEMO,
         "serve": SERVE,
+        # Beside Debian's chromium, for the walk through the page.
+        "browser": ["playwright>=1.50"],
         "peft": PEFT,
         "evaluate": EVALUATE,
         "milvus": MILVUS,

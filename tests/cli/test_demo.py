@@ -7,6 +7,7 @@ import subprocess
 import sys
 import urllib.request
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -113,6 +114,14 @@ def test_the_command_shows_the_page_until_it_is_interrupted(trained_repository):
         assert process.stdout.read() == ""
     finally:
         process.kill()
+
+
+def test_the_python_of_the_docs_shows_a_page(trained_repository, tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "demo.md").read_text(encoding="utf-8")
+    (tmp_path / "tokenrec-quickstart").symlink_to(trained_repository)
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r"^```python\n(.*?)^```", page, re.M | re.S)[1], {})
+    assert capsys.readouterr().out.startswith("http://127.0.0.1:")
 
 
 def test_a_port_that_is_taken_is_named(showcase):

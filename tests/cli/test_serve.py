@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 
@@ -131,6 +133,17 @@ def test_a_body_that_is_no_request_is_refused(client, content):
     assert isinstance(response.json()["detail"], str)
 
 
+def test_the_requests_of_the_docs_are_answered(client):
+    page = (Path(__file__).parents[2] / "docs" / "demo.md").read_text(encoding="utf-8")
+    curls = re.findall(r"^curl (?:--json '(.+)' )?localhost:8000(/\w+)$", page, re.M)
+    assert [path for _, path in curls] == ["/recommend", "/similar", "/health"]
+    for body, path in curls:
+        response = client.post(path, json=json.loads(body)) if body else client.get(path)
+        assert response.status_code == 200
+    refused = client.post("/recommend", json={"requests": [{"user": "nobody"}]})
+    assert json.loads(re.search(r"^```json\n(.+)\n```", page, re.M)[1]) == refused.json()
+
+
 def test_the_examples_of_the_api_are_requests_that_it_takes(client):
     document = client.get("/openapi.json").json()
     assert set(document["paths"]) == {"/recommend", "/similar", "/health"}
@@ -205,8 +218,9 @@ def test_the_service_follows_changes_and_stops_when_it_is_told(repository):
         body = {"requests": [{"user": "u001"}], "top_k": 5}
         best = ask("/recommend", body)["results"][0][0]["item"]
         repository.remove(items=[best])
+        end = time.monotonic() + 60
         while best in [one["item"] for one in ask("/recommend", body)["results"][0]]:
-            pass  # The timeout of the test run ends it.
+            assert time.monotonic() < end, "the change is not noticed"
 
         many = {"requests": [{"user": f"u{number:03d}"} for number in range(1, 257)], "top_k": 200}
         answers = []
