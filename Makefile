@@ -1,4 +1,4 @@
-.PHONY: install test lint results quickstart clean
+.PHONY: install test lint results quickstart site clean
 
 install:  ## editable, with everything that tests and lint need
 	pip install -c constraints.txt -e ".[dev]"
@@ -18,5 +18,8 @@ results:  ## tables and figures of docs/results.md and README.md from the record
 quickstart:  ## the whole job on the embedded data set
 	tokenrec quickstart
 
+site:  ## the documentation as pages that work from the disk
+	mkdocs build --strict
+
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis out-paper tokenrec-quickstart
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis out-paper tokenrec-quickstart

@@ -11,6 +11,7 @@ EVALUATE = ["evaluate>=0.4.6"]
 FAISS = ["faiss-cpu>=1.12"]
 MILVUS = ["pymilvus>=3", "milvus-lite>=3.2"]
 PAPER = ["implicit>=0.7.2", "matplotlib>=3.9", "scipy>=1.13"]
+DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=1"]
 TEST = [
     "pytest>=8",
     "pytest-xdist>=3.6",
@@ -69,7 +70,8 @@ setup(
         "milvus": MILVUS,
         "faiss": FAISS,
         "paper": PAPER,
-        "dev": [*TEST, "ruff>=0.15", "mypy>=1.15", "types-PyYAML", "pre-commit>=4"],
+        "docs": DOCS,
+        "dev": [*TEST, *DOCS, "ruff>=0.15", "mypy>=1.15", "types-PyYAML", "pre-commit>=4"],
     },
     entry_points={"console_scripts": ["tokenrec=tokenrec_hf.cli.app:main"]},
     classifiers=[

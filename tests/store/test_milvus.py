@@ -31,7 +31,7 @@ from tokenrec_hf.store.milvus import MilvusStore
 DIM = 3
 KINDS = ("user", "item")
 SEQUENCES = int(os.environ.get("TOKENREC_SEQUENCES", "10"))
-KILLS = int(os.environ.get("TOKENREC_KILLS", "3"))
+KILLS = int(os.environ.get("TOKENREC_KILLS", "2"))
 SERVER = os.environ.get("TOKENREC_MILVUS_URI")
 HOSTILE = [
     "it's",
