@@ -4,6 +4,8 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 
+DEMO = ["gradio>=6.31"]
+SERVE = ["fastapi>=0.115", "uvicorn>=0.30"]
 PEFT = ["peft>=0.17"]
 EVALUATE = ["evaluate>=0.4.6"]
 FAISS = ["faiss-cpu>=1.12"]
@@ -16,6 +18,8 @@ TEST = [
     "hypothesis>=6",
     "sentencepiece>=0.2",
     "tensorboard>=2.18",
+    *DEMO,
+    *SERVE,
     *PEFT,
     *EVALUATE,
     *FAISS,
@@ -57,6 +61,10 @@ setup(
     ],
     extras_require={
         "test": TEST,
+        "demo": DEMO,
+        "serve": SERVE,
+        # Beside Debian's chromium, for the walk through the page.
+        "browser": ["playwright>=1.50"],
         "peft": PEFT,
         "evaluate": EVALUATE,
         "milvus": MILVUS,

@@ -98,7 +98,7 @@ def test_the_version_is_that_of_the_distribution():
 
 # Names of a distribution that are not those of its modules.
 DISTRIBUTIONS = {"faiss": "faiss-cpu", "google": "protobuf", "huggingface_hub": "huggingface-hub", "yaml": "pyyaml"}
-OPTIONAL = {"evaluate", "faiss-cpu", "pymilvus"}
+OPTIONAL = {"evaluate", "faiss-cpu", "fastapi", "gradio", "pymilvus", "uvicorn"}
 
 
 def test_every_module_that_is_imported_is_a_requirement():

@@ -12,6 +12,7 @@ import inspect
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -25,6 +26,7 @@ from typer import Argument, Option
 from .. import __version__
 from ..evaluation.variants import VARIANTS
 from . import output
+from .naming import code_tokens, item_titles, known_titles
 from .output import Blocks, Document, note, working
 
 if TYPE_CHECKING:
@@ -54,6 +56,7 @@ URI = Annotated[
     ),
 ]
 ITEM_METADATA = "Table of items, with their ids and a column title, or any others that `recommend --where` filters by."
+Host = Annotated[str, Option(help="Address to listen on; 0.0.0.0 lets other machines in.")]
 TopK = Annotated[int, Option(metavar="K", help="Number of items.")]
 Where = Annotated[
     list[str] | None,
@@ -218,7 +221,7 @@ def quickstart(
         )
     log = (lambda line: None) if finished else note
     repository = build.train(splits, Recipe.load("quickstart"), output_dir, dataset_name="demo", log=log)
-    recommender, titles = repository.recommender(), _titles("demo")
+    recommender, titles = repository.recommender(), known_titles("demo")
     users = splits["test"]["user_id"][:3]
     found = recommender.recommend(users, top_k=5)
     return {
@@ -446,7 +449,7 @@ def similar(
         "items": [
             {"item": one, "tokens": tokens, "title": title, "similar": _ranked(recommender, titles, rows)}
             for one, tokens, title, rows in zip(
-                item, _tokens(recommender, "item", item), _titled(recommender, titles, item), found
+                item, code_tokens(recommender, "item", item), item_titles(recommender, titles, item), found
             )
         ],
     }
@@ -568,6 +571,58 @@ def push(
 def info(repository: Name, revision: Revision = None) -> Document:
     """Show the contents, settings and results of a trained repository."""
     return {"repository": repository, **_open(repository, revision).info()}
+
+
+@app.command(epilog="example:\ntokenrec demo out")
+def demo(
+    repository: Name,
+    host: Host = "127.0.0.1",
+    port: Annotated[
+        int | None, Option(min=1, max=65535, show_default="the first free one from 7860", help="Port.")
+    ] = None,
+    store: URI = None,
+    revision: Revision = None,
+) -> None:
+    """Show a page with recommendations, their reasons, tokens and a map of the items.
+
+    The page loads nothing from the network. It shows the data of all users to everyone who can reach it.
+    """
+    opened = _open(repository, revision)
+    with working("opening the page"):
+        from . import demo as pages
+        from .showcase import Showcase
+
+        _quiet()
+        showcase = Showcase(opened.recommender(_store(store)), known_titles(opened.info()["dataset"]))
+        metrics = opened.metrics if opened.parts.metrics.is_file() else {}
+        page = pages.build(showcase, metrics, Path(repository).name)
+    with pages.serve(page, host, port) as address, contextlib.suppress(KeyboardInterrupt):
+        note(f"showing {repository} on {address}; Ctrl-C stops it.")
+        threading.Event().wait()
+
+
+@app.command(epilog="example:\ntokenrec serve out --port 8000")
+def serve(
+    repository: Name,
+    host: Host = "127.0.0.1",
+    port: Annotated[int, Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    store: URI = None,
+    revision: Revision = None,
+) -> None:
+    """Answer requests for recommendations and similar items over HTTP.
+
+    POST /recommend and /similar, GET /health and /openapi.json. The repository is opened again when it has changed. Requests are
+    not authenticated: other machines should reach the service through a proxy only.
+    """
+    opened = _open(repository, revision)
+    from . import serve as service
+
+    listener = service.listen(host, port)
+    _quiet()
+    with working("opening the repository"):
+        answers = service.Service(opened, known_titles(opened.info()["dataset"]), _store(store))
+    note(f"serving {repository} on {_address(listener.getsockname())}; Ctrl-C stops it.")
+    service.run(answers, listener)
 
 
 # Arguments ------------------------------------------------------------------------------------------------------------
@@ -732,7 +787,13 @@ def _recommender(name: str, revision: str | None, store: str | None) -> tuple[Re
     repository = _open(name, revision)
     _quiet()
     with working("opening the repository"):
-        return repository.recommender(store=_store(store)), _titles(repository.info()["dataset"])
+        return repository.recommender(store=_store(store)), known_titles(repository.info()["dataset"])
+
+
+def _address(name: tuple) -> str:
+    """The URL of a socket's own address."""
+    host, port = name[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _store(uri: str | None) -> Store | None:
@@ -749,7 +810,7 @@ def _recommendations(
     is_known = user is not None and recommender.tokenizer.contains("user", [user]).all()
     return {
         "user": user,
-        "tokens": _tokens(recommender, "user", [str(user)])[0] if is_known else None,
+        "tokens": code_tokens(recommender, "user", [str(user)])[0] if is_known else None,
         "history": history,
         "recommendations": [{**row, "because": items} for row, items in zip(ranked, reasons)],
     }
@@ -758,33 +819,11 @@ def _recommendations(
 def _ranked(recommender: Recommender, titles: dict[str, str], found: Found) -> list[Document]:
     """Items with rank, tokens and title."""
     items = [row["item"] for row in found]
-    named = _titled(recommender, titles, items)
+    named = item_titles(recommender, titles, items)
     return [
         {"rank": rank, "item": row["item"], "score": row["score"], "tokens": code, "title": title}
-        for rank, (row, code, title) in enumerate(zip(found, _tokens(recommender, "item", items), named), 1)
+        for rank, (row, code, title) in enumerate(zip(found, code_tokens(recommender, "item", items), named), 1)
     ]
-
-
-def _titled(recommender: Recommender, titles: dict[str, str], items: Sequence[str]) -> list[str | None]:
-    """The title of each item: its metadata `title`, or that of a known data set."""
-    described = recommender.store.metadata(items)
-    return [str(own["title"]) if "title" in own else titles.get(item) for item, own in zip(items, described)]
-
-
-def _tokens(recommender: Recommender, kind: str, ids: Sequence[str]) -> list[str]:
-    """The code tokens of users or items, as they appear in a prompt."""
-    tokenizer = recommender.tokenizer
-    names, codes = tokenizer.code_token_ids(kind), tokenizer.codes(kind, ids)
-    return ["".join(tokenizer.convert_ids_to_tokens(names[range(len(names)), row].tolist())) for row in codes]
-
-
-def _titles(dataset: str | None) -> dict[str, str]:
-    from ..data.named_datasets import load_item_titles
-
-    try:
-        return load_item_titles(dataset) if dataset in ("demo", "ml-100k") else {}
-    except OSError:
-        return {}
 
 
 if __name__ == "__main__":
