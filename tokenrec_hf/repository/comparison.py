@@ -101,7 +101,7 @@ def _repository_ranks(repository: Repository, data: IndexedSplits) -> dict[str, 
             data,
             recipe.collator_arguments,
             batch_size=recipe.retrieval.training["per_device_eval_batch_size"],
-        ),
+        )["tokenrec"],
     }
     seen = data.interactions.of_users(data.holdout.users)
     return {
