@@ -397,7 +397,6 @@ class RepositoryFolder:
         self.additions = self.path / "additions.json"
         # Splits, records of finished stages and the selection run; never uploaded.
         self.training = self.path / "training"
-        self.committed = self.path / COMMITTED
 
     def mq(self, kind: str) -> Path:
         """The MQ-Tokenizer of `"user"` or `"item"`."""

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from ..models.codes import (
     COLLABORATIVE,
+    COMMITTED,
     LOCK,
     MANIFEST,
     MQ_FOLDERS,
@@ -85,7 +86,7 @@ class Repository:
             raise FileNotFoundError(
                 f"there is no folder {folder}; train one with `tokenrec train --output_dir {folder}`."
             )
-        if self.parts.committed.is_dir():
+        if (self.folder / COMMITTED).is_dir():
             self._check_links()
 
     @classmethod
@@ -332,7 +333,7 @@ class Repository:
                 for path in (*staged.rglob("*"), staged):
                     _flush(path)
                 # The commit: before this renaming nothing has changed, after it readers see the change.
-                os.rename(staged, self.parts.committed)
+                os.rename(staged, self.folder / COMMITTED)
             finally:
                 shutil.rmtree(staged, ignore_errors=True)
             # Readers find the change, whether or not it can be put in place now; if not, the next change does that.
@@ -341,14 +342,19 @@ class Repository:
 
     def leftovers(self) -> list[Path]:
         """What interrupted changes, writes and pushes have left: files and folders that no process works on."""
-        found = list(self.folder.glob(STAGED))
+        found = [*self.folder.glob(STAGED), *self.dead_copies()]
+        temporary = (path for path in self.folder.rglob(".*.tmp") if TEMPORARY.fullmatch(path.name))
+        hidden = (PUSHED, STAGED)
+        return found + [path for path in temporary if not path.relative_to(self.folder).parts[0].startswith(hidden)]
+
+    def dead_copies(self) -> list[Path]:
+        """The copies for pushes that no process works on."""
+        found = []
         for path in self.folder.glob(f"{PUSHED}*"):
             if path.is_dir() and not path.is_symlink():
                 with suppress(ValueError), exclusive(path):
                     found.append(path)
-        temporary = (path for path in self.folder.rglob(".*.tmp") if TEMPORARY.fullmatch(path.name))
-        hidden = (PUSHED, STAGED)
-        return found + [path for path in temporary if not path.relative_to(self.folder).parts[0].startswith(hidden)]
+        return found
 
     def _check_links(self) -> None:
         """Makes sure that a change stays inside the folder.
@@ -357,7 +363,7 @@ class Repository:
             ValueError: a folder of the repository, or a file that a change writes, is a link.
         """
         changed = (
-            self.parts.committed,
+            self.folder / COMMITTED,
             self.folder / STAGED,
             self.folder / LOCK,
             self.parts.store / LOCK,
@@ -370,7 +376,7 @@ class Repository:
             for parts in (self.parts, RepositoryFolder(self.selection))
             for folder in (parts.store, parts.collaborative, *map(parts.mq, MQ_FOLDERS))
         ]
-        for path in (*changed, *folders, *self.parts.committed.rglob("*")):
+        for path in (*changed, *folders, *(self.folder / COMMITTED).rglob("*")):
             if path.is_symlink():
                 raise ValueError(
                     f"{path} is a link to {path.resolve()}, so a change would reach outside the repository; replace it by what it "
@@ -379,18 +385,18 @@ class Repository:
 
     def _recover(self) -> None:
         """Completes a committed change, and removes an uncommitted one and the files of processes that have died."""
-        if self.parts.committed.is_dir():
+        if (self.folder / COMMITTED).is_dir():
             self._finish()
         for path in self.leftovers():
-            if path.is_dir():
-                shutil.rmtree(path)
+            if path.is_symlink() or path.is_file():
+                path.unlink()
             else:
-                path.unlink(missing_ok=True)
+                shutil.rmtree(path)
         self._sweep_stores()
 
     def _finish(self) -> None:
         """Puts the files of a committed change in place. Until all are, readers find them in the change."""
-        committed, finished = self.parts.committed, self.folder / STAGED
+        committed, finished = self.folder / COMMITTED, self.folder / STAGED
         for path in sorted(committed.rglob("*")):
             if path.is_file() and path.name != LOCK:
                 _place(path, self.folder / path.relative_to(committed))
