@@ -52,8 +52,8 @@ STAGES = (COLLABORATIVE, *MQ_FOLDERS.values(), RETRIEVAL, EVALUATION)
 DUE_SHARE, DUE_ERROR, DUE_FLOOR = 0.2, 2.0, 0.1
 # A change that is not committed, the copies that pushes are made from, and the files of interrupted writes.
 STAGED, PUSHED, TEMPORARY = ".update", ".push-", re.compile(r"\..+-[0-9a-f]{8}\.tmp")
-# A full disk, a file-size limit and a quota, as Python, safetensors and Arrow report them.
 _Method = TypeVar("_Method", bound=Callable[..., Any])
+# A full disk, a file-size limit and a quota, as Python, safetensors and Arrow report them.
 _NO_SPACE = re.compile(r"[Ee]rr(?:no|or) (?:27|28|122)\b")
 
 
@@ -205,6 +205,7 @@ class Repository:
 
         repair(self)
 
+    @_whole
     def info(self) -> dict[str, Any]:
         """Counts, settings, results and sizes, also of an unfinished training.
 
@@ -324,7 +325,11 @@ class Repository:
         """
         self._check_links()
         staged = self.folder / STAGED
-        with exclusive(self.folder), exclusive(self.parts.store), _space_named(self.folder):
+        with (
+            exclusive(self.folder),
+            exclusive(self.parts.store),
+            space_named(self.folder, "the repository is as it was"),
+        ):
             self._recover()
             staged.mkdir()
             try:
@@ -334,6 +339,7 @@ class Repository:
                     _flush(path)
                 # The commit: before this renaming nothing has changed, after it readers see the change.
                 os.rename(staged, self.folder / COMMITTED)
+                flush_names(self.folder)
             finally:
                 shutil.rmtree(staged, ignore_errors=True)
             # Readers find the change, whether or not it can be put in place now; if not, the next change does that.
@@ -450,16 +456,15 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _space_named(folder: Path) -> Iterator[None]:
-    """Turns the error of a full disk into a sentence."""
+def space_named(folder: Path, state: str) -> Iterator[None]:
+    """Turns the error of a full disk into a sentence, which says in what `state` the folder is."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         if not _NO_SPACE.search(str(error)):
             raise
         raise OSError(
-            f"no space left for {folder}, or a file is larger than allowed ({error}); the repository is as it was. Make room "
-            "and try again."
+            f"no space left for {folder}, or a file is larger than allowed ({error}); {state}. Make room and try again."
         ) from error
 
 
