@@ -14,7 +14,10 @@ from tokenrec_hf.cli.output import show_train
 from tokenrec_hf.evaluation.variants import LABELS, VARIANTS
 from tokenrec_hf.repository.repository import STAGES
 
-COMMANDS = ("quickstart", "train", "evaluate", "compare", "recommend", "similar", "add", "remove", "push", "info")
+COMMANDS = (
+    *("quickstart", "train", "evaluate", "compare", "recommend", "similar", "add", "remove", "verify", "push", "info"),
+    *("demo", "serve"),
+)
 
 
 def run(capsys, *argv):
@@ -792,6 +795,8 @@ def test_what_was_added_and_removed_is_said_in_words(capsys, repository, today):
     assert "added items  1, codes lose" in out
     _, out, _ = run(capsys, "remove", repository, "--users", "newbie")
     assert out.startswith("1 users were deleted and 0 items withdrawn")
+    _, out, _ = run(capsys, "remove", repository, "--users", "newbie")
+    assert out.startswith("0 users were deleted") and "Nothing was left to remove of user 'newbie'." in out
 
 
 def test_recommendations_can_be_filtered_by_metadata(capsys, repository):

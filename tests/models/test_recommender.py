@@ -6,12 +6,13 @@ import pandas as pd
 import pytest
 import torch
 
+from tokenrec_hf.models.codes import COMMITTED
 from tokenrec_hf.models.configuration_tokenrec import MQTokenizerConfig, T5GenerativeRetrievalConfig
 from tokenrec_hf.models.embedding_store import EmbeddingStore
 from tokenrec_hf.models.modeling_mq_tokenizer import MQTokenizerModel
 from tokenrec_hf.models.modeling_t5_retrieval import T5ForGenerativeRetrieval
 from tokenrec_hf.models.prompts import HISTORY_TEMPLATES, UNSEEN_TEMPLATE, USER_ONLY_TEMPLATES, render
-from tokenrec_hf.models.recommender import Recommender, RepositoryFolder, check_repository
+from tokenrec_hf.models.recommender import Recommender, check_repository
 from tokenrec_hf.training.initialization import build_tokenizer, prepare_mq_tokenizer
 
 DIM, NUM_ITEMS = 8, 40
@@ -354,7 +355,7 @@ def test_a_change_that_is_committed_is_read_before_its_files_are_in_place(reposi
     folder = shutil.copytree(repository, tmp_path / "copy")
     store = EmbeddingStore.open(folder)
     store.withdraw(["i9"])
-    store.save_pretrained(RepositoryFolder(folder).committed / "store")
+    store.save_pretrained(folder / COMMITTED / "store")
     before, after = (
         {row["item"] for row in Recommender.from_pretrained(one).recommend(["ann"], top_k=NUM_ITEMS)[0]}
         for one in (repository, folder)

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -175,6 +176,24 @@ def test_a_push_that_breaks_off_leaves_the_old_revision_whole(hub, repository, k
     assert Recommender.from_pretrained(NAME).store.count("item") == store.count("item")
     # The files of the former store are named by their content.
     assert sum(path.startswith("store/items") for path in hub.files(NAME)) == 1
+
+
+def test_a_push_takes_a_committed_change_along_and_sweeps_the_copy_of_a_killed_push(hub, repository, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Repository, "_finish", lambda repository: None)
+        Repository(repository).remove(users=EmbeddingStore.open(repository).ids("user")[:1])
+    if (child := os.fork()) == 0:
+        monkeypatch.setattr(
+            "huggingface_hub.HfApi.upload_folder", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+        )
+        Repository(repository).push_to_hub(NAME, include_users=True)
+    os.waitpid(child, 0)
+    assert len(list(repository.glob(".push-*/repository/store/users-*"))) == 1
+    Repository(repository).push_to_hub(NAME, include_users=True)
+    assert not list(repository.glob(".push-*"))
+    store = Recommender.from_pretrained(NAME).store
+    assert store.ids("user") == EmbeddingStore.open(repository).ids("user")
+    assert store.count("user") == 999 and not any(".update" in name for name in hub.files(NAME))
 
 
 def test_revisions_are_branches(hub, repository):

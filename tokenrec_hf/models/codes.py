@@ -307,7 +307,7 @@ def current(path: str | os.PathLike) -> Path:
     """Where readers find a file or a folder: in a change that is committed but not in place yet, if it is there."""
     path = Path(os.path.abspath(path))
     changed = (parent / COMMITTED / path.relative_to(parent) for parent in path.parents)
-    return next(filter(Path.exists, changed), path)
+    return next(filter(os.path.exists, changed), path)
 
 
 def read_whole(store: str | os.PathLike, read: Callable[[], Any]) -> Any:
@@ -397,7 +397,6 @@ class RepositoryFolder:
         self.additions = self.path / "additions.json"
         # Splits, records of finished stages and the selection run; never uploaded.
         self.training = self.path / "training"
-        self.committed = self.path / COMMITTED
 
     def mq(self, kind: str) -> Path:
         """The MQ-Tokenizer of `"user"` or `"item"`."""

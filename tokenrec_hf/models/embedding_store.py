@@ -189,8 +189,7 @@ class EmbeddingStore(Store):
         for kind, space_id in (space_ids or {}).items():
             self.space_ids[check_kind(kind)] = space_id
         self._lock = threading.RLock()
-        # The manifest as it was read or written last, by folder.
-        self._manifests: dict[Path, dict[str, Any]] = {}
+        self._manifests: dict[Path, dict[str, Any]] = {}  # As they were read or written last, by folder.
         self._index = {kind: IdIndex() for kind in KINDS}
         self._vectors = {kind: torch.empty(0, self.embedding_dim) for kind in KINDS}
         # Item rows of each user, int32, and the item vectors with their factors, once they are needed.
@@ -558,8 +557,7 @@ class EmbeddingStore(Store):
 
     @classmethod
     def _load(cls, place: Path) -> EmbeddingStore:
-        folder = current(place)
-        path = folder / MANIFEST
+        path = (folder := current(place)) / MANIFEST
         manifest = read_json(path)
         if manifest.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
             raise ValueError(

@@ -36,7 +36,7 @@ from ..training.initialization import build_retrieval_model, build_tokenizer, re
 from ..training.recipe import AUTO, Recipe, Setting
 from ..training.stages import SELECT_BY, train_collaborative, train_mq_tokenizer, train_retrieval
 from .card import write_model_card
-from .repository import EVALUATION, REFIT, RETRIEVAL, SELECTION, Repository, make_readable
+from .repository import EVALUATION, REFIT, RETRIEVAL, SELECTION, Repository, make_readable, space_named
 
 # The choices of `half_life: auto`, made on validation: whether the order of a history matters.
 HALF_LIVES = (None, 8)
@@ -208,7 +208,8 @@ class _TrainingRun:
             return
         started = time.monotonic()
         checkpoints = self.checkpoints / name
-        outcome = run(checkpoints)
+        with space_named(self.parts.path, "finished stages are kept"):
+            outcome = run(checkpoints)
         make_readable(self.parts.path)
         outcome["seconds"] = round(time.monotonic() - started, 1)
         self.record[name] = outcome

@@ -13,6 +13,7 @@ from huggingface_hub import HfApi
 from .. import models
 from ..models.codes import (
     COLLABORATIVE,
+    COMMITTED,
     LOCK,
     MANIFEST,
     MQ_FOLDERS,
@@ -82,7 +83,9 @@ def push(
     """
     check_repository(repository.folder)
     api = HfApi(token=token)
-    # In the repository, where the next change finds what a killed process leaves, because it may hold users.
+    for path in repository.dead_copies():
+        shutil.rmtree(path)
+    # Beside the files, where the next push or change finds what a killed process leaves, because it may hold users.
     with (
         tempfile.TemporaryDirectory(prefix=PUSHED, dir=repository.folder) as temporary,
         exclusive(Path(temporary)),
@@ -123,7 +126,7 @@ def _shared_files(folder: Path) -> dict[Path, Path]:
     # Those of a committed change replace the others.
     paths = {
         path.relative_to(place): path
-        for place in (folder, RepositoryFolder(folder).committed)
+        for place in (folder, folder / COMMITTED)
         for part, known in names.items()
         for path in sorted((place / part).glob("*"))
         if path.is_file() and (path.name in known or (_SHARD.fullmatch(path.name) and part != STORE_FOLDER))

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from ..models.codes import (
     COLLABORATIVE,
+    COMMITTED,
     LOCK,
     MANIFEST,
     MQ_FOLDERS,
@@ -51,8 +52,8 @@ STAGES = (COLLABORATIVE, *MQ_FOLDERS.values(), RETRIEVAL, EVALUATION)
 DUE_SHARE, DUE_ERROR, DUE_FLOOR = 0.2, 2.0, 0.1
 # A change that is not committed, the copies that pushes are made from, and the files of interrupted writes.
 STAGED, PUSHED, TEMPORARY = ".update", ".push-", re.compile(r"\..+-[0-9a-f]{8}\.tmp")
-# A full disk, a file-size limit and a quota, as Python, safetensors and Arrow report them.
 _Method = TypeVar("_Method", bound=Callable[..., Any])
+# A full disk, a file-size limit and a quota, as Python, safetensors and Arrow report them.
 _NO_SPACE = re.compile(r"[Ee]rr(?:no|or) (?:27|28|122)\b")
 
 
@@ -85,7 +86,7 @@ class Repository:
             raise FileNotFoundError(
                 f"there is no folder {folder}; train one with `tokenrec train --output_dir {folder}`."
             )
-        if self.parts.committed.is_dir():
+        if (self.folder / COMMITTED).is_dir():
             self._check_links()
 
     @classmethod
@@ -209,6 +210,7 @@ class Repository:
 
         repair(self)
 
+    @_whole
     def info(self) -> dict[str, Any]:
         """Counts, settings, results and sizes, also of an unfinished training.
 
@@ -328,7 +330,11 @@ class Repository:
         """
         self._check_links()
         staged = self.folder / STAGED
-        with exclusive(self.folder), exclusive(self.parts.store), _space_named(self.folder):
+        with (
+            exclusive(self.folder),
+            exclusive(self.parts.store),
+            space_named(self.folder, "the repository is as it was"),
+        ):
             self._recover()
             staged.mkdir()
             try:
@@ -337,7 +343,8 @@ class Repository:
                 for path in (*staged.rglob("*"), staged):
                     _flush(path)
                 # The commit: before this renaming nothing has changed, after it readers see the change.
-                os.rename(staged, self.parts.committed)
+                os.rename(staged, self.folder / COMMITTED)
+                flush_names(self.folder)
             finally:
                 shutil.rmtree(staged, ignore_errors=True)
             # Readers find the change, whether or not it can be put in place now; if not, the next change does that.
@@ -346,14 +353,19 @@ class Repository:
 
     def leftovers(self) -> list[Path]:
         """What interrupted changes, writes and pushes have left: files and folders that no process works on."""
-        found = list(self.folder.glob(STAGED))
+        found = [*self.folder.glob(STAGED), *self.dead_copies()]
+        temporary = (path for path in self.folder.rglob(".*.tmp") if TEMPORARY.fullmatch(path.name))
+        hidden = (PUSHED, STAGED)
+        return found + [path for path in temporary if not path.relative_to(self.folder).parts[0].startswith(hidden)]
+
+    def dead_copies(self) -> list[Path]:
+        """The copies for pushes that no process works on."""
+        found = []
         for path in self.folder.glob(f"{PUSHED}*"):
             if path.is_dir() and not path.is_symlink():
                 with suppress(ValueError), exclusive(path):
                     found.append(path)
-        temporary = (path for path in self.folder.rglob(".*.tmp") if TEMPORARY.fullmatch(path.name))
-        hidden = (PUSHED, STAGED)
-        return found + [path for path in temporary if not path.relative_to(self.folder).parts[0].startswith(hidden)]
+        return found
 
     def _check_links(self) -> None:
         """Makes sure that a change stays inside the folder.
@@ -362,7 +374,7 @@ class Repository:
             ValueError: a folder of the repository, or a file that a change writes, is a link.
         """
         changed = (
-            self.parts.committed,
+            self.folder / COMMITTED,
             self.folder / STAGED,
             self.folder / LOCK,
             self.parts.store / LOCK,
@@ -375,7 +387,7 @@ class Repository:
             for parts in (self.parts, RepositoryFolder(self.selection))
             for folder in (parts.store, parts.collaborative, *map(parts.mq, MQ_FOLDERS))
         ]
-        for path in (*changed, *folders, *self.parts.committed.rglob("*")):
+        for path in (*changed, *folders, *(self.folder / COMMITTED).rglob("*")):
             if path.is_symlink():
                 raise ValueError(
                     f"{path} is a link to {path.resolve()}, so a change would reach outside the repository; replace it by what it "
@@ -384,18 +396,18 @@ class Repository:
 
     def _recover(self) -> None:
         """Completes a committed change, and removes an uncommitted one and the files of processes that have died."""
-        if self.parts.committed.is_dir():
+        if (self.folder / COMMITTED).is_dir():
             self._finish()
         for path in self.leftovers():
-            if path.is_dir():
-                shutil.rmtree(path)
+            if path.is_symlink() or path.is_file():
+                path.unlink()
             else:
-                path.unlink(missing_ok=True)
+                shutil.rmtree(path)
         self._sweep_stores()
 
     def _finish(self) -> None:
         """Puts the files of a committed change in place. Until all are, readers find them in the change."""
-        committed, finished = self.parts.committed, self.folder / STAGED
+        committed, finished = self.folder / COMMITTED, self.folder / STAGED
         for path in sorted(committed.rglob("*")):
             if path.is_file() and path.name != LOCK:
                 _place(path, self.folder / path.relative_to(committed))
@@ -449,16 +461,15 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _space_named(folder: Path) -> Iterator[None]:
-    """Turns the error of a full disk into a sentence."""
+def space_named(folder: Path, state: str) -> Iterator[None]:
+    """Turns the error of a full disk into a sentence, which says in what `state` the folder is."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         if not _NO_SPACE.search(str(error)):
             raise
         raise OSError(
-            f"no space left for {folder}, or a file is larger than allowed ({error}); the repository is as it was. Make room "
-            "and try again."
+            f"no space left for {folder}, or a file is larger than allowed ({error}); {state}. Make room and try again."
         ) from error
 
 

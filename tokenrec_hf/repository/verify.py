@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..models.codes import (
     COLLABORATIVE,
+    COMMITTED,
     MQ_FOLDERS,
     RepositoryFolder,
     check_repository,
@@ -91,7 +92,7 @@ def _found(check: Callable[[], str]) -> Result:
 def _changes(repository: Repository) -> Result:
     """Whether no change was interrupted, and no process has left files behind."""
     remedy = "unless a process is changing the repository, run `tokenrec verify --repair`."
-    if repository.parts.committed.is_dir():
+    if (repository.folder / COMMITTED).is_dir():
         return False, f"a change is committed and readers see it, but not all of its files are in place; {remedy}"
     if leftovers := repository.leftovers():
         return (
