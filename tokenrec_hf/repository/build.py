@@ -90,10 +90,10 @@ def train(
             f"{os.environ['WORLD_SIZE']}; start `tokenrec train` without torchrun, and use examples/train_with_trainer.py to "
             "train T5 in several processes."
         )
-    RepositoryFolder(output_dir).training.mkdir(parents=True, exist_ok=True)
-    repository = Repository(output_dir)
     data = index_splits(splits, "validation")
     vectors = None if item_vectors is None else _vectors_of(item_vectors, data.item_ids, recipe)
+    RepositoryFolder(output_dir).training.mkdir(parents=True, exist_ok=True)
+    repository = Repository(output_dir)
     _claim(repository, splits, recipe, refit, vectors)
     _save_splits(repository, splits)
     place = repository.selection if refit else repository.folder
