@@ -204,7 +204,7 @@ def test_timestamps_in_seconds_and_milliseconds_are_not_mixed(write):
         load_interactions(path)
 
 
-def test_events_are_chosen_by_their_names(write):
+def test_events_are_chosen_by_their_names(write, caplog):
     rows = [
         ("u", "a", "view"),
         ("u", "b", "cart"),
@@ -218,6 +218,8 @@ def test_events_are_chosen_by_their_names(write):
     assert len(load_interactions(path)) == 5
     with pytest.raises(ValueError, match=r"has no event 'sell'; its events are 'buy', 'cart', 'view'\.$"):
         load_interactions(path, events=["sell"])
+    assert tuples(load_interactions(path, events=["buy", "sell"])) == [("u", "c"), ("u", "b")]
+    assert "has no event 'sell'; its events are 'buy', 'cart', 'view'." in caplog.text
     with pytest.raises(ValueError, match="has no event 'cart=3'; .* Events have no weights; name the ones that count"):
         load_interactions(path, events=["cart=3"])
     with pytest.raises(ValueError, match="needs events, but .* has no event column; name it by event_column"):

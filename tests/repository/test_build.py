@@ -21,6 +21,7 @@ from tokenrec_hf.models.tokenization_tokenrec import TokenRecTokenizer
 from tokenrec_hf.repository import build as training
 from tokenrec_hf.repository.build import build_collator, build_retrieval_model, train
 from tokenrec_hf.repository.repository import Repository
+from tokenrec_hf.repository.update import NewVectors
 from tokenrec_hf.training import stages
 from tokenrec_hf.training.recipe import Recipe
 
@@ -350,6 +351,49 @@ def test_several_processes_are_refused_before_anything_is_written(splits, recipe
     with pytest.raises(ValueError, match=r"the three stages run in one process.*train_with_trainer\.py"):
         train(splits, recipe, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_given_item_vectors_take_the_place_of_the_collaborative_model(splits, tmp_path):
+    small = {
+        "collaborative.config": {"half_life": None},
+        "mq_tokenizer.config": {"num_codebooks": 2, "codebook_size": 8},
+        "mq_tokenizer.user_codebooks": 2,
+        "retrieval.config": {
+            "d_model": 16,
+            "d_kv": 8,
+            "num_heads": 2,
+            "d_ff": 16,
+            "num_layers": 1,
+            "projection_dim": 16,
+        },
+        "retrieval.training": {"num_train_epochs": 1, "warmup_steps": 1},
+    }
+    recipe, ids = Recipe.load("best", overrides=small), index_splits(splits, "test").item_ids
+    random = torch.Generator().manual_seed(0)
+    given = NewVectors([*ids, "cold"], 5 * torch.randn(len(ids) + 1, 12, generator=random))
+    with pytest.raises(ValueError, match=f"1 of {len(ids)} items have no vector, such as '{ids[0]}'"):
+        train(splits, recipe, tmp_path, item_vectors=NewVectors(given.ids[1:], given.vectors[1:]))
+    with pytest.raises(ValueError, match="item vectors replace FISM, but the recipe's model is lightgcn"):
+        train(splits, Recipe.load("paper"), tmp_path, item_vectors=given)
+    repository = train(splits, recipe, tmp_path, item_vectors=given, refit=False)
+    store, unit = EmbeddingStore.open(repository.parts.store), torch.nn.functional.normalize(given.vectors, dim=1)
+    torch.testing.assert_close(store.get("item", given.ids)[:, :12], unit)
+    user = splits["test"]["user_id"][0]
+    train_pairs = zip(splits["train"]["user_id"], splits["train"]["item_id"])
+    history = [item for name, item in train_pairs if name == user]
+    expected = sum(unit[given.ids.index(item)] for item in history)
+    torch.testing.assert_close(store.get("user", [user])[0, :12], expected / expected.norm())
+    assert [check.finding for check in repository.audit() if check.passed is False] == []
+    # The same call repeats nothing, other vectors are another run.
+    train(splits, recipe, tmp_path, item_vectors=given, refit=False)
+    with pytest.raises(ValueError, match="holds a run with item_vectors = "):
+        train(splits, recipe, tmp_path, item_vectors=NewVectors(given.ids, given.vectors + 1), refit=False)
+
+
+def test_how_the_data_were_read_and_split_is_recorded(trained):
+    repository = Repository(trained.folder)
+    assert (repository.reading, repository.metrics["split_at"]) == ({}, None)
+    assert repository.metrics["evaluated_users"] == 40
 
 
 def test_other_data_are_refused(trained, recipe):

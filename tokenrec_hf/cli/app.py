@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ..models.embedding_store import Store
     from ..models.recommender import Recommendation, Recommender
     from ..repository.repository import Repository
+    from ..repository.update import NewVectors
 
     Found = Sequence[Recommendation]
 
@@ -261,6 +262,12 @@ def train(
     at: At = None,
     dry_run: Annotated[bool, Option("--dry_run", help="Only show what would be trained on.")] = False,
     item_metadata: Annotated[str | None, Option("--item_metadata", metavar="FILE", help=ITEM_METADATA)] = None,
+    item_vectors: Annotated[
+        str | None,
+        Option(
+            "--item_vectors", metavar="FILE", help="Parquet file with own vectors of items, instead of learning them."
+        ),
+    ] = None,
     settings: Annotated[list[str] | None, Argument(metavar="--SETTING VALUE", help="Any other setting.")] = None,
     *,
     reading: dict[str, Any],
@@ -283,7 +290,8 @@ def train(
             raise UsageError(str(error)) from None
         raise
     metadata = _item_metadata(item_metadata)
-    # Imports torch; missing files have been reported by now.
+    # Imports torch; other missing files have been reported by now.
+    vectors = None if item_vectors is None else _item_vectors(item_vectors)
     splits, report = _read_splits(dataset, {**reading, "k_core": k_core}, split, at)
     if dry_run:
         return {"dataset": name, **report}
@@ -291,7 +299,15 @@ def train(
 
     note(report["summary"])
     trained = build.train(
-        splits, loaded, output_dir, dataset_name=name, reading=reading, split_at=at, refit=not no_refit, log=note
+        splits,
+        loaded,
+        output_dir,
+        dataset_name=name,
+        reading=reading,
+        split_at=at,
+        item_vectors=vectors,
+        refit=not no_refit,
+        log=note,
     )
     if metadata:
         note(f"{trained.add(metadata=metadata)['described']} items are described by {item_metadata}.")
@@ -731,6 +747,12 @@ def _item_metadata(path: str | None) -> dict[str, dict[str, Any]] | None:
     from ..data.reading import read_items
 
     return dict(zip(*read_items(path)))
+
+
+def _item_vectors(path: str) -> NewVectors:
+    from ..repository.update import read_vectors
+
+    return read_vectors(path, "item")
 
 
 def _dataset_name(dataset: str) -> str:

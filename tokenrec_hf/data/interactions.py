@@ -275,7 +275,7 @@ def _clean(table: pa.Table, origin: str, options: ReadingOptions, k_core: int) -
     table = table.append_column("row", pa.array(np.arange(1, table.num_rows + 1)))
     if options.events is not None:
         table = _of_events(table, options.events, origin)
-    kept.append(("other events", table.num_rows))
+    kept.append(("of other events", table.num_rows))
     unused = {"event"} if options.min_rating is not None else {"event", "rating"}
     table = _complete(table.select([name for name in table.column_names if name not in unused]), origin, options)
     kept.append(("incomplete", table.num_rows))
@@ -319,8 +319,13 @@ def _of_events(table: pa.Table, events: Sequence[str], origin: str) -> pa.Table:
     column = _with_nulls(table["event"]).cast(pa.string())
     known = [event for event in pc.unique(column).to_pylist() if event is not None]
     if unknown := [event for event in events if event not in known]:
-        weights = " Events have no weights; name the ones that count." if "=" in unknown[0] else ""
-        raise ValueError(f"{origin} has no event {unknown[0]!r}; its events are {quoted(sorted(known)[:10])}.{weights}")
+        text = f"{origin} has no event {quoted(unknown)}; its events are {quoted(sorted(known)[:10])}."
+        if any("=" in event for event in unknown):
+            raise ValueError(f"{text} Events have no weights; name the ones that count.")
+        if len(unknown) == len(events):
+            raise ValueError(text)
+        # Of a day, some kinds may be missing.
+        logger.warning(text)
     return table.filter(pc.is_in(column, pa.array(events, pa.string())))
 
 

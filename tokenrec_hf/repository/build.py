@@ -7,6 +7,7 @@ and is evaluated once on the test items. A finished stage is not repeated; an in
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -14,10 +15,13 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from datasets import DatasetDict
 from transformers.dynamic_module_utils import custom_object_save
 
@@ -25,7 +29,7 @@ from ..data.collator import DataCollatorForGenerativeRetrieval
 from ..data.splits import SPLITS, Holdout, IndexedSplits, fingerprint, index_splits
 from ..evaluation.ranking import evaluate_baselines, evaluate_retrieval
 from ..evaluation.variants import VARIANTS
-from ..models.codes import COLLABORATIVE, MQ_FOLDERS, RepositoryFolder, atomic_write, read_json
+from ..models.codes import COLLABORATIVE, MQ_FOLDERS, IdIndex, RepositoryFolder, atomic_write, read_json
 from ..models.embedding_store import EmbeddingStore
 from ..models.modeling_collaborative import COLLABORATIVE_MODELS, load_collaborative, save_collaborative
 from ..models.modeling_mq_tokenizer import MQTokenizerModel
@@ -34,9 +38,10 @@ from ..models.tokenization_tokenrec import TokenRecTokenizer
 from ..training.datasets import past_user_embeddings
 from ..training.initialization import build_retrieval_model, build_tokenizer, retrieval_store
 from ..training.recipe import AUTO, Recipe, Setting
-from ..training.stages import SELECT_BY, train_collaborative, train_mq_tokenizer, train_retrieval
+from ..training.stages import SELECT_BY, fixed_collaborative, train_collaborative, train_mq_tokenizer, train_retrieval
 from .card import write_model_card
 from .repository import EVALUATION, REFIT, RETRIEVAL, SELECTION, Repository, make_readable, space_named
+from .update import NewVectors
 
 # The choices of `half_life: auto`, made on validation: whether the order of a history matters.
 HALF_LIVES = (None, 8)
@@ -54,6 +59,7 @@ def train(
     dataset_name: str = "custom",
     reading: Mapping[str, Any] | None = None,
     split_at: str | None = None,
+    item_vectors: NewVectors | None = None,
     refit: bool = True,
     log: Callable[[str], None] = lambda line: None,
 ) -> Repository:
@@ -66,6 +72,8 @@ def train(
         dataset_name: for the records.
         reading: options of `load_interactions`, to be recorded for further interactions.
         split_at: `at` of `temporal_split`, to be recorded for the audit; None after `leave_one_out`.
+        item_vectors: vectors of all items, in place of a trained collaborative model; further items are added as cold-start items.
+            The recipe's model must be FISM, so that users are histories.
         refit: train once more on training + validation interactions and evaluate on the test items. Without it the selection
             run is the result; its test metrics are those of a model that has not been trained on the validation items.
         log: receives a line about each step.
@@ -82,12 +90,14 @@ def train(
             f"{os.environ['WORLD_SIZE']}; start `tokenrec train` without torchrun, and use examples/train_with_trainer.py to "
             "train T5 in several processes."
         )
+    data = index_splits(splits, "validation")
+    vectors = None if item_vectors is None else _vectors_of(item_vectors, data.item_ids, recipe)
     RepositoryFolder(output_dir).training.mkdir(parents=True, exist_ok=True)
     repository = Repository(output_dir)
-    _claim(repository, splits, recipe, refit)
+    _claim(repository, splits, recipe, refit, vectors)
     _save_splits(repository, splits)
-    data = index_splits(splits, "validation")
-    selection = _TrainingRun(repository, SELECTION, repository.selection if refit else repository.folder, recipe, log)
+    place = repository.selection if refit else repository.folder
+    selection = _TrainingRun(repository, SELECTION, place, recipe, log, item_vectors=vectors)
     validation = selection.complete(data)
     metrics: dict[str, Any] = {
         "dataset": dataset_name,
@@ -107,13 +117,17 @@ def train(
         "seconds": {SELECTION: selection.seconds},
     }
     if refit:
-        final = _TrainingRun(repository, REFIT, repository.folder, selection.resolved, log, epochs=selection.epochs)
+        final = _TrainingRun(
+            repository, REFIT, repository.folder, selection.resolved, log, epochs=selection.epochs, item_vectors=vectors
+        )
         metrics["test"] = final.complete(index_splits(splits, "test"))
         metrics["codes"] = final.codes
         metrics["seconds"][REFIT] = final.seconds
     selection.resolved.save(repository.parts.recipe)
     _write_json(repository.parts.metrics, metrics)
     write_model_card(repository)
+    if item_vectors is not None:
+        _add_cold_start(repository, item_vectors)
     return repository
 
 
@@ -145,6 +159,7 @@ class _TrainingRun:
         recipe: all settings.
         log: receives a line about each stage.
         epochs: the lengths of the stages; without them they are chosen on the held-out items.
+        item_vectors: see [`train`]; in the order of the item rows, `[num_items, d]`.
     """
 
     def __init__(
@@ -155,7 +170,9 @@ class _TrainingRun:
         recipe: Recipe,
         log: Callable[[str], None],
         epochs: Mapping[str, float] | None = None,
+        item_vectors: torch.Tensor | None = None,
     ):
+        self.item_vectors = item_vectors
         self.name, self.parts, self.recipe, self.log = name, RepositoryFolder(folder), recipe, log
         self.fixed_epochs = epochs
         self.half_lives = HALF_LIVES if recipe.collaborative.config.get("half_life") == AUTO else ()
@@ -242,14 +259,18 @@ class _TrainingRun:
         self, data: IndexedSplits, holdout: Holdout | None, config: dict[str, Setting], checkpoints: Path
     ) -> Outcome:
         settings = self.recipe.collaborative
-        result = train_collaborative(
-            data.interactions,
-            settings.model_copy(update={"config": {**settings.config, **config}}),
-            checkpoints,
-            holdout=holdout,
-            epochs=(self.fixed_epochs or {}).get(COLLABORATIVE),
-            seed=self.recipe.seed,
-        )
+        settings = settings.model_copy(update={"config": {**settings.config, **config}})
+        if self.item_vectors is not None:
+            result = fixed_collaborative(data.interactions, settings, self.item_vectors, holdout)
+        else:
+            result = train_collaborative(
+                data.interactions,
+                settings,
+                checkpoints,
+                holdout=holdout,
+                epochs=(self.fixed_epochs or {}).get(COLLABORATIVE),
+                seed=self.recipe.seed,
+            )
         users, items = (
             [ids[row] for row in rows]
             for ids, rows in ((data.user_ids, data.interactions.users), (data.item_ids, data.interactions.items))
@@ -346,10 +367,37 @@ def _clearly_better(outcome: Outcome, former: Outcome, num_users: int) -> bool:
     return new - old > math.sqrt(old * (1 - old) / num_users)
 
 
-def _claim(repository: Repository, splits: DatasetDict, recipe: Recipe, refit: bool) -> None:
+def _vectors_of(given: NewVectors, item_ids: list[str], recipe: Recipe) -> torch.Tensor:
+    """The given vectors of items, in their order, `[num_items, d]`."""
+    if not COLLABORATIVE_MODELS[recipe.collaborative.model].users_are_histories:
+        raise ValueError(
+            f"item vectors replace FISM, but the recipe's model is {recipe.collaborative.model}; take the recipe best."
+        )
+    rows = IdIndex(given.ids, "item").rows(item_ids)
+    if (rows < 0).any():
+        raise ValueError(
+            f"{(rows < 0).sum()} of {len(rows)} items have no vector, such as {item_ids[int(np.argmin(rows))]!r}; give vectors of "
+            "all items."
+        )
+    return torch.as_tensor(given.vectors)[torch.from_numpy(rows)].float()
+
+
+def _add_cold_start(repository: Repository, given: NewVectors) -> None:
+    """Adds the items with vectors and without interactions, unless an earlier call has."""
+    known = EmbeddingStore.open(repository.parts.store).contains("item", list(given.ids))
+    if not known.all():
+        vectors = F.normalize(torch.as_tensor(given.vectors)[torch.from_numpy(~known)].float(), dim=1)
+        repository.add(items=NewVectors(list(compress(given.ids, ~known)), vectors))
+
+
+def _claim(
+    repository: Repository, splits: DatasetDict, recipe: Recipe, refit: bool, item_vectors: torch.Tensor | None
+) -> None:
     """Ties the folder to these data and settings, so that it never mixes stages of different trainings."""
     data = fingerprint(*(splits[name][column] for name in SPLITS for column in ("user_id", "item_id")))
     mine = json.loads(json.dumps({"data": data, "refit": refit, "recipe": recipe.to_dict()}))
+    if item_vectors is not None:
+        mine["item_vectors"] = hashlib.sha256(item_vectors.numpy().tobytes()).hexdigest()[:16]
     path = repository.record("run")
     if not path.is_file():
         _write_json(path, mine)

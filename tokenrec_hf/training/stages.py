@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 from transformers import (
@@ -38,6 +39,7 @@ from ..data.collator import DataCollatorForGenerativeRetrieval, PromptDataset
 from ..data.interaction_matrix import InteractionMatrix
 from ..data.splits import Holdout
 from ..evaluation.metrics import embedding_ranks, evaluate_embeddings, user_ndcg
+from ..models.configuration_tokenrec import FISMConfig
 from ..models.modeling_collaborative import COLLABORATIVE_MODELS, CollaborativeModel, FISMModel
 from ..models.modeling_mq_tokenizer import MQTokenizerModel
 from ..models.modeling_t5_retrieval import T5ForGenerativeRetrieval
@@ -203,6 +205,35 @@ def train_collaborative(
     if smoothed and holdout is not None:
         result.metrics |= metrics(model.user_embeddings().cpu()[holdout.users])
     return result
+
+
+def fixed_collaborative(
+    interactions: InteractionMatrix,
+    settings: CollaborativeSettings,
+    item_vectors: torch.Tensor,
+    holdout: Holdout | None = None,
+) -> StageResult[CollaborativeModel]:
+    """Step 0 with given vectors of items: a FISM that holds them in all tables and is not trained, so users are sums of items.
+
+    Args:
+        interactions: the training interactions.
+        settings: the recipe's section, with FISM.
+        item_vectors: of all items, `[num_items, d]`; their lengths are not used.
+        holdout: the validation items, to measure NDCG@20.
+    """
+    config = cast(FISMConfig, settings.model_configuration())
+    config.embedding_dim, config.recent_half_life = item_vectors.shape[1], None
+    model = FISMModel.from_interactions(config, interactions).eval()
+    with torch.no_grad():
+        for _, table in model.tables():
+            table.weight.copy_(F.normalize(item_vectors.float(), dim=1))
+    metrics = {}
+    if holdout is not None:
+        users, items = model.user_embeddings()[holdout.users], model.item_embeddings()
+        metrics = evaluate_embeddings(
+            users, items, holdout.targets, *interactions.of_users(holdout.users), cosine=False
+        )
+    return StageResult(model, 0, metrics)
 
 
 def train_mq_tokenizer(
