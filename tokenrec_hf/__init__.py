@@ -43,6 +43,7 @@ _NAMES = {
     "store.engines": ("open_store",),
     "store.faiss": ("FaissStore",),
     "store.milvus": ("MilvusStore",),
+    "repository.reranking": ("rerank",),
     "repository.update": ("NewVectors", "read_vectors"),
     "repository.build": ("train",),
     "repository.repository": ("Repository",),

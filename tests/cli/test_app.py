@@ -812,6 +812,43 @@ def test_recommendations_can_be_filtered_by_metadata(capsys, repository):
     assert_fails(capsys, "recommend", repository, "--user", user, "--where", "genre", says="NAME=VALUE", status=2)
 
 
+def test_filters_that_no_item_can_fit_say_what_there_is(capsys, repository, tmp_path):
+    argv = ("recommend", repository, "--user", "u001")
+    assert_fails(
+        capsys, *argv, "--where", "genre=jazz", says="'genre'; items have none; give them some with `add --item_me"
+    )
+    store = EmbeddingStore.open(repository)
+    items = store.ids("item")[:40]
+    metadata = [{"genre": ["jazz", "folk"][n % 2], "price": n, "title": f"No. {n}"} for n in range(40)]
+    store.set_metadata(items, metadata)
+    store.save_pretrained(repository / "store")
+    for command in (argv, ("similar", repository, "--item", "f001")):
+        assert_fails(capsys, *command, "--where", "gnre=jazz", says="'gnre'; there are 'genre', 'price', 'title'.")
+        assert_fails(capsys, *command, "--where", "genre=jazz", "genre=jaz", says="genre=jaz; genre is 'jazz', 'folk'.")
+        assert_fails(capsys, *command, "--where", "price<0", says="no item fits price<0; price is between 0 and 39.")
+        assert_fails(capsys, *command, "--where", "title~blue", says="'No. 7' and 32 more.")
+    assert_fails(capsys, *argv, "--max-per", "gnre=3", says="no item has the metadata 'gnre'; there are 'genre'")
+    out = ("recommend", repository, "--all-users", "--output", tmp_path / "out.csv")
+    assert_fails(capsys, *out, "--where", "genre=jaz", says="no item fits genre=jaz")
+    assert not (tmp_path / "out.csv").exists()
+    found = document(capsys, *argv, "--include-seen", "--where", "price<20", "price>=10", "title~NO. 1", "genre=folk")
+    assert {row["item"] for row in found["recommendations"]} == {items[n] for n in range(11, 20, 2)}
+    found = document(capsys, *argv, "--max-per", "genre=1", "--where", "price<30")["recommendations"]
+    assert len({items.index(row["item"]) % 2 for row in found}) == len(found) == 2
+
+
+def test_the_closest_known_ids_are_suggested(capsys, trained_repository, tmp_path):
+    argv = ("recommend", trained_repository)
+    assert_fails(capsys, *argv, "--user", "u0007", says="Did you mean 'u007'?")
+    assert_fails(capsys, *argv, "--user", "u001", "--history", "f001", "ff012", says="Did you mean 'f012'?")
+    assert_fails(capsys, "similar", trained_repository, "--item", "ff012", says="Did you mean 'f012'?")
+    (tmp_path / "users.txt").write_text("u001\nuu123\n")
+    output = ("--users-file", tmp_path / "users.txt", "--output", tmp_path / "out.csv")
+    assert_fails(capsys, *argv, *output, says="user 'uu123' is unknown (request 1)")
+    assert_fails(capsys, *argv, *output, says="Did you mean 'u123'?")
+    assert "Did you mean" not in run(capsys, *argv, "--user", "nobody at all")[2]
+
+
 @pytest.mark.parametrize(
     ("argv", "says", "status"),
     [

@@ -3,7 +3,7 @@ import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenrec_hf.cli.app import UsageError, _repeat_options, app, read_scalar, read_settings, read_where
+from tokenrec_hf.cli.app import UsageError, _repeat_options, app, read_limits, read_scalar, read_settings, read_where
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False) | st.integers())
@@ -56,7 +56,19 @@ def test_a_filter_collects_the_values_of_each_name():
         "stock": [True],
         "price": [3],
     }
+    assert read_where(["price<30", "price>=1e1", "title~5", "title~a<b"]) == {
+        "price<": [30],
+        "price>=": [10.0],
+        "title~": ["5", "a<b"],
+    }
     assert read_where([]) == {}
+
+
+def test_limits_are_positive_numbers_by_name():
+    assert read_limits(["genre=3", "artist=1"]) == {"genre": 3, "artist": 1}
+    for wrong in ("genre", "genre=0", "genre=-1", "genre=x", "=3", "genre=2.5"):
+        with pytest.raises(UsageError, match=f"--max-per {wrong} is not NAME=K"):
+            read_limits([wrong])
 
 
 @pytest.mark.parametrize("pair", ["genre", "=jazz", "--topk=5", ""])

@@ -75,6 +75,16 @@ def test_an_id_is_one_id_or_unknown(recommender, recommend, strange):
         assert "unknown" in sentence(caught) or "not in the store" in sentence(caught) or "neither" in sentence(caught)
 
 
+@pytest.mark.parametrize("strange", IDS.values(), ids=IDS)
+def test_a_strange_id_is_left_out_when_asked(recommender, recommend, strange):
+    """It stands for nothing: a user is answered as if nobody were named, a history as if the item were not in it."""
+    found = recommender.recommend([strange, "u001"], [None, ["f001", strange]], top_k=3, on_unknown="skip")
+    expected = recommender.recommend(["u001"], [["f001"]], top_k=3)[0]
+    assert found[0] == [] and [row["item"] for row in found[1]] == [row["item"] for row in expected]
+    assert all("is unknown" in row["note"] and len(row["note"]) < 200 for row in found[1])
+    assert recommend([{"user": strange}, {"history": [strange]}], on_unknown="skip") == [[], []]
+
+
 @pytest.mark.parametrize("strange", LISTS.values(), ids=LISTS)
 def test_what_is_no_list_of_ids_is_refused(recommender, recommend, strange):
     calls = [lambda: recommender.recommend(strange), lambda: recommender.recommend(["u001"], [strange])]
@@ -98,6 +108,35 @@ def test_a_prompt_that_names_nobody_and_nothing_is_refused(recommend, strange):
     with pytest.raises(ValueError, match="names no user and no item") as caught:
         recommend(strange)
     assert sentence(caught)
+
+
+@pytest.mark.parametrize(
+    "text", ["What next for user_u001 \ud800?", "user_u001 " + "x" * 1_000_000], ids=["half a pair", "long"]
+)
+def test_a_text_that_cannot_be_read_is_refused_or_skipped(recommend, text):
+    with pytest.raises(ValueError, match="text 0 ") as caught:
+        recommend(text)
+    assert sentence(caught)
+    assert recommend([text, {"user": "u001"}], top_k=3, on_unknown="skip") == [[], recommend({"user": "u001"}, top_k=3)]
+
+
+FILTERS = {
+    "no name": ({"": 1}, "is not made of letters"),
+    "a path": ({"../genre": "jazz"}, "is not made of letters"),
+    "two operators": ({"price<>": 3}, "is not made of letters"),
+    "code": ({"__import__('os')": 1}, "is not made of letters"),
+    "a number for a name": ({7: 1}, "is not made of letters"),
+    "nan": ({"price<": float("nan")}, "give a string, a boolean or a finite number"),
+    "a dict": ({"price": {"<": 3}}, "give a string, a boolean or a finite number"),
+}
+
+
+@pytest.mark.parametrize(("where", "says"), FILTERS.values(), ids=FILTERS)
+def test_a_filter_that_cannot_be_is_refused(recommender, where, says):
+    for call in (recommender.recommend, recommender.similar_items):
+        with pytest.raises(ValueError, match=says) as caught:
+            call(["u001"] if call == recommender.recommend else ["f001"], where=where)
+        assert sentence(caught)
 
 
 def test_one_request_of_a_list_does_not_change_another(recommender):

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -857,3 +858,28 @@ def test_what_is_removed_is_unknown_and_codes_are_saved_alone(shared, tmp_path):
             one.codes("item", ["08"])
         assert one.codes("item", ["24"]).tolist() == shared.codes("item", ["24"]).tolist()
     assert "08" in shared.ids("item")
+
+
+def test_a_text_that_is_not_unicode_or_too_long_is_refused_by_its_row():
+    tokenizer = make()
+    for text in ("What next for user_03 \ud800?", "\udfff"):
+        with pytest.raises(ValueError, match="text 1 holds half of a surrogate pair, so it is not Unicode text"):
+            tokenizer(["fine", text])
+    with pytest.raises(ValueError, match="text 0 has 1000001 characters, more than 1000000"):
+        tokenizer("x" * 1_000_001)
+
+
+def test_memory_grows_no_faster_than_the_text():
+    """Names without white space between them, any beginning of which could be an id of up to 256 characters."""
+    tokenizer = make(users={"0": (1, 2, 3), "1": (4, 5, 6), "x" * 256: (7, 8, 9)})
+
+    def peak(count):
+        tracemalloc.start()
+        assert len(tokenizer(".user_0!.user_1!" * count, return_entities=True)["user_ids"]) == 2 * count
+        memory = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return memory
+
+    peak(1)
+    small, large = peak(100), peak(800)
+    assert large < 12 * small and large < 5_000 * 800 * 16

@@ -11,6 +11,7 @@ import contextlib
 import inspect
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -26,6 +27,7 @@ from typer import Argument, Option
 from .. import __version__
 from ..evaluation.variants import VARIANTS
 from . import output
+from .hints import check_filters, suggestions
 from .naming import code_tokens, item_titles, known_titles
 from .output import Blocks, Document, note, working
 
@@ -61,7 +63,11 @@ Host = Annotated[str, Option(help="Address to listen on; 0.0.0.0 lets other mach
 TopK = Annotated[int, Option(metavar="K", help="Number of items.")]
 Where = Annotated[
     list[str] | None,
-    Option(metavar="NAME=VALUE ...", help="Only items with this metadata; values of the same name are alternatives."),
+    Option(
+        metavar="NAME=VALUE ...",
+        help="Only items with this metadata, also 'price<30' (<=, >, >=) and 'title~blue' (contains); values of the same name are "
+        "alternatives.",
+    ),
 ]
 
 SplitBy = Annotated[
@@ -384,7 +390,8 @@ def compare(
 @_command(
     "tokenrec recommend out --user 03 --history 08 24 --top-k 10",
     "tokenrec recommend out --all-users --output recommendations.parquet",
-    "tokenrec recommend org/name --history 08 24 --where genre=jazz genre=folk",
+    "tokenrec recommend org/name --history 08 24 --where genre=jazz genre=folk 'price<30'",
+    "tokenrec recommend out --user 03 --diversity 0.3 --max-per genre=3",
     show=output.show_recommendations,
 )
 def recommend(
@@ -410,6 +417,12 @@ def recommend(
         Literal["error", "skip", "popular"],
         Option("--on-unknown", help="Refuse unknown users and items, leave them out, or answer with popular items."),
     ] = "error",
+    diversity: Annotated[
+        float, Option(min=0, max=1, help="Weight against items that are similar to those listed before them.")
+    ] = 0.0,
+    max_per: Annotated[
+        list[str] | None, Option("--max-per", metavar="NAME=K ...", help="At most K items of equal metadata.")
+    ] = None,
 ) -> Document:
     """Recommend items to a user, to an unknown user by a history, or to many users into a file.
 
@@ -426,23 +439,23 @@ def recommend(
         raise UsageError("--output goes with --all-users or --users-file, and these need it.")
     if user is None and not shown and not several:
         raise UsageError("there is no user to recommend to; give --user, --history or both.")
-    filters = read_where(where or ())
+    options: dict[str, Any] = {"top_k": top_k, "exclude_seen": not include_seen, "on_unknown": on_unknown}
+    options |= {"where": read_where(where or ()), "diversity": diversity, "max_per": read_limits(max_per or ())}
     users = None if users_file is None else _lines(users_file)
     recommender, titles = _recommender(repository, revision, store)
-    options: dict[str, Any] = {
-        "top_k": top_k,
-        "exclude_seen": not include_seen,
-        "where": filters,
-        "on_unknown": on_unknown,
-    }
+    check_filters(recommender.store, options["where"], options["max_per"])
     if to is not None:
         from ..repository.export import export_recommendations
 
         started = time.monotonic()
-        count, noted = export_recommendations(recommender, to, users, titles=titles, **options)
+        with suggestions(recommender, user=users):
+            count, noted = export_recommendations(recommender, to, users, titles=titles, **options)
         return {"output": to, "users": count, "noted": noted, "seconds": round(time.monotonic() - started, 2)}
-    inputs = recommender.tokenize([user], [shown], on_unknown=on_unknown)
-    found = recommender.answer(inputs, **options)[0]
+    from ..repository.reranking import answer_reranked
+
+    with suggestions(recommender, user=[user] if user else None, item=shown):
+        inputs = recommender.tokenize([user], [shown], on_unknown=on_unknown)
+    found = answer_reranked(recommender, inputs, **options)[0]
     document = _recommendations(recommender, titles, user, inputs["item_ids"][0], found)
     return {**document, "note": found[0].get("note") if found else inputs["notes"][0] or None}
 
@@ -459,7 +472,9 @@ def similar(
     """List the items whose vectors are most similar to the vectors of given items."""
     filters = read_where(where or ())
     recommender, titles = _recommender(repository, revision, store)
-    found = recommender.similar_items(item, top_k=top_k, where=filters)
+    check_filters(recommender.store, filters)
+    with suggestions(recommender, item=item):
+        found = recommender.similar_items(item, top_k=top_k, where=filters)
     return {
         "repository": repository,
         "items": [
@@ -695,14 +710,27 @@ def read_scalar(text: str) -> Scalar:
 
 
 def read_where(pairs: Iterable[str]) -> dict[str, list[Scalar]]:
-    """`genre=jazz genre=folk in_stock=true` as `{"genre": ["jazz", "folk"], "in_stock": [True]}`."""
+    """`genre=jazz genre=folk price<30` as `{"genre": ["jazz", "folk"], "price<": [30]}`."""
     where: dict[str, list[Scalar]] = {}
     for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals or not name or name.startswith("-"):
-            raise UsageError(f"--where {pair} is not NAME=VALUE.")
-        where.setdefault(name, []).append(read_scalar(value))
+        match = re.fullmatch(r"([^\W\d]\w*)(=|<=?|>=?|~)(.*)", pair, re.ASCII | re.DOTALL)
+        if match is None:
+            raise UsageError(f"--where {pair} is not NAME=VALUE, NAME<VALUE, NAME>VALUE or NAME~TEXT.")
+        name, sign, value = match.groups()
+        condition = name if sign == "=" else name + sign
+        where.setdefault(condition, []).append(value if sign == "~" else read_scalar(value))
     return where
+
+
+def read_limits(pairs: Iterable[str]) -> dict[str, int]:
+    """`genre=3` as `{"genre": 3}`."""
+    limits = {}
+    for pair in pairs:
+        name, _, limit = pair.partition("=")
+        if not name or not limit.isdecimal() or int(limit) < 1:
+            raise UsageError(f"--max-per {pair} is not NAME=K with a positive K.")
+        limits[name] = int(limit)
+    return limits
 
 
 def _lines(path: str) -> list[str]:

@@ -61,8 +61,7 @@ _DATA_FILE = re.compile(r"[a-z]+-[0-9a-f]{16}\.safetensors")
 _TEMPORARY = re.compile(r"\.(users|items|store)[-.].*\.tmp")
 
 Vectors = torch.Tensor | np.ndarray
-# Values wanted by name, see [`~EmbeddingStore.search`].
-Where = Mapping[str, Any]
+Where = Mapping[str, Any]  # a filter of `EmbeddingStore.search`
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 

@@ -64,9 +64,8 @@ def find_entities(input_ids: torch.Tensor, mask: torch.Tensor, kind: dict[str, i
         kind: an entry of the configuration's `entity_tokens`.
     """
     first, count, last = kind["first"], kind["num_codebooks"], input_ids.shape[1] - 1
-    starts = (
-        (input_ids >= first) & (input_ids < first + kind["codebook_size"]) & mask
-    )  # tokens of the first codebook, [B, T]
+    # Tokens of the first codebook, [B, T].
+    starts = (input_ids >= first) & (input_ids < first + kind["codebook_size"]) & mask
     numbers = starts.sum(dim=1, keepdim=True)  # [B, 1]
     slots = torch.arange(max(int(numbers.max()), 1), device=input_ids.device)
     places = (~starts).long().argsort(dim=1, stable=True)[:, : len(slots)]  # [B, S]
@@ -264,12 +263,10 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
         embed = self._embeddings
         start = embed(self._start(len(input_ids)))
         history = embed(items.tokens).sum(dim=2)  # one position per item, [B, S, d_model]
-        # -1 stands for padding. Prompts of the same wording share one row of the encoder.
+        # -1 stands for padding. Prompts of the same wording share one row of the encoder's states, [wordings, W, d_model].
         texts = torch.where(words, input_ids, -1).gather(1, order)  # [B, W]
         wordings, which = texts.unique(dim=0, return_inverse=True)
-        states = self.get_encoder()(
-            wordings.clamp(min=0), wordings.ge(0).long()
-        ).last_hidden_state  # [wordings, W, d_model]
+        states = self.get_encoder()(wordings.clamp(min=0), wordings.ge(0).long()).last_hidden_state
         hidden = self.transformer(
             encoder_outputs=(states[which],),
             attention_mask=texts.ge(0).long(),

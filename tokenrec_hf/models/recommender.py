@@ -152,9 +152,8 @@ class Recommender:
             exclude_seen: leave out the items of the histories and those that the store records as seen.
             where: only items with this metadata, see [`EmbeddingStore.search`].
             template: the wording; one without history ignores the histories.
-            on_unknown: treatment of unknown users and items. `"error"` refuses all requests and names the bad ones. With
-                `"skip"`, unknown items are left out of the histories, an unknown user is answered by the history alone, and without
-                one by an empty list. `"popular"` gives the items that users have seen most often in place of an empty list.
+            on_unknown: `"error"` names all requests with unknown ids. `"skip"` leaves unknown ids out: an unknown user is answered by
+                the history alone, and without one by an empty list; with `"popular"`, by the items that users have seen most often.
 
         Returns:
             Per user a list of `{"item": id, "score": cosine}`, best first. Where something was left out of the request, each
@@ -175,8 +174,7 @@ class Recommender:
 
         Args:
             item_ids: ids in the store.
-            top_k: number of items; fewer are returned where fewer are left.
-            where: only items with this metadata, see [`EmbeddingStore.search`].
+            top_k, where: see `recommend`.
 
         Returns:
             Per item a list of `{"item": id, "score": cosine}`, best first.
@@ -283,11 +281,8 @@ class Recommender:
 
         Args:
             inputs: `input_ids` and `attention_mask`, `[B, T]`, and for each prompt the lists `user_ids` and `item_ids` of the
-                tokenizer's `return_entities=True`. A prompt without tokens has no items, or the most popular ones.
+                tokenizer's `return_entities=True`, which `exclude_seen` needs. A prompt without tokens has no items, or popular ones.
             top_k, exclude_seen, where, on_unknown: see `recommend`.
-
-        Raises:
-            ValueError: `exclude_seen` without the ids.
         """
         has_prompt, excluded = inputs["attention_mask"].any(dim=1), None
         is_asked = has_prompt.tolist()

@@ -40,6 +40,9 @@ _MENTION = re.compile(
 )
 _CODE_TOKEN = re.compile(r"<[uv]\d+-\d+>")
 _NON_WORD = re.compile(r"\W")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+# Characters of a text at most.
+MAX_TEXT_LENGTH = 1_000_000
 # Texts and entities whose tokens are remembered at most, of each kind.
 _REMEMBERED = 65_536
 # T5's pipeline begins a new word after an added token, so it decodes "item_08," as "item_08 ,".
@@ -425,6 +428,11 @@ class TokenRecTokenizer(TokenizersBackend):
 
     def _parse(self, texts: Sequence[str]) -> list[_Parsed]:
         """Parts each text into words and the entities between them: n + 1 strings, which are words, and n entities."""
+        for row, text in enumerate(texts):
+            if len(text) > MAX_TEXT_LENGTH:
+                raise ValueError(f"text {row} has {len(text)} characters, more than {MAX_TEXT_LENGTH}; shorten it.")
+            if not text.isascii() and _SURROGATE.search(text):
+                raise ValueError(f"text {row} holds half of a surrogate pair, so it is not Unicode text: {text!r:.80}.")
         matches = [[(match.end(), match[1], match[2]) for match in _MENTION.finditer(text)] for text in texts]
         runs = {(kind, run) for mentions in matches for _, kind, run in mentions}
         found = {kind: self._resolved(kind, [run for of, run in runs if of == kind]) for kind in LETTERS}

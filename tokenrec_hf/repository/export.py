@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from ..models.codes import atomic_write
 from ..models.recommender import OnUnknown, Recommender
+from .reranking import answer_reranked
 
 # Users at once; more are no faster and take more memory.
 BATCH = 1024
@@ -44,6 +45,8 @@ def export_recommendations(
     exclude_seen: bool = True,
     where: Mapping[str, Any] | None = None,
     on_unknown: OnUnknown = "error",
+    diversity: float = 0.0,
+    max_per: Mapping[str, int] | None = None,
     titles: Mapping[str, str] | None = None,
 ) -> tuple[int, int]:
     """Writes the best items of users, by their histories in the store; memory does not grow with their number.
@@ -55,6 +58,7 @@ def export_recommendations(
             no row.
         users: their ids; by default all users of the store.
         top_k, exclude_seen, where, on_unknown: see [`Recommender.recommend`].
+        diversity, max_per: see [`rerank`].
         titles: of items that have no `title` in their metadata.
 
     Returns:
@@ -71,6 +75,8 @@ def export_recommendations(
         # All at once, not batch by batch.
         recommender.known(asked, [()] * len(asked), on_unknown)
     path.parent.mkdir(parents=True, exist_ok=True)
+    options: dict[str, Any] = {"top_k": top_k, "exclude_seen": exclude_seen, "where": where, "on_unknown": on_unknown}
+    options |= {"diversity": diversity, "max_per": max_per}
     noted = 0
     starts = range(0, len(asked), BATCH)
     with atomic_write(path) as temporary, _writer(temporary, path.suffix.lower()) as writer:
@@ -78,9 +84,7 @@ def export_recommendations(
             batch = asked[start : start + BATCH]
             inputs = recommender.tokenize(batch, on_unknown=on_unknown)
             noted += sum(map(bool, inputs["notes"]))
-            found = recommender.answer(
-                inputs, top_k=top_k, exclude_seen=exclude_seen, where=where, on_unknown=on_unknown
-            )
+            found = answer_reranked(recommender, inputs, **options)
             items = [row["item"] for rows in found for row in rows]
             known = {item: values.get("title") for item, values in zip(items, recommender.store.metadata(items))}
             columns = {
