@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import hashlib
 import json
-import logging
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ from ..models.embedding_store import Store
 from ..models.recommender import Recommendation, Recommender
 from ..repository.repository import Repository
 from .naming import item_titles
+from .output import note
 
 try:
     import uvicorn
@@ -32,8 +32,6 @@ try:
     from fastapi.responses import JSONResponse
 except ImportError:
     raise ImportError('the service needs FastAPI and uvicorn: pip install "tokenrec-hf[serve]".') from None
-
-logger = logging.getLogger(__name__)
 
 MAX_BATCH, MAX_HISTORY, MAX_TOP_K = 256, 10_000, 1_000
 # Seconds between two looks at the repository, and the most that a shutdown waits for open requests.
@@ -165,7 +163,10 @@ class Service:
     def _open(self) -> tuple[Recommender, str]:
         # In this order, a change that is made meanwhile is noticed later.
         generation = self._generation()
-        return self.repository.recommender(self.store), generation
+        recommender = self.repository.recommender(self.store)
+        # Otherwise it is loaded for the first anonymous user, when the folder may be in another state.
+        _ = recommender.history_encoder
+        return recommender, generation
 
     def _generation(self) -> str:
         # The manifest is the last file that a change replaces.
@@ -261,11 +262,12 @@ async def _watch(service: Service) -> None:
         await asyncio.sleep(WATCH_EVERY)
         try:
             if await asyncio.to_thread(service.refresh):
-                logger.warning("%s has changed and was opened again.", service.repository.folder)
+                note(f"{service.repository.folder} has changed and was opened again.")
             said = None
-        except (OSError, ValueError) as error:
+        # Whatever is wrong with the new state, the former one goes on to answer.
+        except Exception as error:
             if str(error) != said:
-                logger.warning("%s has changed and cannot be opened yet: %s", service.repository.folder, error)
+                note(f"{service.repository.folder} has changed and cannot be opened yet: {error}", style="red")
             said = str(error)
 
 

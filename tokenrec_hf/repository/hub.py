@@ -33,6 +33,8 @@ from .card import write_model_card
 from .repository import PUSHED, Repository, exclusive
 from .update import without_users
 
+# Answers for an Inference Endpoint; only the Hub needs it.
+HANDLER = Path(__file__).parents[1] / "assets" / "handler.py"
 _CODE = {path.name for path in Path(models.__path__[0]).glob("[!_]*.py")}
 _MODEL = {"config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json"} | _CODE
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
@@ -40,7 +42,7 @@ _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _SHARED = {
     "": _MODEL
     | {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "codes.safetensors"}
-    | {"README.md", "metrics.json", "additions.json", "recipe.yaml"},
+    | {"README.md", HANDLER.name, "metrics.json", "additions.json", "recipe.yaml"},
     STORE_FOLDER: {MANIFEST},
     COLLABORATIVE: _MODEL | {"ids.safetensors"},
     **dict.fromkeys(MQ_FOLDERS.values(), _MODEL),
@@ -95,6 +97,7 @@ def push(
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         read_whole(repository.parts.store, lambda: copy_shared(repository.folder, prepared, include_users))
         write_model_card(Repository(prepared), repo_id)
+        shutil.copyfile(HANDLER, prepared / HANDLER.name)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         commit = api.upload_folder(
