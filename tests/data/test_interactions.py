@@ -496,6 +496,11 @@ def test_an_error_in_a_folder_is_named(write, tmp_path, train, test, sentence):
         ("user_id,item_id\n1,2\n", {"k_core": 0}, r"k_core is 0"),
         ("user_id,item_id\n1,2\n", {"keep": "all"}, r"keep is 'all'; .* the 'first' or the 'last' is kept"),
         ("user_id,item_id\n1,\n", {"drop_incomplete": True}, r"is left after drop_incomplete=True;"),
+        (
+            "user_id,item_id,time\n1,,\n1,2,\n",
+            {"drop_incomplete": True},
+            r"none of the 2 .* after drop_incomplete=True;",
+        ),
     ],
 )
 def test_an_error_in_a_table_is_named(write, content, options, sentence):

@@ -87,6 +87,13 @@ def test_a_changed_measurement_changes_the_card(repository, metrics):
     assert "0.9877" not in before
 
 
+def test_the_card_says_how_the_data_were_split(repository, metrics):
+    assert "Leave-one-out: the last item of each user" in model_card(Repository(repository))
+    (repository / "metrics.json").write_text(json.dumps({**metrics, "split_at": "2024-05-01"}))
+    card = model_card(Repository(repository))
+    assert "Temporal split at 2024-05-01" in card and "Leave-one-out" not in card
+
+
 def test_no_user_is_named(repository):
     card = model_card(Repository(repository))
     assert not any(re.search(rf"\b{user}\b", card) for user in EmbeddingStore.open(repository).ids("user"))

@@ -354,7 +354,7 @@ def evaluate(
 @_command("tokenrec compare out", "tokenrec compare --dataset ratings.csv --min_rating 4", show=output.show_comparison)
 def compare(
     repository: Annotated[
-        str | None, Argument(metavar="[REPOSITORY]", help="Folder that `tokenrec train` wrote, with its data.")
+        str | None, Argument(metavar="REPOSITORY", help="Folder that `tokenrec train` wrote, with its data.")
     ] = None,
     dataset: Annotated[
         str | None, Option(help="Interactions to compare the baselines on, without a repository.")

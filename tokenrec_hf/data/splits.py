@@ -12,9 +12,9 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict
 
 from ..models.codes import check_ids
+from .cleaning import encode_column, time_order, timestamp_unit
 from .files import quoted
 from .interaction_matrix import InteractionMatrix
-from .interactions import encode_column, time_order, timestamp_unit
 
 SPLITS = ("train", "validation", "test")
 # Ids read at once by `fingerprint`, so that it holds few strings in memory.
