@@ -54,7 +54,7 @@ ITEM_CHUNK, QUERY_CHUNK, SCORES = 16_384, 1_024, 1 << 20
 GROUP = 32
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _DATA_FILE = re.compile(r"[a-z]+-[0-9a-f]{16}\.safetensors")
-_TEMPORARY = re.compile(r"\.(users|items|store)[-.].*\.tmp")
+_TEMPORARY = re.compile(r"\.(users|items|store)[-.].*\.tmp|\.tmp\w{6}")
 
 Vectors = torch.Tensor | np.ndarray
 _Method = TypeVar("_Method", bound=Callable[..., Any])
