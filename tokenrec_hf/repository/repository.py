@@ -50,7 +50,8 @@ STAGES = (COLLABORATIVE, *MQ_FOLDERS.values(), RETRIEVAL, EVALUATION)
 # Retraining is due when the cold-start users or items are more than this share of the trained ones, or when their codes lose
 # this many times the variance that the trained ones lose (of the floor, where these lose almost nothing).
 DUE_SHARE, DUE_ERROR, DUE_FLOOR = 0.2, 2.0, 0.1
-# A change that is not committed, the copies that pushes are made from, and the files of interrupted writes, ours and safetensors'.
+# A change that is not committed, the copies that pushes are made from, and the files of interrupted writes, of which
+# safetensors makes the second kind.
 STAGED, PUSHED, TEMPORARY = ".update", ".push-", re.compile(r"\..+-[0-9a-f]{8}\.tmp|\.tmp\w{6}")
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 # A full disk, a file-size limit and a quota, as Python, safetensors and Arrow report them.
