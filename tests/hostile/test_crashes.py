@@ -131,7 +131,7 @@ def save_is_seen(folder):
 
 CHANGES = {"add": (add, add_is_seen), "remove": (remove, remove_is_seen), "save": (save, save_is_seen)}
 # The number of crash points, at least, and the step from one that is visited to the next.
-POINTS = {"add": (90, 14), "remove": (300, 55), "save": (30, 1)}
+POINTS = {"add": (80, 14), "remove": (300, 55), "save": (25, 1)}
 changes = pytest.mark.parametrize("name", CHANGES)
 
 

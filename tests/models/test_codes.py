@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tokenrec_hf.models import codes
 from tokenrec_hf.models.codes import (
+    MANIFEST,
     CodeTable,
     IdIndex,
     atomic_write,
@@ -16,6 +17,7 @@ from tokenrec_hf.models.codes import (
     load_indexes,
     load_tables,
     read_json,
+    read_whole,
     save_indexes,
     save_tables,
 )
@@ -318,3 +320,34 @@ def test_ids_hold_no_character_that_cannot_be_seen():
     for character in ("\0", "\u200b", "\u202e"):
         with pytest.raises(ValueError, match="contains a control or format character"):
             check_ids([f"a{character}"])
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_readers_of_several_files_read_again_if_a_change_came_between(tmp_path, missing):
+    (tmp_path / MANIFEST).write_text("old")
+    answers = []
+
+    def read():
+        before = (tmp_path / MANIFEST).read_text()
+        if not answers:
+            (tmp_path / MANIFEST).write_text("new")
+        answers.append((before, (tmp_path / MANIFEST).read_text()))
+        if missing and len(answers) == 1:
+            raise FileNotFoundError
+        return answers[-1]
+
+    assert read_whole(tmp_path, read) == ("new", "new")
+    assert answers == [("old", "new"), ("new", "new")]
+
+
+def test_an_error_that_no_change_explains_is_raised(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        read_whole(tmp_path, lambda: 1 / 0)
+
+
+def test_a_new_file_has_the_permissions_that_files_have(tmp_path):
+    (tmp_path / "plain").touch()
+    with atomic_write(tmp_path / "a") as path:
+        path.unlink()
+        path.touch(mode=0o600)
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -646,6 +646,7 @@ def test_a_new_save_leaves_nothing_of_the_old_one_but_other_files_alone(store, t
     (tmp_path / "model.safetensors").write_text("mine too")
     (tmp_path / ".users-0123abcd.tmp").write_text("half of a killed save")
     (tmp_path / ".store.json-0123abcd.tmp").write_text("half of another")
+    (tmp_path / ".tmpVsodXC").write_text("what safetensors leaves when it is killed")
     store.upsert("item", ["new"], torch.ones(1, DIM))
     store.save_pretrained(tmp_path)
     assert names(tmp_path) == {

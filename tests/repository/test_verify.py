@@ -87,6 +87,7 @@ DAMAGE = [
         lambda f: (f / ".update").mkdir(),
         r"1 files or folders are left of interrupted work, such as .*\.update",
     ),
+    ("changes", lambda f: (f / "collaborative" / ".tmpVsodXC").touch(), r"such as .*\.tmpVsodXC"),
     ("changes", lambda f: (f / ".codes.safetensors-0123abcd.tmp").touch(), r"such as .*0123abcd\.tmp"),
 ]
 

@@ -58,7 +58,7 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _CONDITION = re.compile("(.*?)(<=?|>=?|~|)", re.DOTALL)
 _COMPARISONS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 _DATA_FILE = re.compile(r"[a-z]+-[0-9a-f]{16}\.safetensors")
-_TEMPORARY = re.compile(r"\.(users|items|store)[-.].*\.tmp")
+_TEMPORARY = re.compile(r"\.(users|items|store)[-.].*\.tmp|\.tmp\w{6}")
 
 Vectors = torch.Tensor | np.ndarray
 Where = Mapping[str, Any]  # a filter of `EmbeddingStore.search`

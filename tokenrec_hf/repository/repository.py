@@ -50,8 +50,9 @@ STAGES = (COLLABORATIVE, *MQ_FOLDERS.values(), RETRIEVAL, EVALUATION)
 # Retraining is due when the cold-start users or items are more than this share of the trained ones, or when their codes lose
 # this many times the variance that the trained ones lose (of the floor, where these lose almost nothing).
 DUE_SHARE, DUE_ERROR, DUE_FLOOR = 0.2, 2.0, 0.1
-# A change that is not committed, the copies that pushes are made from, and the files of interrupted writes.
-STAGED, PUSHED, TEMPORARY = ".update", ".push-", re.compile(r"\..+-[0-9a-f]{8}\.tmp")
+# A change that is not committed, the copies that pushes are made from, and the files of interrupted writes, of which
+# safetensors makes the second kind.
+STAGED, PUSHED, TEMPORARY = ".update", ".push-", re.compile(r"\..+-[0-9a-f]{8}\.tmp|\.tmp\w{6}")
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 # A full disk, a file-size limit and a quota, as Python, safetensors and Arrow report them.
 _NO_SPACE = re.compile(r"[Ee]rr(?:no|or) (?:27|28|122)\b")
@@ -354,7 +355,7 @@ class Repository:
     def leftovers(self) -> list[Path]:
         """What interrupted changes, writes and pushes have left: files and folders that no process works on."""
         found = [*self.folder.glob(STAGED), *self.dead_copies()]
-        temporary = (path for path in self.folder.rglob(".*.tmp") if TEMPORARY.fullmatch(path.name))
+        temporary = (path for path in contents(self.folder) if TEMPORARY.fullmatch(path.name))
         hidden = (PUSHED, STAGED)
         return found + [path for path in temporary if not path.relative_to(self.folder).parts[0].startswith(hidden)]
 
@@ -387,7 +388,7 @@ class Repository:
             for parts in (self.parts, RepositoryFolder(self.selection))
             for folder in (parts.store, parts.collaborative, *map(parts.mq, MQ_FOLDERS))
         ]
-        for path in (*changed, *folders, *(self.folder / COMMITTED).rglob("*")):
+        for path in (*changed, *folders, *contents(self.folder / COMMITTED)):
             if path.is_symlink():
                 raise ValueError(
                     f"{path} is a link to {path.resolve()}, so a change would reach outside the repository; replace it by what it "
@@ -510,4 +511,13 @@ def _place(path: Path, target: Path) -> None:
 
 def _size(folder: Path) -> int:
     """Bytes of all files under a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    total = 0
+    for path in contents(folder):
+        with suppress(FileNotFoundError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
+
+
+def contents(folder: Path) -> Iterator[Path]:
+    """All files and folders under a folder, also while others appear and disappear; links are not followed."""
+    return (Path(place, name) for place, folders, files in os.walk(folder) for name in (*folders, *files))

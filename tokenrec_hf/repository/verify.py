@@ -29,7 +29,7 @@ from ..models.modeling_mq_tokenizer import MQTokenizerModel
 from ..models.modeling_t5_retrieval import T5ForGenerativeRetrieval
 from ..models.tokenization_tokenrec import TokenRecTokenizer, code_table
 from .audit import Check, Result, codes_and_vectors
-from .repository import SELECTION, Repository
+from .repository import SELECTION, Repository, contents
 
 REPOSITORY = "repository"
 
@@ -103,7 +103,9 @@ def _changes(repository: Repository) -> Result:
 
 
 def _settings(repository: Repository) -> str:
-    paths = [path for path in sorted(repository.folder.rglob("*.json")) if path.is_file()]
+    names = (path.relative_to(repository.folder) for path in contents(repository.folder) if path.suffix == ".json")
+    # Not those of a change that is being written.
+    paths = [repository.folder / name for name in names if not name.parts[0].startswith(".")]
     for path in paths:
         read_json(path)
     if repository.parts.recipe.is_file():
