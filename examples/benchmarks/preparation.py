@@ -11,7 +11,7 @@ from measure import Row, once, peak
 from tokenrec_hf import EmbeddingStore, leave_one_out, load_interactions
 from tokenrec_hf.data.splits import index_splits
 
-ROWS = 2_000_000
+ROWS = 20_000_000
 
 
 def rows() -> list[Row]:

@@ -30,7 +30,7 @@ def rows() -> list[Row]:
     found = [compare(what, lambda: kmeans(vectors, CODEWORDS), "faiss.Kmeans", lambda: faiss_kmeans(vectors))]
     for count, bar in ((1, ""), (VECTORS, "≥ 1")):
         ours, theirs = encoders(vectors[:count])
-        what = f"codes of {count:,} vectors, {BOOKS} residual codebooks"
+        what = f"codes of {f'{count:,} vectors' if count > 1 else 'a vector'}, {BOOKS} residual codebooks"
         found.append(compare(what, ours, "FAISS ResidualQuantizer, beam 1", theirs, bar=bar))
     ours, sparse = propagations()
     if not torch.allclose(ours(), sparse(), atol=1e-5):

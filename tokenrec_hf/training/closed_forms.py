@@ -25,8 +25,8 @@ SIDES = (("user", "item"), ("item", "user"))
 RIDGE = 1e-2
 # Weight in a history of an item that no known item came after.
 FAINT = 1e-3
-# Interactions of a chunk.
-CHUNK = 1 << 18
+# Interactions of a chunk: few enough that their vectors stay in the cache.
+CHUNK = 1 << 13
 
 
 class UnreachedError(ValueError):
