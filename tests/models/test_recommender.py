@@ -410,8 +410,8 @@ def test_all_bad_requests_are_named_at_once(recommender):
         recommender.recommend(users, histories)
     assert caught.value.args[0] == (
         "user 'zoe' is unknown (request 0); item 'x1' is unknown, item 'x2' is unknown, item 'x3' is unknown and 1 more "
-        "(request 1); neither a user nor a history is named (request 3); and 9 more requests; correct them, add them with "
-        "`tokenrec add`, or answer the other requests with on_unknown='skip' or 'popular'."
+        "(request 1); neither a user nor a history is named (request 3); and 9 more requests; correct or add what is unknown, or "
+        "pass on_unknown='skip' or 'popular'."
     )
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import tracemalloc
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -883,3 +884,16 @@ def test_memory_grows_no_faster_than_the_text():
     peak(1)
     small, large = peak(100), peak(800)
     assert large < 12 * small and large < 5_000 * 800 * 16
+
+
+def test_an_id_that_is_another_with_punctuation_warns_once():
+    items = {"w": (1, 1), "w?": (2, 2), "w?!": (3, 3), "x!": (4, 4)}
+    with pytest.warns(
+        UserWarning, match=r"item 'w\?' is item 'w' with punctuation, so a sentence .* names 'w\?'"
+    ) as caught:
+        tokenizer = make(items=items)
+    assert len(caught) == 1
+    assert tokenizer("Is it item_w?", return_entities=True)["item_ids"] == ["w?"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(items={"w": (1, 1), "x!": (4, 4), "w-1": (2, 2)})

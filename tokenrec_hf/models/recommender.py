@@ -262,8 +262,7 @@ class Recommender:
             bad = [f"{note} (request {row})" if len(users) > 1 else note for row, note in enumerate(notes) if note]
             more = f"; and {len(bad) - 3} more requests" * (len(bad) > 3)
             raise (KeyError if any(unknown.values()) else ValueError)(
-                f"{'; '.join(bad[:3])}{more}; correct them, add them with `tokenrec add`, or answer the other requests with "
-                "on_unknown='skip' or 'popular'."
+                f"{'; '.join(bad[:3])}{more}; correct or add what is unknown, or pass on_unknown='skip' or 'popular'."
             )
         users = [None if user in unknown["user"] else user for user in users]
         return users, [[item for item in history if item not in unknown["item"]] for history in shown], notes

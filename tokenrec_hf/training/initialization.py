@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import copy
 import os
+import string
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -128,6 +131,7 @@ def build_tokenizer(
         store.check_space(kind, space_ids[kind], "the tokenizer")
         codebooks[kind] = [mq.config.num_codebooks, mq.config.codebook_size]
         tables[kind] = code_table(kind, store.ids(kind), store.vectors(kind), mq)
+        _warn_of_punctuation(kind, store.ids(kind))
 
     backend = copy.deepcopy(base.backend_tokenizer)
     backend.no_padding()
@@ -146,6 +150,20 @@ def build_tokenizer(
     )
     tokenizer.attach(user_mq=user_mq, item_mq=item_mq)
     return tokenizer
+
+
+def _warn_of_punctuation(kind: str, ids: Sequence[str]) -> None:
+    """Warns once if an id is another one with punctuation at its end, because texts that name the other may be read as this one."""
+    known = set(ids)
+    for name in ids:
+        shorter = name.rstrip(string.punctuation)
+        if shorter != name and shorter in known:
+            warnings.warn(
+                f"{kind} {name!r} is {kind} {shorter!r} with punctuation, so a sentence that ends with {kind}_{name} names {name!r}; "
+                "rename one of them if prompts are written as text.",
+                stacklevel=3,
+            )
+            return
 
 
 def build_retrieval_model(
