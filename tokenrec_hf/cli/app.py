@@ -645,7 +645,9 @@ def _quiet() -> None:
     # datasets takes a tenth of the time of a cold `recommend` to import, which does not need it; when imported, it reads this.
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     if "datasets" in sys.modules:
-        sys.modules["datasets"].disable_progress_bars()
+        import datasets
+
+        datasets.disable_progress_bars()
 
 
 def _open(name: str, revision: str | None = None) -> Repository:

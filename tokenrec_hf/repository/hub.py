@@ -29,7 +29,7 @@ from .card import write_model_card
 from .repository import Repository
 
 # Answers for an Inference Endpoint; only the Hub needs it.
-HANDLER = Path(__file__).parents[1] / "assets" / "handler.py"
+HANDLER = Path(__file__).with_name("handler.py")
 _CODE = {path.name for path in Path(models.__path__[0]).glob("[!_]*.py")}
 _MODEL = {"config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json"} | _CODE
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
