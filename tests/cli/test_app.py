@@ -139,6 +139,11 @@ def test_help_and_usage_errors_import_nothing_heavy():
     assert imported == []
 
 
+def test_recommending_imports_no_datasets(trained_repository):
+    statuses, imported, _ = fresh(["recommend", trained_repository, "--user", "u001"])
+    assert statuses == [0] and "datasets" not in imported
+
+
 def test_info_and_missing_files_import_no_torch(trained_repository, tmp_path):
     missing = tmp_path / "missing"
     statuses, imported, _ = fresh(

@@ -235,6 +235,13 @@ def test_the_service_follows_changes_and_stops_when_it_is_told(repository):
         process.kill()
 
 
+@pytest.mark.parametrize("command", ["demo", "serve"])
+def test_help_shows_an_example(capsys, command):
+    assert main([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert f"tokenrec {command} out" in out.split("example")[1] and "--port" in out
+
+
 def test_a_port_that_is_taken_is_named(capsys, trained_repository):
     with serve.listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]

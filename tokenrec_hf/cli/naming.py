@@ -11,10 +11,17 @@ if TYPE_CHECKING:
 
 def known_titles(dataset: str | None) -> dict[str, str]:
     """The titles of the items of a known data set, by id; empty for any other."""
+    if dataset == "demo":
+        from ..data.demo import demo_titles
+
+        return demo_titles()
+    if dataset != "ml-100k":
+        return {}
+    # Imports pandas and datasets, which a recommendation needs for nothing else.
     from ..data.named_datasets import load_item_titles
 
     try:
-        return load_item_titles(dataset) if dataset in ("demo", "ml-100k") else {}
+        return load_item_titles(dataset)
     except OSError:
         return {}
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-from datasets import Dataset
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _GENRES = (
     ("Harbor", "Tide", "Lighthouse", "Sailor", "Reef"),
@@ -41,6 +45,9 @@ def demo_interactions(seed: int = 0, num_users: int = 1000, num_items: int = 300
     Raises:
         ValueError: there are too few users or items.
     """
+    # Imported here, because the titles need no more than the strings above.
+    from datasets import Dataset
+
     if num_users < 1 or num_items < 30:
         raise ValueError(f"the demo data set needs 1 user and 30 items or more, not {num_users} and {num_items}.")
     random = np.random.Generator(np.random.PCG64(seed))

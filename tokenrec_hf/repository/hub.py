@@ -34,7 +34,7 @@ from .repository import PUSHED, Repository, exclusive
 from .update import without_users
 
 # Answers for an Inference Endpoint; only the Hub needs it.
-HANDLER = Path(__file__).parents[1] / "assets" / "handler.py"
+HANDLER = Path(__file__).with_name("handler.py")
 _CODE = {path.name for path in Path(models.__path__[0]).glob("[!_]*.py")}
 _MODEL = {"config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json"} | _CODE
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
