@@ -92,7 +92,7 @@ def test_health_tells_what_is_served(client, recommender):
     [
         ("/recommend", {"requests": [{"user": "u001"}, {"user": "nobody"}]}, "nobody"),
         ("/recommend", {"requests": [{"user": "u001", "history": ["nothing"]}]}, "nothing"),
-        ("/recommend", {"requests": [{"user": "u001"}, {}]}, "request 1 names neither a user nor a history"),
+        ("/recommend", {"requests": [{"user": "u001"}, {}]}, "neither a user nor a history is named (request 1)"),
         ("/recommend", {"requests": [{"user": 7}]}, "body.requests.0.user: input should be a valid string."),
         ("/recommend", {"requests": [{"user": "u001", "name": "Ann"}]}, "body.requests.0.name: extra inputs"),
         ("/recommend", {"requests": {"user": "u001"}}, "body.requests: input should be a valid list."),
@@ -114,6 +114,15 @@ def test_a_bad_request_is_refused_in_one_sentence(client, path, body, says):
     assert response.status_code == 422
     detail = serve.Problem(**response.json()).detail
     assert says in detail and "\n" not in detail and detail.endswith((".", ")"))
+
+
+def test_one_bad_request_need_not_lose_the_others(client):
+    requests = [{"user": "u001"}, {"user": "nobody"}]
+    known, unknown = client.post("/recommend", json={"requests": requests, "on_unknown": "skip"}).json()["results"]
+    assert known == client.post("/recommend", json={"requests": requests[:1]}).json()["results"][0] and unknown == []
+    popular = client.post("/recommend", json={"requests": requests, "on_unknown": "popular"}).json()["results"][1]
+    assert len(popular) == 10 and all(serve.Item(**item).score is None for item in popular)
+    assert popular[0]["note"].startswith("user 'nobody' is unknown")
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from .. import __version__
 from ..models.codes import MANIFEST, RepositoryFolder
 from ..models.embedding_store import Store
-from ..models.recommender import Recommendation, Recommender
+from ..models.recommender import OnUnknown, Recommendation, Recommender
 from ..repository.repository import Repository
 from .naming import item_titles
 from .output import note
@@ -70,6 +70,9 @@ class RecommendRequest(Search):
 
     requests: list[Query] = Field(min_length=1, max_length=MAX_BATCH)
     exclude_seen: bool = Field(True, description="Leave out the items of the histories and those seen by the users.")
+    on_unknown: OnUnknown = Field(
+        "error", description="Refuse unknown users and items, leave them out, or answer with popular items."
+    )
 
 
 class SimilarRequest(Search):
@@ -82,8 +85,9 @@ class Item(Body):
     """An item of an answer."""
 
     item: str = Field(examples=["f036"])
-    score: float = Field(description="Cosine with the query.", examples=[0.71])
+    score: float | None = Field(description="Cosine with the query; null for a popular item.", examples=[0.71])
     title: str | None = Field(examples=["The Last Harbor"])
+    note: str = Field("", description="What was left out of the request, if anything was.", examples=[""])
 
 
 class Answer(Body):
@@ -143,6 +147,7 @@ class Service:
             top_k=request.top_k,
             exclude_seen=request.exclude_seen,
             where=request.where,
+            on_unknown=request.on_unknown,
         )
         return self._answer(recommender, found)
 
