@@ -223,6 +223,8 @@ def test_filters_take_any_value_as_a_value(backend):
     store.set_metadata(items[:1], [{"tag": None}])
     assert store.metadata(items[:1]) == [{}]
     assert store.search(torch.ones(1, DIM), 9, where={"tag": 2.5})[0][0] == [items[3]]
+    assert store.search(torch.ones(1, DIM), 9, where={"tag<": 3, "n>=": 1})[0][0] == [items[3]]
+    assert store.search(torch.ones(1, DIM), 9, where={"tag~": "OTH"})[0][0] == [items[1]]
     with pytest.raises(ValueError, match="metadata name 'a == 1 or b' is not made of letters"):
         store.search(torch.ones(1, DIM), 9, where={"a == 1 or b": 1})
 
