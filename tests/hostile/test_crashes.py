@@ -260,7 +260,7 @@ def test_a_limit_of_file_sizes_is_one_sentence_and_leaves_the_old_state(base, tm
     check_completes(name, folder)
 
 
-@changes
+@pytest.mark.parametrize("name", CHANGES if "TOKENREC_KILLS" in os.environ else ["save"])
 def test_a_killed_process_can_be_followed_by_another(base, tmp_path, name):
     """Real deaths, at any time: their number is in `TOKENREC_KILLS`."""
     folder, kills = copy(base, tmp_path / "killed"), int(os.environ.get("TOKENREC_KILLS", "1"))
