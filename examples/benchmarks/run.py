@@ -14,7 +14,9 @@ import json
 import multiprocessing
 import os
 import platform
+import sys
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -56,7 +58,9 @@ def main() -> None:
 def run(name: str) -> tuple[str, list[Row]]:
     """The first line of a benchmark's docstring, and its rows."""
     module = importlib.import_module(name)
-    return module.__doc__.split("\n")[0].rstrip("."), module.rows()
+    # What a benchmark prints is no part of the page.
+    with redirect_stdout(sys.stderr):
+        return module.__doc__.split("\n")[0].rstrip("."), module.rows()
 
 
 def introduction() -> str:
