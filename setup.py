@@ -44,7 +44,7 @@ setup(
         "datasets>=4",
         "accelerate>=1.10",
         "huggingface-hub>=2",
-        "filelock>=3.10",
+        "filelock>=3.20.1",
         "safetensors>=0.6",
         "numpy>=2",
         "pandas>=2.2",

@@ -97,8 +97,14 @@ def test_the_version_is_that_of_the_distribution():
 
 
 # Names of a distribution that are not those of its modules.
-DISTRIBUTIONS = {"faiss": "faiss-cpu", "google": "protobuf", "huggingface_hub": "huggingface-hub", "yaml": "pyyaml"}
-OPTIONAL = {"evaluate", "faiss-cpu", "fastapi", "gradio", "pymilvus", "uvicorn"}
+DISTRIBUTIONS = {
+    "faiss": "faiss-cpu",
+    "google": "protobuf",
+    "huggingface_hub": "huggingface-hub",
+    "milvus_lite": "milvus-lite",
+    "yaml": "pyyaml",
+}
+OPTIONAL = {"evaluate", "faiss-cpu", "fastapi", "gradio", "milvus-lite", "pymilvus", "uvicorn"}
 
 
 def test_every_module_that_is_imported_is_a_requirement():

@@ -15,8 +15,17 @@ from tokenrec_hf.evaluation.variants import LABELS, VARIANTS
 from tokenrec_hf.repository.repository import STAGES
 
 COMMANDS = (
-    *("quickstart", "train", "evaluate", "compare", "recommend", "similar", "add", "remove", "verify", "push", "info"),
-    *("demo", "serve"),
+    "quickstart",
+    "train",
+    "evaluate",
+    "compare",
+    "recommend",
+    "similar",
+    "add",
+    "remove",
+    "verify",
+    "push",
+    "info",
 )
 
 
