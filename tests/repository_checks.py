@@ -3,11 +3,14 @@
 from datasets import Dataset
 
 from tokenrec_hf import EmbeddingStore, T5ForGenerativeRetrieval, TokenRecTokenizer
+from tokenrec_hf.models.codes import LOCK
 from tokenrec_hf.models.modeling_mq_tokenizer import MQTokenizerModel
 
 
 def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """The content of all files, locks apart."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != LOCK)
+    return {path.relative_to(folder): path.read_bytes() for path in files}
 
 
 def interactions(*pairs):
