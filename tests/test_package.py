@@ -315,7 +315,7 @@ def test_a_room_imports_only_from_the_rooms_below_it(room):
     assert wrong == []
 
 
-BROUGHT = {"torch", "transformers", "safetensors", "numpy", "huggingface_hub", "tokenizers"}
+BROUGHT = {"filelock", "torch", "transformers", "safetensors", "numpy", "huggingface_hub", "tokenizers"}
 
 
 def test_the_models_import_siblings_in_the_only_form_that_the_hub_loader_copies():

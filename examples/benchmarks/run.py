@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import platform
 import sys
+import textwrap
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import asdict
@@ -65,13 +66,14 @@ def run(name: str) -> tuple[str, list[Row]]:
 
 def introduction() -> str:
     """How and where the table was made."""
-    return (
-        f"# Performance\n\nMade by `OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', '')} python "
-        f"examples/benchmarks/run.py` on {date.today()}:\n{processor()}, {os.cpu_count()} cores, Python "
-        f"{platform.python_version()}. Times are CPU times, medians over\nturns in which both sides alternate in one "
-        "process. A ratio is the peer's time divided by ours, with\nits quartiles: above 1, ours is faster. Where no random "
-        "start makes the results differ, the benchmarks\ncheck that both sides give the same."
+    text = (
+        f"Made by `OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', '')} python examples/benchmarks/run.py` on "
+        f"{date.today()}: {processor()}, {os.cpu_count()} cores, Python {platform.python_version()}. Times are CPU times, "
+        "medians over turns in which both sides alternate in one process. A ratio is the peer's time divided by ours, with its "
+        "quartiles: above 1, ours is faster. Where no random start makes the results differ, the benchmarks check that both "
+        "sides give the same."
     )
+    return f"# Performance\n\n{textwrap.fill(text, 100)}"
 
 
 def processor() -> str:
