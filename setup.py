@@ -10,6 +10,7 @@ PEFT = ["peft>=0.17"]
 EVALUATE = ["evaluate>=0.4.6"]
 FAISS = ["faiss-cpu>=1.12"]
 MILVUS = ["pymilvus>=3", "milvus-lite>=3.2"]
+BROWSER = ["playwright>=1.50"]
 PAPER = ["implicit>=0.7.2", "matplotlib>=3.9", "scipy>=1.13"]
 DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=1"]
 TEST = [
@@ -64,7 +65,7 @@ setup(
         "demo": DEMO,
         "serve": SERVE,
         # Beside Debian's chromium, for the walk through the page.
-        "browser": ["playwright>=1.50"],
+        "browser": BROWSER,
         "peft": PEFT,
         "evaluate": EVALUATE,
         "milvus": MILVUS,
@@ -72,7 +73,7 @@ setup(
         "bench": FAISS,
         "paper": PAPER,
         "docs": DOCS,
-        "dev": [*TEST, *DOCS, "ruff>=0.15", "mypy>=1.15", "types-PyYAML", "pre-commit>=4"],
+        "dev": [*TEST, *DOCS, *BROWSER, "ruff>=0.15", "mypy>=1.15", "types-PyYAML", "pre-commit>=4"],
     },
     entry_points={"console_scripts": ["tokenrec=tokenrec_hf.cli.app:main"]},
     classifiers=[
