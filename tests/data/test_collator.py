@@ -431,3 +431,8 @@ def test_with_next_items_the_target_follows_the_whole_history_and_is_the_only_la
         assert batch["labels"][user].tolist()[: len(history) + 1] == [IGNORED] * len(history) + [user]
         assert items_in(batch["labels"][user]) == [user]
         assert prompt_tokens(batch, user) == tokens_of(tokenizer, template, user, history)
+
+
+def test_columns_that_trainer_has_removed_are_named(tokenizer):
+    with pytest.raises(ValueError, match="remove_unused_columns=False"):
+        make_collator(tokenizer)([{}, {}])

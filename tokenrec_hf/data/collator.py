@@ -137,7 +137,16 @@ class DataCollatorForGenerativeRetrieval:
         self.training_capacity = np.minimum(train_history or max_history, self.capacity)
 
     def __call__(self, features: Sequence[dict[str, int]]) -> dict[str, torch.Tensor]:
-        """Makes a batch, see the class."""
+        """Makes a batch, see the class.
+
+        Raises:
+            ValueError: the examples have lost their columns.
+        """
+        if "user" not in features[0]:
+            raise ValueError(
+                "the examples have no 'user': Trainer removes what the model's forward does not name; set "
+                "remove_unused_columns=False in its TrainingArguments."
+            )
         users = np.array([feature["user"] for feature in features])
         epoch = features[0]["epoch"]
         targets = np.array([feature["target"] for feature in features]) if "target" in features[0] else None

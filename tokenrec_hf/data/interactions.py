@@ -131,7 +131,8 @@ def load_interactions(
     incomplete rows and those below `min_rating`. If a user interacted with an item several times, one interaction remains.
     Users and items outside the k-core are dropped last.
 
-    An empty value, `NULL`, `nan` or `N/A` is missing, and so are the spellings of databases and pandas. Columns that are not used may lack values.
+    An empty value, `NULL`, `nan` or `N/A` is missing, and so are the spellings of databases and pandas. Columns that are not
+    used may lack values.
 
     Args:
         source: one of
