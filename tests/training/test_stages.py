@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import set_seed
+from transformers import TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from tokenrec_hf.data.collator import DataCollatorForGenerativeRetrieval, PromptDataset
 from tokenrec_hf.data.demo import demo_interactions
@@ -19,6 +19,7 @@ from tokenrec_hf.training.closed_forms import smooth_tables
 from tokenrec_hf.training.initialization import build_tokenizer, entity_tokens
 from tokenrec_hf.training.recipe import CollaborativeSettings, MQTokenizerSettings, Recipe, RetrievalSettings
 from tokenrec_hf.training.stages import (
+    SetEpoch,
     by_history_length,
     train_collaborative,
     train_mq_tokenizer,
@@ -461,3 +462,10 @@ def test_large_data_get_fewer_epochs(data, tmp_path, most_steps, epochs):
     training = {"num_train_epochs": 3, "per_device_train_batch_size": -(-len(data.interactions) // 2)}
     settings = changed(Recipe.load("paper").collaborative, training=training, most_steps=most_steps)
     assert stages.train_collaborative(data.interactions, settings, tmp_path).epochs == epochs
+
+
+def test_workers_that_would_not_hear_of_new_epochs_are_refused(tmp_path):
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], **workers)
+    with pytest.raises(ValueError, match="dataloader_persistent_workers"):
+        SetEpoch(PromptDataset(np.arange(3))).on_train_begin(arguments, TrainerState(), TrainerControl())

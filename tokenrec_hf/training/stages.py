@@ -96,6 +96,18 @@ class SetEpoch(TrainerCallback):
     def __init__(self, dataset: HistoryDataset | InteractionDataset | PromptDataset):
         self.dataset = dataset
 
+    def on_train_begin(self, args: TrainingArguments, *_: object, **__: object) -> None:
+        """Makes sure that the workers of a data loader hear of each epoch.
+
+        Raises:
+            ValueError: workers are kept from epoch to epoch.
+        """
+        if args.dataloader_persistent_workers:
+            raise ValueError(
+                "dataloader_persistent_workers keeps copies of the data set, which would draw the same prompts in every epoch; "
+                "leave it off."
+            )
+
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, *_: object, **__: object) -> None:
         """Passes the epoch on, also after a resumption in mid-epoch."""
         self.dataset.set_epoch(int((state.epoch or 0) + 1e-6))
