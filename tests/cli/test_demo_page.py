@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -103,7 +104,11 @@ def test_ids_and_titles_are_text_and_no_html(trained_repository):
 
 def test_the_command_shows_the_page_until_it_is_interrupted(trained_repository):
     command = [sys.executable, "-m", "tokenrec_hf.cli.app", "demo", str(trained_repository)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A test run in the background of a shell ignores interruptions, and so would the command.
+    interruptible = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible
+    )
     try:
         line = next(line for line in process.stderr if line.startswith("showing "))
         address = re.search(r"on (http://127.0.0.1:\d+/);", line)[1]
