@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 from baselines.base import evaluate
+from baselines.closed_forms import Popularity
 from baselines.gtn import GTN
 from baselines.ltgnn import LTGNN
-from baselines.popularity import Popularity
 
 from tokenrec_hf.data.interaction_matrix import InteractionMatrix
 from tokenrec_hf.data.splits import index_splits

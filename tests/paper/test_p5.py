@@ -3,11 +3,11 @@ import pytest
 import torch
 from baselines.base import evaluate
 from baselines.beam_search import IdTrie, beam_search
+from baselines.closed_forms import Popularity
 from baselines.collm import CoLLM
 from baselines.item_ids import collaborative_ids, numbers_as_symbols, random_ids, sequential_ids
 from baselines.p5 import P5CID, P5RID, P5SID
 from baselines.pod import POD
-from baselines.popularity import Popularity
 
 from tokenrec_hf.data.interaction_matrix import InteractionMatrix
 from tokenrec_hf.data.splits import Holdout, index_splits

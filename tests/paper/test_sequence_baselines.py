@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from baselines import sequence
 from baselines.base import evaluate
 from baselines.bert4rec import BERT4Rec, cloze_mask
-from baselines.popularity import Popularity
+from baselines.closed_forms import Popularity
 from baselines.s3rec import S3Rec, segments
 from baselines.sasrec import SASRec
 from baselines.sequence import FastDropout, linear_cross_entropy, padded, windows
