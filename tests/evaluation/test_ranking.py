@@ -16,6 +16,7 @@ from tokenrec_hf.evaluation.ranking import (
     evaluate_baselines,
     evaluate_retrieval,
     hit_rates_by_history,
+    retrieval_queries,
 )
 from tokenrec_hf.evaluation.variants import BASELINES, LABELS, VARIANTS
 from tokenrec_hf.models.embedding_store import EmbeddingStore
@@ -170,8 +171,10 @@ def test_with_fism_a_history_alone_is_as_good_as_its_user(fism_repository, demo_
         data.interactions.users[kept], data.interactions.items[kept], len(data.user_ids), len(data.item_ids)
     )
     cut = replace(data, interactions=shorter)
-    other = evaluate_retrieval(fism_repository, cut, prompts, ["tokenrec_history_only"])["tokenrec_history_only"]
-    assert other != pytest.approx(known, abs=1e-3)
+    other = evaluate_retrieval(fism_repository, cut, prompts, ["tokenrec_history_only", "tokenrec"])
+    assert other["tokenrec_history_only"] != pytest.approx(known, abs=1e-3)
+    # The user tokens are those of the shorter histories, not the stored ones of the whole histories.
+    assert other["tokenrec_history_only"] != pytest.approx(other["tokenrec"], abs=1e-6)
 
 
 def test_training_reports_what_evaluation_measures(trained):
@@ -201,10 +204,20 @@ def test_queries_come_in_the_order_of_the_users_whatever_the_batch(trained, batc
         shuffle_history=False,
     )
     users = np.random.default_rng(0).permutation(len(trained.data.user_ids))[:20]
+    # As in the middle of a training: dropout must not reach the queries.
+    trained.model.train()
     found = encode_prompts(trained.model, collator, users, batch_size)
     expected = torch.stack([query(trained, UNSEEN_TEMPLATE, user) for user in users.tolist()])
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_seed_of_the_prompts_draws_the_wordings_of_an_evaluation(trained):
+    prompts = trained.recipe.collator_arguments
+    first, same, other = (
+        retrieval_queries(trained.folder, trained.data, {**prompts, "seed": seed})["tokenrec"] for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, same) and not torch.equal(first, other)
 
 
 def test_evaluation_does_not_depend_on_the_batch_size(trained):

@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,8 @@ from tokenrec_hf import (
     temporal_split,
 )
 from tokenrec_hf.cli.app import main
+from tokenrec_hf.data.splits import index_splits
+from tokenrec_hf.evaluation.variants import VARIANTS
 from tokenrec_hf.models.codes import load_indexes
 from tokenrec_hf.models.prompts import HISTORY_TEMPLATES, render
 from tokenrec_hf.repository import audit as module
@@ -267,6 +270,22 @@ def test_prompts_that_show_the_target_are_found(trained_repository, monkeypatch)
         return data
 
     monkeypatch.setattr(module, "index_splits", leaking)
+    failed = outcomes(trained_repository, False)
+    assert set(failed) == {("refit", "prompts")} and "the test items of" in failed["refit", "prompts"]
+
+
+@pytest.mark.parametrize("name", [name for name, one in VARIANTS.items() if one.templates[0].uses_history])
+def test_all_wordings_of_each_kind_of_prompts_are_checked(trained_repository, monkeypatch, name):
+    splits, honest = Repository(trained_repository).splits(), module.evaluation_collator
+    later = index_splits({**splits, "validation": splits["test"], "test": splits["validation"]}, "test")
+
+    def leaking(tokenizer, data, prompts, templates):
+        """As if the histories of this kind of prompts went to the very end."""
+        if templates == VARIANTS[name].templates and len(data.interactions) == len(later.interactions):
+            data = replace(data, interactions=later.interactions)
+        return honest(tokenizer, data, prompts, templates)
+
+    monkeypatch.setattr(module, "evaluation_collator", leaking)
     failed = outcomes(trained_repository, False)
     assert set(failed) == {("refit", "prompts")} and "the test items of" in failed["refit", "prompts"]
 

@@ -229,6 +229,13 @@ def test_retraining_keeps_the_space(repository):
         old, new = before.vectors(kind), after.get(kind, before.ids(kind))
         assert torch.cosine_similarity(old, new).mean() > 0.9
         assert not torch.equal(old, new)
+    # No further rotation brings them nearer: the best one (Procrustes) is the identity.
+    old, new = (
+        torch.cat([store.get(kind, before.ids(kind)) for kind in ("user", "item")]).double()
+        for store in (before, after)
+    )
+    left, _, right = torch.linalg.svd(new.T @ old)
+    torch.testing.assert_close(left @ right, torch.eye(old.shape[1], dtype=torch.float64), rtol=0, atol=1e-4)
     check_codes(repository)
     model = LightGCNModel.from_pretrained(repository / "collaborative")
     ids = load_indexes(repository / "collaborative" / "ids.safetensors")
@@ -279,6 +286,17 @@ def test_a_repository_without_users_takes_vectors_only(repository, tmp_path):
     item = EmbeddingStore.open(repository).ids("item")[0]
     with pytest.raises(ValueError, match="has no interactions of users .* supply vectors instead"):
         Repository(repository).add(interactions=interactions(("u", item)))
+
+
+def test_the_error_of_additions_is_their_mean(repository):
+    mq, dim = MQTokenizerModel.from_pretrained(repository / "mq_item"), EmbeddingStore.open(repository).embedding_dim
+    vectors = torch.randn(4, dim, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+        [[9.0], [1.0], [1.0], [1.0]]
+    )
+    for ids, part in ((["one"], vectors[:1]), (["two", "three", "four"], vectors[1:])):
+        Repository(repository).add(items=NewVectors(ids, part))
+    found = json.loads((repository / "additions.json").read_text())["item"]
+    assert found == {"count": 4, "reconstruction_error": pytest.approx(mq.reconstruction_error(vectors), rel=1e-5)}
 
 
 def test_info_counts_additions_and_tells_when_to_retrain(repository):
