@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from tokenrec_hf.data.interaction_matrix import InteractionMatrix
+from tokenrec_hf.models import modeling_collaborative
 from tokenrec_hf.models.codes import IdIndex
 from tokenrec_hf.models.configuration_tokenrec import (
     CollaborativeConfig,
@@ -319,6 +320,14 @@ def test_the_fism_loss_is_a_softmax_over_cosines_without_what_is_known(interacti
     assert output.loss.item() == pytest.approx(terms / weights, rel=1e-5)
     output.loss.backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5])
+def test_the_users_of_fism_do_not_depend_on_how_many_are_made_at_once(interactions, chunk, monkeypatch):
+    model = fism(interactions, half_life=3, recent_half_life=1)
+    expected = model.user_embeddings()
+    monkeypatch.setattr(modeling_collaborative, "USER_CHUNK", chunk)
+    assert torch.equal(model.user_embeddings(), expected)
 
 
 def test_a_saved_fism_loads_bit_for_bit_with_its_histories(interactions, tmp_path):

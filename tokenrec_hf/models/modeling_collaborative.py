@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from typing import Self
 
 IDS = "ids.safetensors"
+# Users of FISM whose histories are added up at once: each of their interactions has a vector in memory meanwhile.
+USER_CHUNK = 1_024
 
 
 class Interactions(Protocol):
@@ -331,11 +333,16 @@ class FISMModel(CollaborativeModel):
 
     def representations(self) -> tuple[torch.Tensor, torch.Tensor]:
         """User representations p of the whole histories and item representations q, all of length 1."""
-        users = self.edge_users.long()
-        lengths = torch.bincount(users, minlength=self.config.num_users)
-        ages = lengths.cumsum(0)[users] - 1 - torch.arange(len(users), device=users.device)
-        vectors = self.history_vectors(users, self.edge_items.long(), ages, self.config.num_users)
-        return vectors, F.normalize(self.item_table.weight, dim=-1)
+        users, items, count = self.edge_users.long(), self.edge_items.long(), self.config.num_users
+        # Where the history of each user begins, and the last one ends.
+        bounds = F.pad(torch.bincount(users, minlength=count).cumsum(0), (1, 0))
+        ages = bounds[users + 1] - 1 - torch.arange(len(users), device=users.device)
+        vectors = []
+        for first in range(0, max(count, 1), USER_CHUNK):
+            last = min(first + USER_CHUNK, count)
+            own = slice(int(bounds[first]), int(bounds[last]))
+            vectors.append(self.history_vectors(users[own] - first, items[own], ages[own], last - first))
+        return torch.cat(vectors), F.normalize(self.item_table.weight, dim=-1)
 
     def history_vectors(
         self, rows: torch.Tensor, items: torch.Tensor, ages: torch.Tensor, count: int, dropout_rate: float = 0.0
