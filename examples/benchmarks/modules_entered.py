@@ -65,7 +65,7 @@ def rows() -> list[Row]:
                 lambda: train(splits, recipe, folder, refit=False), "train_retrieval("
             ),
             "`tokenrec recommend` to the answer": entered(
-                lambda: tokenrec(["recommend", str(folder), "--user", "u001"]), "Recommender.recommend"
+                lambda: tokenrec(["recommend", str(folder), "--user", "u001"]), "Recommender.answer"
             ),
             "a cold-start vector to its code": entered(
                 lambda: Repository(folder).add(
