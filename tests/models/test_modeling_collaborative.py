@@ -322,6 +322,17 @@ def test_the_fism_loss_is_a_softmax_over_cosines_without_what_is_known(interacti
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+def test_fism_drops_parts_of_history_vectors_in_training_only(interactions):
+    model = fism(interactions, dropout_rate=0.5)
+    one = torch.tensor([0])
+    batch = {"user_ids": one, "labels": one, "history_rows": one, "history_items": one + 4, "history_ages": one}
+    kept = model(**batch).user_embeds
+    assert torch.equal(model(**batch).user_embeds, kept) and (kept != 0).all()
+    torch.manual_seed(0)
+    drawn = torch.cat([model.train()(**batch).user_embeds for _ in range(100)])
+    assert 0.4 < (drawn == 0).float().mean() < 0.6
+
+
 @pytest.mark.parametrize("chunk", [1, 2, 5])
 def test_the_users_of_fism_do_not_depend_on_how_many_are_made_at_once(interactions, chunk, monkeypatch):
     model = fism(interactions, half_life=3, recent_half_life=1)

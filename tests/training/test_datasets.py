@@ -71,7 +71,8 @@ def test_examples_of_like_length_share_a_batch_in_an_order_of_seed_and_epoch():
     spread = (batches.max(1) - batches.min(1)).mean()
     at_random = lengths[:1030].reshape(-1, 10)
     assert spread < 0.2 * (at_random.max(1) - at_random.min(1)).mean()
-    assert not (np.diff(batches.mean(1)) >= 0).all()
+    # Within a group too, the batches come in a random order.
+    assert 0.3 < (np.diff(batches[: LengthGroupedSampler.GROUP].mean(1)) < 0).mean() < 0.7
 
 
 def test_examples_are_grouped_by_their_lengths_in_the_epoch():
