@@ -720,3 +720,12 @@ def test_the_summands_of_residual_codewords_add_up_to_what_is_decoded():
 def test_codewords_behind_a_decoder_have_no_summands():
     with pytest.raises(ValueError, match="only residual codebooks add up"):
         prepared().summands()
+
+
+def test_the_reconstruction_error_is_a_share_of_the_training_variance():
+    torch.manual_seed(0)
+    config = MQTokenizerConfig(embedding_dim=4, num_codebooks=2, codebook_size=4, codebook_dim=4, hidden_dim=8)
+    model, vectors = MQTokenizerModel(config).eval(), torch.randn(5, 4)
+    model.scale.fill_(3.0)
+    lost = (vectors - model.decode(model.encode(vectors))).square().sum()
+    assert model.reconstruction_error(vectors) == pytest.approx(float(lost) / (5 * 4 * 9), rel=1e-5)
