@@ -15,11 +15,12 @@ os.environ.pop("NO_COLOR", None)
 os.environ.pop("TTY_COMPATIBLE", None)
 os.environ.pop("TTY_INTERACTIVE", None)
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
 
-from tokenrec_hf import Recipe, leave_one_out, load_interactions, train
+from tokenrec_hf import InteractionMatrix, Recipe, leave_one_out, load_interactions, train
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
 
@@ -154,3 +155,20 @@ def hub(monkeypatch, tmp_path):
     yield double
     _http.close_session()
     double.stop()
+
+
+@pytest.fixture(scope="module")
+def small():
+    """60 users, 25 items, of which the last one has no user; some pairs occur twice."""
+    random = np.random.default_rng(0)
+    users = np.repeat(np.arange(60), random.integers(2, 9, 60))
+    return InteractionMatrix(users, random.integers(0, 24, len(users)), 60, 25)
+
+
+@pytest.fixture(scope="module")
+def dense(small):
+    """The same as a binary matrix, float64 `[60, 25]`."""
+    matrix = np.zeros((60, 25))
+    matrix[small.users, small.items] = 1
+    assert len(small) > matrix.sum()
+    return matrix

@@ -5,30 +5,13 @@ import pytest
 import torch
 from datasets import Dataset
 
-from tokenrec_hf import InteractionMatrix, Repository, leave_one_out
+from tokenrec_hf import Repository, leave_one_out
 from tokenrec_hf.data.splits import index_splits
 from tokenrec_hf.evaluation import baselines
 from tokenrec_hf.evaluation.baselines import CLOSED_FORMS, EASE, ItemKNN, Popularity, baseline_ranks, best_settings
 from tokenrec_hf.evaluation.metrics import hit_rate, ndcg
 from tokenrec_hf.repository import comparison
 from tokenrec_hf.repository.comparison import bootstrap, compare
-
-
-@pytest.fixture(scope="module")
-def small():
-    """60 users, 25 items, of which the last one has no user; some pairs occur twice."""
-    random = np.random.default_rng(0)
-    users = np.repeat(np.arange(60), random.integers(2, 9, 60))
-    return InteractionMatrix(users, random.integers(0, 24, len(users)), 60, 25)
-
-
-@pytest.fixture(scope="module")
-def dense(small):
-    """The same as a binary matrix, float64 `[60, 25]`."""
-    matrix = np.zeros((60, 25))
-    matrix[small.users, small.items] = 1
-    assert len(small) > matrix.sum()
-    return matrix
 
 
 @pytest.fixture(params=[1024, 7])

@@ -12,7 +12,6 @@ from baselines.neumf import NeuMF, NeuMFModel
 from baselines.registry import BASELINES, load_baseline
 from baselines.sparse import binary_matrix
 
-from tokenrec_hf.data.interaction_matrix import InteractionMatrix
 from tokenrec_hf.data.splits import index_splits
 
 LEARNERS = (ItemKNN, EASE, IALS, MFBPR, NeuMF, LightGCN)
@@ -21,22 +20,6 @@ LEARNERS = (ItemKNN, EASE, IALS, MFBPR, NeuMF, LightGCN)
 @pytest.fixture(scope="module")
 def demo(demo_splits):
     return index_splits(demo_splits, "validation")
-
-
-@pytest.fixture(scope="module")
-def small():
-    """60 users, 25 items, of which the last one has no user; some pairs occur twice."""
-    random = np.random.default_rng(0)
-    users = np.repeat(np.arange(60), random.integers(2, 9, 60))
-    return InteractionMatrix(users, random.integers(0, 24, len(users)), 60, 25)
-
-
-@pytest.fixture(scope="module")
-def dense(small):
-    """The same as a binary matrix, float64 `[60, 25]`."""
-    matrix = np.zeros((60, 25))
-    matrix[small.users, small.items] = 1
-    return matrix
 
 
 @pytest.mark.parametrize("kind", LEARNERS, ids=lambda kind: kind.name)
