@@ -165,7 +165,7 @@ def test_a_negative_below_the_margin_has_no_gradient():
     for margin, expected in ((0.9, [-1.0, 0.0]), (0.5, [-1.0, 1.0])):
         model = T5ForGenerativeRetrieval(T5GenerativeRetrievalConfig(**SIZES, embedding_dim=2, margin=margin))
         model.bind_items(torch.tensor([[3.0, 0.0], [0.0, 0.5]]))
-        loss = model._cosine_ranking_terms(unit, torch.tensor([0]), torch.tensor([1])).sum()
+        loss = model._cosine_ranking_loss(unit, torch.tensor([0]), torch.tensor([1]))
         assert loss.item() == pytest.approx(1 - 0.6 + max(0, 0.8 - margin))
         assert torch.autograd.grad(loss, unit)[0][0].tolist() == pytest.approx(expected)
 
@@ -554,6 +554,25 @@ def test_every_position_learns_the_item_that_follows_it(histories):
     assert model(**histories, labels=labels, num_items_in_batch=3).loss.item() == pytest.approx(
         sum(terms) / 3, rel=1e-5
     )
+
+
+@pytest.mark.parametrize("logits", [1, 30, 1000])
+def test_gradients_are_those_of_the_plain_softmax_however_many_logits_are_computed_at_once(
+    histories, logits, monkeypatch
+):
+    """The loss and the sums of code tokens compute their gradients themselves; here PyTorch computes them."""
+    monkeypatch.setattr("tokenrec_hf.models.modeling_t5_retrieval.LOGITS", logits)
+    labels = torch.tensor([[4, 0, 7, -100], [3, 3, -100, -100], [-100] * 4, [1, 1, 2, -100], [0, -100, -100, -100]])
+    model = reading_history()
+    (3 * model(**histories, labels=labels).loss).backward()
+    plain = reading_history()
+    hidden, *_ = plain._read_history(**histories)
+    embedded = plain.get_input_embeddings()(ITEM_TOKENS).sum(dim=1)
+    scores = hidden[:, : labels.shape[1]] @ torch.nn.functional.normalize(embedded, dim=-1).T
+    (3 * torch.nn.functional.cross_entropy(scores.flatten(0, 1), labels.flatten())).backward()
+    expected = dict(plain.named_parameters())
+    for name, weights in model.named_parameters():
+        assert torch.allclose(weights.grad, expected[name].grad, atol=1e-5), name
 
 
 def test_sampled_items_of_the_batch_compete_in_place_of_all(histories):

@@ -26,6 +26,8 @@ from .configuration_tokenrec import T5GenerativeRetrievalConfig
 SHORT_PROMPT = 32
 # Items whose learned part is computed at once.
 ITEM_CHUNK = 65_536
+# Logits of a softmax over all items that are computed at once on a CPU: they fit into its cache.
+LOGITS = 1 << 19
 
 
 @dataclass
@@ -78,6 +80,55 @@ def find_entities(input_ids: torch.Tensor, mask: torch.Tensor, kind: dict[str, i
     return Entities(tokens, present, covered[:, : last + 1])
 
 
+class _CodeSums(torch.autograd.Function):
+    """Sums of the embeddings `[vocab_size, d]` of each item's code tokens `[n, K]`: `[n, d]`.
+
+    The gradient of a token is the sum over its items, which `items` lists from `offsets[token]` on. PyTorch would sort the tokens
+    at every step.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: torch.Tensor, tokens: torch.Tensor, items: torch.Tensor, offsets: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(items, offsets)
+        return F.embedding_bag(tokens, weight, mode="sum")
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        items, offsets = ctx.saved_tensors
+        return F.embedding_bag(items, grad.contiguous(), offsets, mode="sum"), None, None, None
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """`cross_entropy(x @ y.T, targets, reduction="sum")` of x `[n, w]` and y `[m, w]`, in blocks of rows.
+
+    The gradients are computed along with the loss, so that the logits of a block never leave the cache.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, y: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        loss, x_grad, y_grad = x.new_zeros(()), torch.empty_like(x), torch.zeros_like(y)
+        size = max(1, LOGITS // len(y))
+        memory = x.new_empty(size * len(y))
+        for rows, target, grad in zip(x.split(size), targets[:, None].split(size), x_grad.split(size)):
+            logits = torch.mm(rows, y.T, out=memory[: len(rows) * len(y)].view(len(rows), -1))
+            loss -= logits.gather(1, target).sum()
+            largest = logits.amax(dim=1, keepdim=True)
+            total = logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
+            loss += (total.log() + largest).sum()
+            logits.mul_(1 / total).scatter_add_(1, target, logits.new_full(target.shape, -1))
+            torch.mm(logits, y, out=grad)
+            y_grad.addmm_(logits.T, rows)
+        ctx.save_for_backward(x_grad, y_grad)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        x_grad, y_grad = ctx.saved_tensors
+        return grad * x_grad, grad * y_grad, None
+
+
 class ProjectionLinear(nn.Linear):
     """A linear layer of the projection; a class of its own, because T5's `_init_weights` would give `nn.Linear` the std 1."""
 
@@ -106,6 +157,8 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
     base_model_prefix = "transformer"
     item_embeddings: torch.Tensor
     item_tokens: torch.Tensor | None = None
+    # The bound items of each token, see `_CodeSums`.
+    items_of_tokens: tuple[torch.Tensor, torch.Tensor] | None = None
     user_codewords: torch.Tensor
     # The revision given to `from_pretrained`, from which the pipeline loads the store too.
     loaded_revision: str | None = None
@@ -166,7 +219,13 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
         if self.config.pooling == "history" and (token_ids is None or len(token_ids) != len(vectors)):
             raise ValueError("history pooling needs the code tokens of each item; give bind_items the token_ids too.")
         self.item_embeddings = F.normalize(vectors[:, :d].detach().to(self.device, torch.float32), dim=-1)
-        self.item_tokens = None if token_ids is None else torch.as_tensor(token_ids).to(self.device)
+        self.item_tokens = self.items_of_tokens = None
+        if token_ids is not None:
+            self.item_tokens = torch.as_tensor(token_ids).to(self.device)
+            tokens, order = self.item_tokens.flatten().sort(stable=True)
+            vocabulary = torch.arange(self._embeddings.num_embeddings, device=self.device)
+            offsets = torch.searchsorted(tokens, vocabulary)
+            self.items_of_tokens = order // self.item_tokens.shape[1], offsets
 
     @torch.no_grad()
     def item_vectors(self, vectors: torch.Tensor, token_ids: torch.Tensor | np.ndarray) -> torch.Tensor:
@@ -203,9 +262,13 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
     def _learned(self, tokens: torch.Tensor) -> torch.Tensor:
         """e of items from their code tokens `[n, K]`, float32 `[n, d_model]` of length 1."""
         embed = self._embeddings
-        # An adapter has another class. A bag needs a ninth of the time of a sum, and no memory for its summands.
-        bag = type(embed) is nn.Embedding
-        summed = F.embedding_bag(tokens, embed.weight, mode="sum") if bag else embed(tokens).sum(dim=1)
+        if type(embed) is not nn.Embedding:  # An adapter.
+            summed = embed(tokens).sum(dim=1)
+        elif tokens is self.item_tokens and self.items_of_tokens is not None:
+            summed = _CodeSums.apply(embed.weight, tokens, *self.items_of_tokens)
+        else:
+            # A bag needs a ninth of the time of a sum, and no memory for its summands.
+            summed = F.embedding_bag(tokens, embed.weight, mode="sum")
         return F.normalize(summed.float(), dim=-1)
 
     def encode_queries(
@@ -347,37 +410,41 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
         known = labels >= 0
         predictions, targets = hidden[:, : labels.shape[1]][known], labels[known]  # [n, w], [n]
         if self.config.loss_type == "softmax":
-            terms = self._softmax_terms(predictions.float(), targets, negative_ids)  # [n]
+            loss = self._softmax_loss(predictions.float(), targets, negative_ids)
         elif negative_ids is None:
             raise ValueError("the cosine_ranking loss needs negative_ids, one per label; the data collator draws them.")
         else:
-            terms = self._cosine_ranking_terms(predictions, targets, negative_ids.view(labels.shape)[known])  # [n]
-        count = max(len(terms), 1) if num_items_in_batch is None else num_items_in_batch
-        return GenerativeRetrievalOutput(loss=terms.sum() / count, query_embeds=queries)
+            loss = self._cosine_ranking_loss(predictions, targets, negative_ids.view(labels.shape)[known])
+        count = max(len(targets), 1) if num_items_in_batch is None else num_items_in_batch
+        return GenerativeRetrievalOutput(loss=loss / count, query_embeds=queries)
 
-    def _cosine_ranking_terms(self, unit: torch.Tensor, targets: torch.Tensor, negatives: torch.Tensor) -> torch.Tensor:
-        """Eq. 20 of unit queries `[n, d]`: 1 - cos(z, q_j) plus max(0, cos(z, q_j') - gamma) of a negative, `[n]`."""
+    def _cosine_ranking_loss(self, unit: torch.Tensor, targets: torch.Tensor, negatives: torch.Tensor) -> torch.Tensor:
+        """Eq. 20 of unit queries `[n, d]`: the sum of 1 - cos(z, q_j) plus max(0, cos(z, q_j') - gamma) of a negative."""
         # Casting the model, for example to bfloat16, casts the bound items too.
         positive, negative = ((unit * self.item_embeddings[rows].to(unit)).sum(dim=-1) for rows in (targets, negatives))
-        return 1 - positive + F.relu(negative - self.config.margin)
+        return (1 - positive + F.relu(negative - self.config.margin)).sum()
 
-    def _softmax_terms(
+    def _softmax_loss(
         self, predictions: torch.Tensor, targets: torch.Tensor, negative_ids: torch.Tensor | None
     ) -> torch.Tensor:
-        """-log softmax of x . y_j for each prediction x `[n, w]` and its item `[n]`: `[n]`. Without negatives all items compete."""
+        """The sum of -log softmax of x . y_j, of predictions x `[n, w]` and their items `[n]`. Without negatives all items compete."""
         if negative_ids is None:
-            return F.cross_entropy(predictions @ self._competitors().T, targets, reduction="none")
+            if predictions.is_cuda or not torch.is_grad_enabled():
+                return F.cross_entropy(predictions @ self._competitors().T, targets, reduction="sum")
+            return _LinearCrossEntropy.apply(predictions, self._competitors(), targets)
         negatives = negative_ids.flatten()
         scores = predictions @ self._competitors(negatives).T  # [n, B * m]
         scores = scores.masked_fill(negatives == targets[:, None], float("-inf"))
         positive = (predictions * self._competitors(targets)).sum(dim=-1)  # [n]
-        return torch.logaddexp(positive, scores.logsumexp(dim=-1)) - positive
+        return (torch.logaddexp(positive, scores.logsumexp(dim=-1)) - positive).sum()
 
-    def _competitors(self, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
-        """y of bound items, float32 `[m, w]`: q / temperature, or e with `"history"` pooling."""
+    def _competitors(self, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """y of bound items (default: all), float32 `[m, w]`: q / temperature, or e with `"history"` pooling."""
         if self.config.pooling == "history":
-            return self._learned(cast(torch.Tensor, self.item_tokens)[rows])
-        return self.item_embeddings[rows].float() / self.config.temperature
+            tokens = cast(torch.Tensor, self.item_tokens)
+            return self._learned(tokens if rows is None else tokens[rows])
+        vectors = self.item_embeddings if rows is None else self.item_embeddings[rows]
+        return vectors.float() / self.config.temperature
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
