@@ -3,7 +3,8 @@ import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenrec_hf.cli.app import UsageError, _repeat_options, app, read_limits, read_scalar, read_settings, read_where
+from tokenrec_hf.cli.app import app
+from tokenrec_hf.cli.arguments import UsageError, read_limits, read_scalar, read_settings, read_where, repeat_options
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False) | st.integers())
@@ -96,4 +97,4 @@ def test_a_filter_without_a_name_or_a_value_is_refused(pair):
 def test_an_option_with_several_values_is_repeated(arguments, expected):
     commands = typer.main.get_command(app).commands
     arguments = arguments.split()
-    assert _repeat_options(arguments, commands[arguments[0]]) == expected.split()
+    assert repeat_options(arguments, commands[arguments[0]]) == expected.split()

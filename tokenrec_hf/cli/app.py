@@ -11,11 +11,10 @@ import contextlib
 import inspect
 import json
 import os
-import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -27,13 +26,33 @@ from typer import Argument, Option
 from .. import __version__
 from ..evaluation.variants import VARIANTS
 from . import output
+from .arguments import (
+    ITEM_METADATA,
+    READING,
+    URI,
+    AsJson,
+    At,
+    Folder,
+    Host,
+    KCore,
+    Name,
+    Revision,
+    SplitBy,
+    TopK,
+    UsageError,
+    Where,
+    read_limits,
+    read_lines,
+    read_settings,
+    read_where,
+    repeat_options,
+)
 from .hints import check_filters, suggestions
 from .naming import code_tokens, item_titles, known_titles
 from .output import Blocks, Document, note, working
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
-    from typer.core import TyperCommand
 
     from ..data.interactions import ReadingReport
     from ..models.embedding_store import Store
@@ -43,75 +62,12 @@ if TYPE_CHECKING:
 
     Found = Sequence[Recommendation]
 
-# The value of a setting or a metadata filter.
-Scalar = Any
-
-AsJson = Annotated[bool, Option("--json", help="Print one JSON document on stdout.")]
-Name = Annotated[str, Argument(metavar="REPOSITORY", help="Folder that `tokenrec train` wrote, or Hub repository.")]
-Folder = Annotated[str, Argument(metavar="FOLDER", help="Folder that `tokenrec train` wrote.")]
-Revision = Annotated[str | None, Option(show_default="main", help="Branch, tag or commit of the Hub repository.")]
-URI = Annotated[
-    str | None,
-    Option(
-        metavar="URI",
-        show_default="the repository's own",
-        help="Embedding store: a folder, a Milvus Lite .db, or http(s)://host:19530 with its token in MILVUS_TOKEN.",
-    ),
-]
-ITEM_METADATA = "Table of items, with their ids and a column title, or any others that `recommend --where` filters by."
-Host = Annotated[str, Option(help="Address to listen on; 0.0.0.0 lets other machines in.")]
-TopK = Annotated[int, Option(metavar="K", help="Number of items.")]
-Where = Annotated[
-    list[str] | None,
-    Option(
-        metavar="NAME=VALUE ...",
-        help="Only items with this metadata, also 'price<30' (<=, >, >=) and 'title~blue' (contains); values of the same name are "
-        "alternatives.",
-    ),
-]
-
-SplitBy = Annotated[
-    Literal["leave_one_out", "temporal"],
-    Option(help="Hold out each user's last items, or what followed one moment; see --at."),
-]
-At = Annotated[
-    str | None,
-    Option(metavar="DATE|SHARE", help="The moment of a temporal split, or the share of interactions before."),
-]
-KCore = Annotated[int | None, Option("--k_core", help="Drop users and items with fewer interactions.")]
-
-
-def _reads(kind: Any, name: str, help: str, **settings: Any) -> Any:
-    return Annotated[kind, Option(name, help=help, rich_help_panel="Reading of interactions", **settings)]
-
-
-# The options of `load_interactions`, which a command takes in the parameter `reading`.
-READING = {
-    "user_column": _reads(str | None, "--user_column", "Column of user ids, or its number in a file without header."),
-    "item_column": _reads(str | None, "--item_column", "Column of item ids."),
-    "rating_column": _reads(str | None, "--rating_column", "Column of ratings."),
-    "timestamp_column": _reads(str | None, "--timestamp_column", "Column of timestamps."),
-    "event_column": _reads(str | None, "--event_column", "Column of kinds of events."),
-    "events": _reads(list[str] | None, "--event", "Kinds of events that count.", metavar="NAME ..."),
-    "min_rating": _reads(float | None, "--min_rating", "Drop interactions rated lower."),
-    "keep": _reads(
-        Literal["first", "last"] | None, "--keep", "Which interaction of a repeated pair.", show_default="first"
-    ),
-    "drop_incomplete": _reads(bool | None, "--drop_incomplete", "Drop rows with missing values."),
-}
-
 app = typer.Typer(
     rich_markup_mode="rich",
     add_completion=False,
     # `--top-k` and `--top_k` are the same option.
     context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},
 )
-
-
-class UsageError(typer.TyperException):
-    """A wrong argument."""
-
-    exit_code = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -129,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = commands.commands.get(arguments[0]) if arguments else None
     name = "tokenrec"
     if command is not None:
-        name, arguments = f"tokenrec {command.name}", _repeat_options(arguments, command)
+        name, arguments = f"tokenrec {command.name}", repeat_options(arguments, command)
     try:
         status = commands.main(arguments, prog_name="tokenrec", standalone_mode=False)
     except typer.TyperException as error:
@@ -441,7 +397,7 @@ def recommend(
         raise UsageError("there is no user to recommend to; give --user, --history or both.")
     options: dict[str, Any] = {"top_k": top_k, "exclude_seen": not include_seen, "on_unknown": on_unknown}
     options |= {"where": read_where(where or ()), "diversity": diversity, "max_per": read_limits(max_per or ())}
-    users = None if users_file is None else _lines(users_file)
+    users = None if users_file is None else read_lines(users_file)
     recommender, titles = _recommender(repository, revision, store)
     check_filters(recommender.store, options["where"], options["max_per"])
     if to is not None:
@@ -656,89 +612,7 @@ def serve(
     service.run(answers, listener)
 
 
-# Arguments ------------------------------------------------------------------------------------------------------------
-
-
-def _repeat_options(arguments: Sequence[str], command: TyperCommand) -> list[str]:
-    """`--history 08 24` as `--history=08 --history=24`: typer takes one value for each occurrence of an option.
-
-    The values end at the next option of the command, so ids may begin with hyphens. No value at all becomes an empty one.
-    """
-    several = {name.replace("_", "-"): getattr(one, "multiple", False) for one in command.params for name in one.opts}
-    result: list[str] = []
-    current = ""
-    for argument in arguments:
-        name, equals, _ = argument.partition("=")
-        name = name.replace("_", "-")
-        if name in several or argument in ("--", "--help"):
-            current = f"{name}=" if several.get(name) and not equals else ""
-            result.append(current or argument)
-        elif current:
-            if result[-1] == current:
-                result.pop()
-            result.append(current + argument)
-        else:
-            result.append(argument)
-    return result
-
-
-def read_settings(arguments: Sequence[str]) -> dict[str, Scalar]:
-    """`--a.b 1 --c=x --flag` as settings by dotted name; names without dots are fields of T5's `TrainingArguments`."""
-    settings: dict[str, Scalar] = {}
-    pending = ""
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        if name.startswith("--"):
-            name = name[2:].replace("-", "_")
-            pending = name if "." in name else f"retrieval.training.{name}"
-            settings[pending] = read_scalar(value) if equals else True
-            pending *= not equals
-        elif pending:
-            settings[pending] = read_scalar(argument)
-            pending = ""
-        else:
-            raise UsageError(f"there is no setting before the value {argument!r}.")
-    return settings
-
-
-def read_scalar(text: str) -> Scalar:
-    """The JSON value of a text, or the text itself where it is none."""
-    for read in (json.loads, float):
-        with contextlib.suppress(ValueError):
-            return read(text.lower() if text in ("True", "False") else text)
-    return text
-
-
-def read_where(pairs: Iterable[str]) -> dict[str, list[Scalar]]:
-    """`genre=jazz genre=folk price<30` as `{"genre": ["jazz", "folk"], "price<": [30]}`."""
-    where: dict[str, list[Scalar]] = {}
-    for pair in pairs:
-        match = re.fullmatch(r"([^\W\d]\w*)(=|<=?|>=?|~)(.*)", pair, re.ASCII | re.DOTALL)
-        if match is None:
-            raise UsageError(f"--where {pair} is not NAME=VALUE, NAME<VALUE, NAME>VALUE or NAME~TEXT.")
-        name, sign, value = match.groups()
-        condition = name if sign == "=" else name + sign
-        where.setdefault(condition, []).append(value if sign == "~" else read_scalar(value))
-    return where
-
-
-def read_limits(pairs: Iterable[str]) -> dict[str, int]:
-    """`genre=3` as `{"genre": 3}`."""
-    limits = {}
-    for pair in pairs:
-        name, _, limit = pair.partition("=")
-        if not name or not limit.isdecimal() or int(limit) < 1:
-            raise UsageError(f"--max-per {pair} is not NAME=K with a positive K.")
-        limits[name] = int(limit)
-    return limits
-
-
-def _lines(path: str) -> list[str]:
-    """The lines of a file, or of stdin, that are not blank."""
-    if path != "-" and not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {path}; give a file with an id on each line.")
-    text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
-    return [line.strip() for line in text.splitlines() if line.strip()]
+# Data ---------------------------------------------------------------------------------------------------------------
 
 
 def _read(source: str, options: Document) -> tuple[Dataset, ReadingReport]:
