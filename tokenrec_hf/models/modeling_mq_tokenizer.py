@@ -228,17 +228,18 @@ class MQTokenizerModel(PreTrainedModel):
         """Encoder outputs a, `[B, K, d_c]`, and codes w, LongTensor `[B, K]`, of standardised vectors `[B, d]`.
 
         a^k = MLP^k(x) (Eq. 4), or, with `residual`, x minus the codewords of the books before k; w^k = argmin_l ||a^k - c^k_l||^2
-        (Eq. 5-6).
+        (Eq. 5-6). ||a||^2 does not change the argmin, so distances are a matrix product.
         """
         if not self.config.residual:
             outputs = torch.stack([encoder(x) for encoder in self.encoders], dim=1)
             return outputs, nearest(outputs.detach().transpose(0, 1), self.codebooks.detach()).T
         residuals: list[torch.Tensor] = []
         codes: list[torch.Tensor] = []
-        for codebook in self.codebooks.detach():
+        books = self.codebooks.detach()
+        for codebook, squares in zip(books, books.square().sum(-1)):
             residuals.append(x)
-            codes.append(nearest(x.detach()[None], codebook[None])[0])
-            x = x - codebook[codes[-1]]
+            codes.append(torch.addmm(squares, x.detach(), codebook.T, alpha=-2).argmin(dim=-1))
+            x = x - nn.functional.embedding(codes[-1], codebook)
         return torch.stack(residuals, dim=1), torch.stack(codes, dim=1)
 
     def codewords(self, codes: torch.Tensor) -> torch.Tensor:
@@ -293,7 +294,6 @@ class MQTokenizerModel(PreTrainedModel):
 
 def nearest(points: torch.Tensor, codebooks: torch.Tensor) -> torch.Tensor:
     """Indices of the nearest codewords: points `[K, B, d_c]`, codebooks `[K, L, d_c]`, LongTensor `[K, B]`."""
-    # ||a||^2 does not change the argmin, so the distance is one matrix product.
     squares = codebooks.square().sum(-1)[:, None, :]
     return torch.baddbmm(squares, points, codebooks.transpose(1, 2), alpha=-2).argmin(dim=-1)
 
