@@ -220,11 +220,13 @@ class Recommender:
         nothing is known has a prompt without tokens, and `notes` say what was left out of each request.
         """
         users, shown, notes = self.known(users, histories, on_unknown)
+        items = self.tokenizer.entity_token_ids("item", list(chain.from_iterable(shown)))  # [n, P + K]
+        read = np.split(items, np.cumsum([len(history) for history in shown]))
         rows = [
             # The given wording may name the user who was left out.
             self._prompt(number, tokens, history, None if note and user is None else template, user is not None)
             for number, (user, tokens, history, note) in enumerate(
-                zip(users, self._user_tokens(users, shown), shown, notes)
+                zip(users, self._user_tokens(users, shown), read, notes)
             )
         ]
         lengths = np.array([len(row) for row in rows], dtype=np.int64)
@@ -329,12 +331,14 @@ class Recommender:
         return tokens
 
     def _prompt(
-        self, number: int, user: np.ndarray | None, history: list[str], template: PromptTemplate | None, is_named: bool
+        self, number: int, user: np.ndarray | None, items: np.ndarray, template: PromptTemplate | None, is_named: bool
     ) -> np.ndarray:
-        """The tokens of one prompt, int64 `[T]`; none if nothing is known of the request."""
-        if not is_named and not history:
+        """The tokens of one prompt, int64 `[T]`, with the latest `items` `[n, P + K]`; none if nothing is known of the request."""
+        if not is_named and not len(items):
             return np.empty(0, dtype=np.int64)
-        default = HISTORY_ONLY_TEMPLATE if user is None else (HISTORY_TEMPLATES if history else USER_ONLY_TEMPLATES)[0]
+        default = (
+            HISTORY_ONLY_TEMPLATE if user is None else (HISTORY_TEMPLATES if len(items) else USER_ONLY_TEMPLATES)[0]
+        )
         wording = template or default
         if wording.names_user and user is None:
             raise ValueError(
@@ -347,10 +351,8 @@ class Recommender:
         if user is not None and wording.names_user:
             entities.append(user)
         if wording.uses_history:
-            size = self.tokenizer.entity_token_ids("item", []).shape[1]
             room = self.tokenizer.model_max_length - sum(map(len, (*words, *entities)))
-            latest = history[len(history) - min(len(history), room // size) :]
-            entities.append(self.tokenizer.entity_token_ids("item", latest).ravel())
+            entities.append(items[len(items) - min(len(items), room // items.shape[1]) :].ravel())
         return np.concatenate([words[0], *chain.from_iterable(zip(entities, words[1:]))])
 
     def _histories(self, users: Users, histories: Histories | None) -> list[list[str]]:
