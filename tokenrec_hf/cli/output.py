@@ -210,7 +210,7 @@ def _items(rows: Sequence[Document], held_out: str | None = None) -> Table:
     table = _table(header, ())
     for row in rows:
         cells = [str(row["rank"]), row["item"], _number(row["score"]), row["tokens"]]
-        cells += [" ".join(row.get("because", ()))] * explained + [row["title"] or ""] * titled
+        cells += [", ".join(row.get("because", ()))] * explained + [row["title"] or ""] * titled
         cells[-1] += " *" * (row["item"] == held_out)
         table.add_row(*cells)
     return table
