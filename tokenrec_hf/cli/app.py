@@ -299,10 +299,11 @@ def train(
     # Imports torch; other missing files have been reported by now.
     vectors = None if item_vectors is None else _item_vectors(item_vectors)
     splits, report = _read_splits(dataset, {**reading, "k_core": k_core}, split, at)
-    if dry_run:
-        return {"dataset": name, **report}
     from ..repository import build
 
+    report["summary"] += f" {build.forecast(splits, loaded)}"
+    if dry_run:
+        return {"dataset": name, **report}
     note(report["summary"])
     trained = build.train(
         splits,

@@ -38,7 +38,14 @@ from ..models.tokenization_tokenrec import TokenRecTokenizer
 from ..training.datasets import past_user_embeddings
 from ..training.initialization import build_retrieval_model, build_tokenizer, retrieval_store
 from ..training.recipe import AUTO, Recipe, Setting
-from ..training.stages import SELECT_BY, fixed_collaborative, train_collaborative, train_mq_tokenizer, train_retrieval
+from ..training.stages import (
+    SELECT_BY,
+    fixed_collaborative,
+    step_counts,
+    train_collaborative,
+    train_mq_tokenizer,
+    train_retrieval,
+)
 from .card import write_model_card
 from .repository import EVALUATION, REFIT, RETRIEVAL, SELECTION, Repository, make_readable, space_named
 from .update import NewVectors
@@ -129,6 +136,23 @@ def train(
     if item_vectors is not None:
         _add_cold_start(repository, item_vectors)
     return repository
+
+
+def forecast(splits: DatasetDict, recipe: Recipe) -> str:
+    """The most training steps of each stage, in words."""
+    settings, lengths = recipe.collaborative, np.unique(splits["train"]["user_id"], return_counts=True)[1]
+    histories = COLLABORATIVE_MODELS[settings.model].users_are_histories
+    steps = {
+        settings.model: step_counts(settings, int((lengths > 1).sum() if histories else lengths.sum()))[1],
+        "T5": step_counts(recipe.retrieval, len(lengths))[1],
+    }
+    stages = [f"{name} of at most {most:,} steps" for name, most in steps.items()]
+    stages[0] += f" for each of {len(HALF_LIVES)} half-lives" * (settings.config.get("half_life") == AUTO)
+    codes = f"MQ-Tokenizers of {step_counts(recipe.mq_tokenizer, 1)[1]:,} steps"
+    stages.insert(1, "MQ-Tokenizers by k-means" if recipe.mq_tokenizer.config.get("residual") else codes)
+    return (
+        f"Training: {', '.join(stages)}; steps end when validation no longer improves, so the time depends on the data."
+    )
 
 
 def build_collator(
