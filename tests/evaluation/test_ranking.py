@@ -11,6 +11,7 @@ from tokenrec_hf.data.demo import demo_interactions
 from tokenrec_hf.data.interaction_matrix import InteractionMatrix
 from tokenrec_hf.data.splits import index_splits, leave_one_out
 from tokenrec_hf.evaluation import ranking as evaluation
+from tokenrec_hf.evaluation.baselines import ItemKNN
 from tokenrec_hf.evaluation.ranking import (
     encode_prompts,
     evaluate_baselines,
@@ -144,13 +145,10 @@ def test_the_baselines_agree_with_a_loop_over_users(trained):
     popularity = np.bincount(data.interactions.items, minlength=len(data.item_ids))
     results = evaluate_baselines(data, trained.store)
     assert list(results) == list(BASELINES) == ["popularity", "itemknn", "collaborative_dot", "collaborative_cosine"]
-    matrix = np.zeros((len(data.user_ids), len(data.item_ids)))
-    matrix[data.interactions.users, data.interactions.items] = 1
-    lengths = np.linalg.norm(matrix, axis=0)
-    alike = matrix.T @ matrix / np.maximum(np.outer(lengths, lengths), 1)
+    knn = ItemKNN(data.interactions)
     for name, scores_of in {
         "popularity": lambda user: popularity,
-        "itemknn": lambda user: alike[data.interactions.of(user)].sum(axis=0).astype(np.float32),
+        "itemknn": lambda user: knn.scores(np.array([user]))[0].tolist(),
         "collaborative_dot": lambda user: (items @ users[user]).tolist(),
         "collaborative_cosine": lambda user: torch.cosine_similarity(users[user][None], items).tolist(),
     }.items():

@@ -84,7 +84,7 @@ def build(showcase: Showcase, metrics: Mapping[str, Any], name: str = "TokenRec"
             status(user, found),
             suggestions("Recommended", "by TokenRec", found.recommended, "cosine"),
             suggestions("Nearest", "to the mean of the history", found.nearest, "cosine"),
-            suggestions("Popular", "the same for everyone", found.popular, "users"),
+            suggestions("Popular", "the same for everyone", found.popular, "times seen"),
             item_map(showcase, found),
             token_table(showcase, user, found),
             prompt(found),
@@ -193,7 +193,7 @@ def suggestions(name: str, method: str, rows: Sequence[Suggestion], unit: str) -
     """A table of items with rank, title, reasons and score."""
     best = max((row.score for row in rows), default=1)
     cells = [
-        [str(rank), _named(row) + _because(row), _value(row.score, best, "," if unit == "users" else ".3f")]
+        [str(rank), _named(row) + _because(row), _value(row.score, best, "," if unit == "times seen" else ".3f")]
         for rank, row in enumerate(rows, 1)
     ]
     return _part(f"<div class=items>{_table(name, method, ['#', 'item', unit], cells, 'Nothing is left.')}</div>")

@@ -23,7 +23,8 @@ from ..models.modeling_t5_retrieval import T5ForGenerativeRetrieval
 from ..models.prompts import HISTORY_TEMPLATES, PromptTemplate
 from ..models.recommender import load_history_encoder
 from ..models.tokenization_tokenrec import TokenRecTokenizer
-from .metrics import RankingMetrics, embedding_ranks, evaluate_embeddings, hit_rate
+from .baselines import ItemKNN, Popularity, evaluate_baseline
+from .metrics import embedding_ranks, evaluate_embeddings, hit_rate
 from .variants import BASELINES, VARIANTS
 
 # The longest histories of the groups of `hit_rates_by_history`.
@@ -37,45 +38,15 @@ def evaluate_baselines(data: IndexedSplits, store: Store) -> dict[str, dict[str,
         data: the interactions of the training and the held-out items.
         store: the collaborative vectors of all its users and items.
     """
-    popularity = data.interactions.popularity()
     users = store.get("user", [data.user_ids[row] for row in data.holdout.users])
     items = store.get("item", data.item_ids)
-    # Popularity as a dot product: the vector of every user is [1].
-    alike, counts = torch.ones(len(users), 1), torch.from_numpy(popularity).float()[:, None]
     found = (
-        evaluate_vectors(alike, counts, data, cosine=False),
-        evaluate_itemknn(data),
+        evaluate_baseline(Popularity(data.interactions), data),
+        evaluate_baseline(ItemKNN(data.interactions), data),
         evaluate_vectors(users, items, data, cosine=False),
         evaluate_vectors(users, items, data),
     )
     return dict(zip(BASELINES, found, strict=True))
-
-
-def evaluate_itemknn(data: IndexedSplits, batch_size: int = 512) -> dict[str, float]:
-    """Metrics of ItemKNN with all neighbours (Sarwar et al., 2001).
-
-    The score of an item is the sum of its cosines with the items of the history; the vector of an item holds 1 for each of its
-    users.
-    """
-    interactions, holdout = data.interactions, data.holdout
-    popularity = interactions.popularity()
-    shape = (interactions.num_users, interactions.num_items)
-    values = torch.from_numpy(popularity[interactions.items].astype(np.float64) ** -0.5)
-    pairs = torch.from_numpy(np.stack([interactions.users, interactions.items]))
-    unit = torch.sparse_coo_tensor(
-        pairs, values, shape, check_invariants=False
-    ).coalesce()  # columns of length 1, [U, n]
-    transposed = unit.t().coalesce()
-    metrics = RankingMetrics(shape[1], popularity=popularity)
-    for start in range(0, len(holdout.users), batch_size):
-        users = holdout.users[start : start + batch_size]
-        own_indptr, own_items = interactions.of_users(users)
-        seen = np.repeat(np.arange(len(users)), np.diff(own_indptr)), own_items
-        histories = torch.zeros(shape[1], len(users), dtype=torch.float64)
-        histories[seen[1], seen[0]] = 1
-        scores = transposed @ (unit @ histories)  # [n, B]
-        metrics.update(scores.T.float(), holdout.targets[start : start + batch_size], seen)
-    return metrics.compute()
 
 
 def evaluate_retrieval(

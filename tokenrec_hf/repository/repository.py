@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 # The two runs of a training, and the stages of each.
 SELECTION, REFIT = "selection", "refit"
 RETRIEVAL, EVALUATION = "retrieval", "evaluation"
+# The result of the last `tokenrec compare`.
+COMPARISON = "comparison"
 STAGES = (COLLABORATIVE, *MQ_FOLDERS.values(), RETRIEVAL, EVALUATION)
 # Retraining is due when the cold-start users or items are more than this share of the trained ones, or when their codes lose
 # this many times the variance that the trained ones lose (of the floor, where these lose almost nothing).
@@ -296,7 +298,7 @@ class Repository:
         return self.parts.training / "interactions"
 
     def record(self, name: str) -> Path:
-        """The JSON file of the settings (`"run"`) or of the finished stages of a run (`"selection"`, `"refit"`)."""
+        """The JSON file of the settings (`"run"`), of the finished stages of a run (`"selection"`, `"refit"`), or of a comparison."""
         return self.parts.training / f"{name}.json"
 
     @_whole

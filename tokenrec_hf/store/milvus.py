@@ -271,7 +271,7 @@ class MilvusStore(Store):
         lists = _joined(self._rows("seen", _unique("user", user_ids), SEEN_FIELDS, "user"))
         return [list(map(unquote, lists.get(_encoded(user), ()))) for user in user_ids]
 
-    def popular(self, top_k: int, where: Mapping[str, Any] | None = None) -> list[str]:
+    def popular(self, top_k: int, where: Mapping[str, Any] | None = None) -> dict[str, int]:
         """As [`EmbeddingStore.popular`]; fetches the whole store."""
         return self._embedded(KINDS).popular(top_k, where)
 
