@@ -497,11 +497,12 @@ def test_evaluation_gives_the_numbers_that_training_recorded(capsys, trained_rep
     names = ("popularity", "itemknn", "collaborative_dot", "collaborative_cosine", variant)
     assert found["metrics"] == {name: pytest.approx(recorded[name], abs=1e-6) for name in names}
     assert (found["split"], found["variant"], found["users"]) == (split, variant, 1000)
-    groups = found["hr@20_by_history"].values()
-    assert sum(group["users"] for group in groups) == 1000
-    for name in ("collaborative_cosine", variant):
-        mean = sum(group["users"] * group[name] for group in groups) / 1000
-        assert mean == pytest.approx(recorded[name]["hr@20"], abs=1e-6)
+    for key in ("hr@20_by_history", "hr@20_by_popularity"):
+        groups = found[key].values()
+        assert sum(group["users"] for group in groups) == 1000
+        for name in ("collaborative_cosine", variant):
+            mean = sum(group["users"] * group[name] for group in groups) / 1000
+            assert mean == pytest.approx(recorded[name]["hr@20"], abs=1e-6)
 
 
 def test_evaluation_without_refit_takes_the_only_model(capsys, trained_repository, tmp_path):
@@ -518,7 +519,7 @@ def test_evaluation_without_refit_takes_the_only_model(capsys, trained_repositor
 
 def test_evaluation_shows_every_metric(capsys, trained_repository):
     status, out, _ = run(capsys, "evaluate", trained_repository)
-    assert status == 0 and "items of the history" in out
+    assert status == 0 and "items of the history" in out and "users of the item" in out
     recorded = json.loads((trained_repository / "metrics.json").read_text())["test"]["tokenrec"]
     for name, value in recorded.items():
         assert next(line for line in out.splitlines() if line.startswith(name)).endswith(f"{value:.4f}")

@@ -599,6 +599,29 @@ def push(
     return {"repository": repo_id, "commit": commit, "users": include_users, "left_out": strays(Path(repository))}
 
 
+@_command("tokenrec report out --output report.html", show=output.show_report)
+def report(
+    repository: Name,
+    to: Annotated[str, Option("--output", metavar="FILE", help="HTML file to write.")] = "report.html",
+    revision: Revision = None,
+) -> Document:
+    """Write a page with training curves, code usage, and accuracy by history, item and score.
+
+    The page is one file that loads nothing from the network. It has the baselines of the last `tokenrec compare`, and no data of
+    single users.
+    """
+    opened = _open(repository, revision)
+    from ..models.codes import atomic_write
+    from .report import report
+
+    _quiet()
+    with working("measuring"):
+        page = report(opened, Path(repository).resolve().name)
+    with atomic_write(to) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return {"repository": repository, "output": to}
+
+
 @_command("tokenrec info out", show=output.show_info)
 def info(repository: Name, revision: Revision = None) -> Document:
     """Show the contents, settings and results of a trained repository."""

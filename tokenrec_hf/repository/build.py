@@ -120,6 +120,7 @@ def train(
         "users_are_histories": COLLABORATIVE_MODELS[recipe.collaborative.model].users_are_histories,
         "validation": validation,
         "epochs": selection.epochs,
+        "curves": selection.curves,
         "codes": selection.codes,
         "seconds": {SELECTION: selection.seconds},
     }
@@ -208,6 +209,11 @@ class _TrainingRun:
     def epochs(self) -> dict[str, float]:
         """Epochs of the best validation result, of the selected stages."""
         return {name: outcome["epochs"] for name, outcome in self.record.items() if "epochs" in outcome}
+
+    @property
+    def curves(self) -> dict[str, list[tuple[float, float]]]:
+        """NDCG@20 on the validation items by epoch, of the selected stages."""
+        return {name: outcome["curve"] for name, outcome in self.record.items() if outcome.get("curve")}
 
     @property
     def resolved(self) -> Recipe:
@@ -302,6 +308,7 @@ class _TrainingRun:
         outcome = {
             "epochs": result.epochs,
             "metrics": result.metrics,
+            "curve": result.curve,
             **config,
             # For the audit: matrix factorisation keeps no interactions.
             "trained_on": fingerprint(users, items),
@@ -372,7 +379,7 @@ class _TrainingRun:
         names = np.array(data.item_ids, dtype=object)[data.interactions.items]
         final.set_seen(data.user_ids, [names[start:end] for start, end in zip(indptr, indptr[1:])])
         GenerativeRetrievalPipeline(result.model, tokenizer, final).save_pretrained(self.parts.path)
-        return {"epochs": result.epochs, "metrics": result.metrics}
+        return {"epochs": result.epochs, "metrics": result.metrics, "curve": result.curve}
 
     def _evaluate(self, data: IndexedSplits) -> Outcome:
         store = EmbeddingStore.open(self.parts.store)

@@ -71,11 +71,13 @@ class StageResult(Generic[Model]):
         model: the trained model: with validation the best, else the last one.
         epochs: epochs trained to reach that model, the length of a refit.
         metrics: the last evaluation of that model, without the `eval_` prefix.
+        curve: NDCG@20 on the validation items by epoch, as pairs, of a stage whose length is chosen.
     """
 
     model: Model
     epochs: float
     metrics: dict[str, float]
+    curve: Sequence[tuple[float, float]] = ()
 
 
 class _Trainer(Trainer):
@@ -461,7 +463,9 @@ def _fit(
         for key, value in (evaluations[-1] if evaluations else {}).items()
         if key.startswith("eval_") and key not in timings
     }
-    return StageResult(model, (best or state.global_step) / steps_per_epoch, metrics)
+    measured = [entry for entry in state.log_history if f"eval_{SELECT_BY}" in entry]
+    curve = [(entry["step"] / steps_per_epoch, entry[f"eval_{SELECT_BY}"]) for entry in measured]
+    return StageResult(model, (best or state.global_step) / steps_per_epoch, metrics, curve)
 
 
 def step_counts(settings: StageSettings, num_examples: int) -> tuple[int, int]:
