@@ -576,13 +576,20 @@ def verify(
     return {"repository": repository, "passed": passed, "checks": [asdict(check) for check in checks]}
 
 
-@_command("tokenrec push out my-name/my-recommender --private", show=output.show_push)
+@_command(
+    "tokenrec push out my-name/my-recommender --private",
+    "tokenrec push out my-name/my-recommender --space",
+    show=output.show_push,
+)
 def push(
     repository: Folder,
     repo_id: Annotated[str, Argument(metavar="NAME", help="Hub repository, as organisation/name; created if absent.")],
     private: Annotated[bool, Option("--private", help="Make a new repository private.")] = False,
     revision: Annotated[str | None, Option(show_default="main", help="Branch; created if absent.")] = None,
     include_users: Annotated[bool, Option("--include-users", help="Also push the data of users.")] = False,
+    space: Annotated[
+        bool, Option("--space", help="Also make a Space, which shows the page of `tokenrec demo`.")
+    ] = False,
 ) -> Document:
     """Share a trained repository on the Hugging Face Hub, in one commit.
 
@@ -594,9 +601,15 @@ def push(
     commit = Repository(repository).push_to_hub(
         repo_id, private=private or None, revision=revision, include_users=include_users
     )
-    from ..repository.hub import strays
+    from ..repository.hub import push_space, strays
 
-    return {"repository": repo_id, "commit": commit, "users": include_users, "left_out": strays(Path(repository))}
+    return {
+        "repository": repo_id,
+        "commit": commit,
+        "space": push_space(repo_id, private=private or None, revision=revision) if space else None,
+        "users": include_users,
+        "left_out": strays(Path(repository)),
+    }
 
 
 @_command("tokenrec report out --output report.html", show=output.show_report)

@@ -146,6 +146,8 @@ def show_similar(document: Document) -> Blocks:
 def show_push(document: Document) -> Blocks:
     """The address of the commit, and how to use the repository."""
     yield document["commit"]
+    if document["space"]:
+        yield f"The page of the repository is {document['space']}; the Space builds it in a few minutes."
     if not document["users"]:
         yield "Users are left out: recommend to histories, or push with --include-users."
     if document["left_out"]:
