@@ -7,16 +7,17 @@ import subprocess
 import sys
 import urllib.request
 from functools import partial
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from page_checks import texts
 
 pytest.importorskip("gradio", reason='the page needs the extra: pip install "tokenrec-hf[demo]"')
 
 from tokenrec_hf import Recommender, Repository
 from tokenrec_hf.cli import demo
 from tokenrec_hf.cli.app import main
+from tokenrec_hf.cli.markup import training
 from tokenrec_hf.cli.naming import known_titles
 from tokenrec_hf.cli.showcase import Showcase
 
@@ -40,33 +41,6 @@ def metrics(trained_repository):
     return Repository(trained_repository).metrics
 
 
-class Outline(HTMLParser):
-    """Checks that tags are closed in order, and keeps the texts."""
-
-    def __init__(self):
-        super().__init__()
-        self.open, self.texts = [], []
-
-    def handle_starttag(self, tag, attributes):
-        self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        pass
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.texts.append(data)
-
-
-def texts(html):
-    outline = Outline()
-    outline.feed(html)
-    assert outline.open == []
-    return outline.texts
-
-
 def test_the_parts_are_well_formed_and_show_the_answer(showcase, metrics):
     found = showcase.ask("u001", ["f001"], top_k=5)
     shown = texts(demo.suggestions("Recommended", "by TokenRec", found.recommended, "cosine"))
@@ -78,12 +52,12 @@ def test_the_parts_are_well_formed_and_show_the_answer(showcase, metrics):
     marks = texts(demo.item_map(showcase, found))
     assert marks.count("The Silent Harbor") == 2, "once in the catalogue, once in the history"
     assert {"1", "2", "3", "4", "5", "query"} <= set(marks)
-    assert {"TokenRec", "HR@20", "T5", "Codebooks of items "} <= set(texts(demo.training(showcase, metrics)))
+    assert {"TokenRec", "HR@20", "T5", "Codebooks of items "} <= set(texts("".join(training(showcase, metrics))))
     assert "u001" in demo.status("u001", found) and "someone new" in demo.status("", found)
 
 
 def test_training_is_shown_as_far_as_it_was_measured(showcase):
-    shown = texts(demo.training(showcase, {}))
+    shown = texts("".join(training(showcase, {})))
     assert "Codebooks of users " in shown and "Accuracy " not in shown
 
 

@@ -449,7 +449,7 @@ def test_an_error_in_a_folder_is_named(write, tmp_path, train, test, sentence):
         ),
         ("user_id,item_id\n1,2\n,3\n,4\n", {}, r"a\.csv has 2 of 3 rows without user id \(rows 2, 3\)"),
         ("user_id,item_id\n1,2\n1,\n", {}, r"a\.csv has 1 of 2 rows without item id \(row 2\)"),
-        ("user_id,item_id\n1,a b\n", {}, r"a\.csv: item id 'a b' contains white space"),
+        ("user_id,item_id\n1,a\u200bb\n", {}, r"a\.csv: item id 'a\\u200bb' contains the character"),
         (
             "user_id,item_id,rating\n1,2,3\n1,3,nan\n",
             {"min_rating": 1},

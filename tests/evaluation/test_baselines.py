@@ -1,5 +1,8 @@
 """The baselines in closed form compute what their papers say; a comparison is paired and tuned on validation."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +11,16 @@ from datasets import Dataset
 from tokenrec_hf import Repository, leave_one_out
 from tokenrec_hf.data.splits import index_splits
 from tokenrec_hf.evaluation import baselines
-from tokenrec_hf.evaluation.baselines import CLOSED_FORMS, EASE, ItemKNN, Popularity, baseline_ranks, best_settings
+from tokenrec_hf.evaluation.baselines import (
+    BASELINES,
+    EASE,
+    IALS,
+    ItemKNN,
+    Popularity,
+    baseline_ranks,
+    best_settings,
+    evaluate_baseline,
+)
 from tokenrec_hf.evaluation.metrics import hit_rate, ndcg
 from tokenrec_hf.repository import comparison
 from tokenrec_hf.repository.comparison import bootstrap, compare
@@ -49,17 +61,30 @@ def test_ease_is_the_ridge_regression_of_each_item_on_the_others(small, dense, b
     np.testing.assert_allclose(EASE(small, l2=3).scores(np.arange(60)), dense @ weights, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", CLOSED_FORMS.values())
+def test_ials_ends_where_each_vector_solves_its_weighted_least_squares_problem(small, dense, monkeypatch):
+    monkeypatch.setattr(IALS, "iterations", 200)
+    baseline = IALS(small, factors=4, weight=5, l2=1)
+    users, items = baseline.user_vectors.double().numpy(), baseline.item_vectors.double().numpy()
+    for own, other, matrix in ((users, items, dense), (items, users, dense.T)):
+        for vector, row in zip(own, matrix):
+            confidence = np.where(row > 0, 5.0, 1.0)
+            gram = other.T @ (confidence[:, None] * other) + np.eye(4)
+            np.testing.assert_allclose(vector, np.linalg.solve(gram, other.T @ (confidence * row)), atol=2e-3)
+    np.testing.assert_allclose(baseline.scores(np.arange(60)), users @ items.T, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", BASELINES.values())
 def test_an_item_is_ranked_among_those_that_its_user_has_not_seen(kind, demo_splits):
     data = index_splits(demo_splits, "validation")
     data.holdout.users, data.holdout.targets = data.holdout.users[:300], data.holdout.targets[:300]
-    baseline = kind(data.interactions)
+    baseline = kind(data.interactions, factors=8) if kind is IALS else kind(data.interactions)
     expected = []
     for user, target in zip(data.holdout.users, data.holdout.targets):
         scores = baseline.scores(np.array([user]))[0].clone()
         scores[data.interactions.of(user)] = -torch.inf
         expected.append(int((scores >= scores[target]).sum()) - 1)
     assert baseline_ranks(baseline, data).tolist() == expected
+    assert evaluate_baseline(baseline, data)["ndcg@20"] == pytest.approx(ndcg(torch.tensor(expected), 20))
 
 
 def test_the_best_settings_are_those_of_the_best_ndcg_on_the_held_out_items(demo_splits):
@@ -82,11 +107,28 @@ def test_an_interval_holds_the_mean_as_often_as_it_says():
     assert bootstrap(values, 1) == bootstrap(values, 1) != bootstrap(values, 2)
 
 
-def test_a_repository_is_compared_on_the_test_items_it_was_measured_on(demo_splits, trained_repository):
-    repository = Repository(trained_repository)
+@pytest.fixture
+def short(monkeypatch):
+    """LightGCN is trained for a few epochs, and iALS is small."""
+    monkeypatch.setattr(IALS, "grid", ({"factors": 16, "weight": 10, "l2": 3},))
+    train = comparison.train_collaborative
+    few = {"num_train_epochs": 4, "per_device_train_batch_size": 512, "learning_rate": 0.02}
+
+    def trained(interactions, settings, *others, **more):
+        return train(interactions, settings.model_copy(update={"training": few, "evaluate_every": 2}), *others, **more)
+
+    monkeypatch.setattr(comparison, "train_collaborative", trained)
+
+
+def test_a_repository_is_compared_on_the_test_items_it_was_measured_on(
+    demo_splits, trained_repository, tmp_path, short
+):
+    repository = Repository(shutil.copytree(trained_repository, tmp_path / "out"))
     found = compare(demo_splits, repository)
     methods = {one["name"]: one for one in found["methods"]}
-    assert list(methods) == ["popularity", "itemknn", "ease", "collaborative_cosine", "tokenrec"]
+    assert list(methods) == [*BASELINES, "lightgcn", "collaborative_cosine", "tokenrec"]
+    assert json.loads(repository.record("comparison").read_text()) == found
+    assert methods["lightgcn"]["ndcg@20"] > 2 * methods["popularity"]["ndcg@20"]
     assert (found["users"], found["reference"]) == (1000, "tokenrec")
     for name in ("popularity", "collaborative_cosine", "tokenrec"):
         for metric in ("hr@20", "ndcg@20"):
@@ -96,17 +138,20 @@ def test_a_repository_is_compared_on_the_test_items_it_was_measured_on(demo_spli
     assert mean == pytest.approx(methods["popularity"]["hr@20"] - methods["tokenrec"]["hr@20"]) and low < mean < high
 
 
-def test_without_a_repository_the_best_baseline_is_the_reference(monkeypatch):
+def test_without_a_repository_the_best_baseline_is_the_reference(monkeypatch, short):
     rows = [(f"u{user}", f"i{(user % 2) * 10 + (user + step) % 10}") for user in range(40) for step in range(6)]
     splits = leave_one_out(Dataset.from_dict({"user_id": [u for u, _ in rows], "item_id": [i for _, i in rows]}))
     found = compare(splits)
     best = max(found["methods"], key=lambda one: one["ndcg@20"])
-    assert [one["name"] for one in found["methods"]] == list(CLOSED_FORMS)
+    assert [one["name"] for one in found["methods"]] == [*BASELINES, "lightgcn"]
     assert found["reference"] == best["name"] != "popularity" and best["difference"] is None
+    assert found["methods"][4]["settings"]["epochs"] in (2, 4)
     test = index_splits(splits, "test")
     ranks = baseline_ranks(EASE(test.interactions, **found["methods"][2]["settings"]), test)
     assert found["methods"][2]["hr@20"] == hit_rate(ranks, 20)
     monkeypatch.setattr(comparison, "MOST_ITEMS", 19)
+    monkeypatch.setattr(comparison, "find_spec", lambda name: None)
     said = []
-    assert [one["name"] for one in compare(splits, log=said.append)["methods"]] == ["popularity", "itemknn"]
+    assert [one["name"] for one in compare(splits, log=said.append)["methods"]] == ["popularity", "itemknn", "lightgcn"]
+    assert 'iALS is left out: it needs pip install "tokenrec-hf[compare]"' in said
     assert "EASE is left out: 20 items are more than 19" in said

@@ -11,11 +11,13 @@ from tokenrec_hf.data.demo import demo_interactions
 from tokenrec_hf.data.interaction_matrix import InteractionMatrix
 from tokenrec_hf.data.splits import index_splits, leave_one_out
 from tokenrec_hf.evaluation import ranking as evaluation
+from tokenrec_hf.evaluation.baselines import ItemKNN
 from tokenrec_hf.evaluation.ranking import (
+    calibration,
     encode_prompts,
     evaluate_baselines,
     evaluate_retrieval,
-    hit_rates_by_history,
+    hit_rates_by_size,
     retrieval_queries,
 )
 from tokenrec_hf.evaluation.variants import BASELINES, LABELS, VARIANTS
@@ -144,13 +146,10 @@ def test_the_baselines_agree_with_a_loop_over_users(trained):
     popularity = np.bincount(data.interactions.items, minlength=len(data.item_ids))
     results = evaluate_baselines(data, trained.store)
     assert list(results) == list(BASELINES) == ["popularity", "itemknn", "collaborative_dot", "collaborative_cosine"]
-    matrix = np.zeros((len(data.user_ids), len(data.item_ids)))
-    matrix[data.interactions.users, data.interactions.items] = 1
-    lengths = np.linalg.norm(matrix, axis=0)
-    alike = matrix.T @ matrix / np.maximum(np.outer(lengths, lengths), 1)
+    knn = ItemKNN(data.interactions)
     for name, scores_of in {
         "popularity": lambda user: popularity,
-        "itemknn": lambda user: alike[data.interactions.of(user)].sum(axis=0).astype(np.float32),
+        "itemknn": lambda user: knn.scores(np.array([user]))[0].tolist(),
         "collaborative_dot": lambda user: (items @ users[user]).tolist(),
         "collaborative_cosine": lambda user: torch.cosine_similarity(users[user][None], items).tolist(),
     }.items():
@@ -233,20 +232,30 @@ def test_every_row_of_an_evaluation_has_a_label_and_every_variant_but_the_defaul
     assert len({variant.flag for variant in VARIANTS.values()}) == len(VARIANTS)
 
 
-def test_hit_rates_are_those_of_users_with_histories_of_similar_length(trained):
-    data = trained.data
-    users, items = (trained.store.get(kind, ids) for kind, ids in (("user", data.user_ids), ("item", data.item_ids)))
-    found = hit_rates_by_history({"vectors": users[data.holdout.users]}, items, data)
-    expected = {}
-    for user, target in zip(data.holdout.users, data.holdout.targets):
-        history = data.interactions.of(user)
-        scores = torch.cosine_similarity(users[user][None], items)
-        scores[history] = -torch.inf
-        expected.setdefault(len(history), []).append(int((scores > scores[target]).sum()) < 20)
-    assert sum(own["users"] for own in found.values()) == len(data.holdout.users)
-    assert set(found) <= {"1", "2", "3-5", "6-10", "11-20", "21-50", "from 51"} and len(found) > 1
+def test_hit_rates_are_those_of_users_of_similar_size():
+    random = np.random.default_rng(0)
+    sizes, ranks = random.integers(0, 700, 3000), random.integers(0, 60, 3000)
+    found = hit_rates_by_size({"vectors": ranks}, sizes)
+    assert list(found) == ["0", "1", "2", "3-5", "6-10", "11-20", "21-50", "51-100", "101-200", "201-500", "from 501"]
     for label, own in found.items():
         first, _, last = label.removeprefix("from ").partition("-")
         longest = int(last or (first if "from" not in label else 10**6))
-        hits = [hit for length, hits in expected.items() if int(first) <= length <= longest for hit in hits]
-        assert own == {"users": len(hits), "vectors": pytest.approx(np.mean(hits))}
+        members = (int(first) <= sizes) & (sizes <= longest)
+        assert own == {"users": members.sum(), "vectors": pytest.approx((ranks[members] < 20).mean())}
+    assert list(hit_rates_by_size({"vectors": ranks[:1]}, np.array([7]))) == ["6-10"]
+
+
+def test_calibration_counts_the_hits_of_the_first_items_by_their_cosines(trained):
+    data = trained.data
+    users, items = (trained.store.get(kind, ids) for kind, ids in (("user", data.user_ids), ("item", data.item_ids)))
+    pairs = []
+    for user, target in zip(data.holdout.users, data.holdout.targets):
+        scores = torch.cosine_similarity(users[user][None], items)
+        scores[data.interactions.of(user)] = -torch.inf
+        pairs += [(float(scores[item]), item == target) for item in scores.topk(20).indices]
+    pairs.sort(key=lambda pair: pair[0])
+    found = calibration(users[data.holdout.users], items, data)
+    assert len(found) == 10
+    for tenth, own in zip(np.array_split(np.array(pairs, dtype=float), 10), found):
+        assert (own["low"], own["high"]) == pytest.approx((tenth[0, 0], tenth[-1, 0]), abs=1e-5)
+        assert own["hit_rate"] == pytest.approx(tenth[:, 1].mean(), abs=2e-3)

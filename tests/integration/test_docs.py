@@ -1,5 +1,6 @@
 """README and docs: command lines are ones that `tokenrec` takes, Python blocks are code that runs, links lead somewhere."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -61,6 +62,22 @@ def test_the_blocks_of_a_page_run_one_after_the_other_on_the_quickstart(
         exec(compile(block, f"{name}:{line}", "exec"), names)
         ran += 1
     assert ran > 0
+
+
+def test_the_cells_of_the_notebook_run_one_after_the_other_on_the_quickstart(trained_repository, tmp_path, monkeypatch):
+    (tmp_path / QUICKSTART).symlink_to(trained_repository)
+    monkeypatch.chdir(tmp_path)
+    notebook = json.loads((ROOT / "docs" / "quickstart.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    # The training is that of the folder.
+    assert cells[0] == "!tokenrec quickstart"
+    names: dict = {}
+    for number, cell in enumerate(cells[1:], 1):
+        exec(compile(cell, f"cell {number}", "exec"), names)
+    assert len(names["history"]) > 0 and names["table"](names["recommender"].recommend(["u002"])[0], []).shape == (
+        10,
+        3,
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -118,7 +118,7 @@ def test_vectors_that_require_gradients_are_detached(store):
             "vector of item 'new' holds NaN or an infinity",
         ),
         (["new"], np.full((1, DIM), 1e300), "vector of item 'new' holds NaN or an infinity"),
-        (["i0", "a b"], torch.ones(2, DIM), "item 'a b' contains white space"),
+        (["i0", " a"], torch.ones(2, DIM), "item ' a' begins or ends with a space"),
         ("abc", torch.ones(3, DIM), "single string 'abc'"),
     ],
 )

@@ -273,7 +273,7 @@ def test_one_bad_request_does_not_lose_the_others(recommend, recommender, users)
             and items(found[7]) == items(recommend(text))[:3]
         )
         popular = recommend(requests, on_unknown="popular", top_k=3, batch_size=batch_size)
-        assert [items(popular[row]) for row in (1, 2, 5, 6)] == [recommender.store.popular(3)] * 4
+        assert [items(popular[row]) for row in (1, 2, 5, 6)] == [list(recommender.store.popular(3))] * 4
         assert popular[2][0]["note"].startswith("the text names user 'nobody', which is unknown")
     own = "Now {user} wants more like {history} please."
     assert recommend({"user": "nobody", "history": history}, prompt=own, on_unknown="skip")

@@ -10,7 +10,6 @@ from baselines.lightgcn import LightGCN
 from baselines.mf_bpr import MFBPR
 from baselines.neumf import NeuMF, NeuMFModel
 from baselines.registry import BASELINES, load_baseline
-from baselines.sparse import binary_matrix
 
 from tokenrec_hf.data.splits import index_splits
 
@@ -55,24 +54,6 @@ def test_the_best_epoch_on_validation_is_kept_and_a_refit_of_its_length_is_the_s
     again.fit(demo.interactions, None, selected.epochs)
     users = np.arange(20)
     torch.testing.assert_close(again.scores(users), selected.scores(users))
-
-
-def test_the_binary_matrix_counts_a_repeated_interaction_once(small, dense):
-    assert len(small) > dense.sum()
-    assert np.array_equal(binary_matrix(small).toarray(), dense)
-
-
-def test_ials_ends_where_each_vector_solves_its_weighted_least_squares_problem(small, dense):
-    baseline = IALS(factors=4, weight=5.0, l2=1.0)
-    baseline.iterations = 200
-    baseline.fit(small, None)
-    users, items = baseline.user_vectors.double().numpy(), baseline.item_vectors.double().numpy()
-    for own, other, matrix in ((users, items, dense), (items, users, dense.T)):
-        for vector, row in zip(own, matrix):
-            confidence = np.where(row > 0, 5.0, 1.0)
-            gram = other.T @ (confidence[:, None] * other) + np.eye(4)
-            np.testing.assert_allclose(vector, np.linalg.solve(gram, other.T @ (confidence * row)), atol=2e-3)
-    np.testing.assert_allclose(baseline.scores(np.arange(60)), users @ items.T, atol=1e-5)
 
 
 def test_neumf_scores_all_items_as_its_layers_do_for_each_pair():

@@ -98,5 +98,5 @@ def test_users_who_are_unknown_are_skipped_or_get_popular_items(trained_reposito
     assert READ[".csv"](path).user_id.tolist() == ["u003"] * 2
     assert main([*argv, "--on-unknown", "popular"]) == 0
     table = READ[".csv"](path)
-    assert table.item_id.tolist()[2:] == recommender.store.popular(2)
+    assert table.item_id.tolist()[2:] == list(recommender.store.popular(2))
     assert table.note.isna().tolist() == [True, True, False, False] == table.score.notna().tolist()

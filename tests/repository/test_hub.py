@@ -10,8 +10,12 @@ import subprocess
 import sys
 
 import pytest
+import typer
+from huggingface_hub import RepoCard
 
+import tokenrec_hf
 from tokenrec_hf import EmbeddingStore, FISMModel, LightGCNModel, MQTokenizerModel, Recommender, TokenRecTokenizer
+from tokenrec_hf.cli import app
 from tokenrec_hf.cli.app import main
 from tokenrec_hf.models.codes import fetch_repository
 from tokenrec_hf.repository.repository import Repository
@@ -284,3 +288,25 @@ def test_the_command_says_that_users_are_left_out(hub, repository, capsys):
     assert "Users are left out" in capsys.readouterr().out
     assert main(["info", NAME]) == 0
     assert "no users, 300 items" in capsys.readouterr().out
+
+
+def test_a_space_shows_the_page_of_the_pushed_repository(hub, repository, capsys, monkeypatch):
+    assert main(["push", str(repository), NAME, "--revision", "next", "--space", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["space"] == f"{hub.url}/spaces/{NAME}"
+    files = {path: content.decode() for path, content in hub.files(NAME, kind="space").items()}
+    assert hub.repositories["space", NAME].messages[1:] == ["Upload the page of a TokenRec recommender"]
+    assert files["requirements.txt"] == f"tokenrec-hf[demo]=={tokenrec_hf.__version__}\n"
+    metadata = RepoCard(files["README.md"], ignore_metadata_errors=False).data.to_dict()
+    assert metadata == {"title": "demo", "sdk": "gradio", "app_file": "app.py", "models": [NAME], "tags": ["tokenrec"]}
+    ran = []
+    monkeypatch.setattr("tokenrec_hf.cli.app.main", ran.append)
+    exec(files["app.py"], {})
+    name, *arguments = ran[0]
+    demo = typer.main.get_command(app.app).commands[name].make_context(name, arguments)
+    assert (demo.params["repository"], demo.params["revision"], demo.params["host"]) == (NAME, "next", "0.0.0.0")
+
+
+def test_without_being_asked_a_push_makes_no_space(hub, repository, capsys):
+    assert main(["push", str(repository), NAME]) == 0
+    assert [kind for kind, _ in hub.repositories] == ["model"]

@@ -255,10 +255,11 @@ def train(
     # Imports torch; other missing files have been reported by now.
     vectors = None if item_vectors is None else _item_vectors(item_vectors)
     splits, report = _read_splits(dataset, {**reading, "k_core": k_core}, split, at)
-    if dry_run:
-        return {"dataset": name, **report}
     from ..repository import build
 
+    report["summary"] += f" {build.forecast(splits, loaded)}"
+    if dry_run:
+        return {"dataset": name, **report}
     note(report["summary"])
     trained = build.train(
         splits,
@@ -322,9 +323,9 @@ def compare(
     *,
     reading: dict[str, Any],
 ) -> Document:
-    """Compare popularity, ItemKNN and EASE with each other, or with a trained repository on its own test items.
+    """Compare popularity, ItemKNN, EASE, iALS and LightGCN, and a trained repository on its own test items.
 
-    The baselines are tuned on validation. Differences have 95 % intervals by a paired bootstrap over users.
+    The baselines are tuned on validation; LightGCN takes minutes. Differences have 95 % intervals by a paired bootstrap over users.
     """
     if (repository is None) == (dataset is None):
         raise UsageError("give either a repository, whose data are compared on, or --dataset for the baselines alone.")
@@ -531,13 +532,20 @@ def verify(
     return {"repository": repository, "passed": passed, "checks": [asdict(check) for check in checks]}
 
 
-@_command("tokenrec push out my-name/my-recommender --private", show=output.show_push)
+@_command(
+    "tokenrec push out my-name/my-recommender --private",
+    "tokenrec push out my-name/my-recommender --space",
+    show=output.show_push,
+)
 def push(
     repository: Folder,
     repo_id: Annotated[str, Argument(metavar="NAME", help="Hub repository, as organisation/name; created if absent.")],
     private: Annotated[bool, Option("--private", help="Make a new repository private.")] = False,
     revision: Annotated[str | None, Option(show_default="main", help="Branch; created if absent.")] = None,
     include_users: Annotated[bool, Option("--include-users", help="Also push the data of users.")] = False,
+    space: Annotated[
+        bool, Option("--space", help="Also make a Space, which shows the page of `tokenrec demo`.")
+    ] = False,
 ) -> Document:
     """Share a trained repository on the Hugging Face Hub, in one commit.
 
@@ -549,9 +557,38 @@ def push(
     commit = Repository(repository).push_to_hub(
         repo_id, private=private or None, revision=revision, include_users=include_users
     )
-    from ..repository.hub import strays
+    from ..repository.hub import push_space, strays
 
-    return {"repository": repo_id, "commit": commit, "users": include_users, "left_out": strays(Path(repository))}
+    return {
+        "repository": repo_id,
+        "commit": commit,
+        "space": push_space(repo_id, private=private or None, revision=revision) if space else None,
+        "users": include_users,
+        "left_out": strays(Path(repository)),
+    }
+
+
+@_command("tokenrec report out --output report.html", show=output.show_report)
+def report(
+    repository: Name,
+    to: Annotated[str, Option("--output", metavar="FILE", help="HTML file to write.")] = "report.html",
+    revision: Revision = None,
+) -> Document:
+    """Write a page with training curves, code usage, and accuracy by history, item and score.
+
+    The page is one file that loads nothing from the network. It has the baselines of the last `tokenrec compare`, and no data of
+    single users.
+    """
+    opened = _open(repository, revision)
+    from ..models.codes import atomic_write
+    from .report import report
+
+    _quiet()
+    with working("measuring"):
+        page = report(opened, Path(repository).resolve().name)
+    with atomic_write(to) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return {"repository": repository, "output": to}
 
 
 @_command("tokenrec info out", show=output.show_info)

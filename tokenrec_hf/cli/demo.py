@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
 import numpy as np
 
-from ..evaluation.variants import LABELS, SHOWN
+from .markup import STYLE, bar, columns, part, table, training
 from .showcase import Answer, Showcase, Suggestion
 
 # Gradio reads it when it is imported.
@@ -27,39 +27,7 @@ except ImportError:
 
 # Users and items that can be chosen from a list; the ids of others are typed.
 LISTED = 5_000
-STAGES = {"mq_user": "MQ-Tokenizer of users", "mq_item": "MQ-Tokenizer of items", "retrieval": "T5"}
 WIDTH, HEIGHT, MARGIN = 640, 420, 16
-# Colours that the colour-blind tell apart; the marks of the map differ in shape too.
-STYLE = """
-.tokenrec { --mark: #d55e00; --seen: #0072b2; --soft: #52525b; color: var(--body-text-color); line-height: 1.4; }
-.dark .tokenrec { --mark: #e8833a; --seen: #56b4e9; --soft: #a1a1aa; }
-.tokenrec h1 { font-size: 1.6rem; font-weight: 700; margin: 0; }
-.tokenrec h2 { font-size: inherit; font-weight: 600; margin: 0 0 .5rem; }
-.tokenrec small, .tokenrec .soft { color: var(--soft); font-weight: 400; }
-.tokenrec table { width: 100%; border-collapse: collapse; }
-.tokenrec caption { text-align: left; font-weight: 600; padding-bottom: .3rem; }
-.tokenrec th, .tokenrec td { text-align: left; vertical-align: top; padding: .4rem .75rem .4rem 0; font-weight: 400; }
-.tokenrec thead th { color: var(--soft); font-size: .85em; }
-.tokenrec tr { border-bottom: 1px solid var(--border-color-primary); }
-.tokenrec td small { display: block; }
-.tokenrec .value { display: flex; gap: .5rem; align-items: center; font-variant-numeric: tabular-nums; min-width: 5.5rem; }
-.tokenrec .value b { font-weight: 400; min-width: 2.7rem; }
-.tokenrec .items td:nth-child(2) { width: 80%; }
-.tokenrec .bar { flex: 1; height: .4rem; border-radius: .2rem;
-  background: linear-gradient(to right, var(--mark) var(--share), var(--border-color-primary) var(--share)); }
-.tokenrec code { font-family: var(--font-mono); font-size: .8em; overflow-wrap: anywhere; }
-.tokenrec .u { color: var(--mark); } .tokenrec .v { color: var(--seen); }
-.tokenrec .scroll { max-height: 27rem; overflow: auto; }
-.tokenrec .columns { columns: 26rem; column-gap: 2.5rem; }
-.tokenrec .columns div { break-inside: avoid; padding-bottom: 1.75rem; }
-.tokenrec svg { width: 100%; height: auto; border: 1px solid var(--border-color-primary); border-radius: .5rem; }
-.tokenrec .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin-top: .4rem; color: var(--soft); }
-.tokenrec .other { fill: var(--soft); opacity: .45; } .tokenrec .history { fill: var(--seen); }
-.tokenrec .found { fill: var(--mark); } .tokenrec .query { fill: var(--body-text-color); }
-.tokenrec text { font-size: 11px; font-weight: 600; fill: var(--background-fill-primary); text-anchor: middle; }
-.tokenrec .legend .found { color: var(--mark); } .tokenrec .legend .history { color: var(--seen); }
-.tokenrec .alert { border-left: 4px solid var(--mark); padding: .5rem .75rem; background: var(--background-fill-secondary); }
-"""
 
 
 def build(showcase: Showcase, metrics: Mapping[str, Any], name: str = "TokenRec") -> gr.Blocks:
@@ -84,7 +52,7 @@ def build(showcase: Showcase, metrics: Mapping[str, Any], name: str = "TokenRec"
             status(user, found),
             suggestions("Recommended", "by TokenRec", found.recommended, "cosine"),
             suggestions("Nearest", "to the mean of the history", found.nearest, "cosine"),
-            suggestions("Popular", "the same for everyone", found.popular, "users"),
+            suggestions("Popular", "the same for everyone", found.popular, "times seen"),
             item_map(showcase, found),
             token_table(showcase, user, found),
             prompt(found),
@@ -132,7 +100,7 @@ def build(showcase: Showcase, metrics: Mapping[str, Any], name: str = "TokenRec"
             with gr.Accordion("The prompt that T5 reads", open=False):
                 shown.append(html())
         with gr.Tab("Training"):
-            html(training(showcase, metrics))
+            html(part(columns(training(showcase, metrics))))
 
         asked: list[Any] = [user, history, top_k, column, values]
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "trigger_mode": "always_last"}
@@ -174,29 +142,29 @@ def heading(showcase: Showcase, name: str) -> str:
     facts.append(f"{len(showcase.titles):,} items")
     for kind, (number, size) in showcase.recommender.tokenizer.codebooks.items():
         facts.append(f"{kind}s are {number} tokens of {size} codewords each")
-    return _part(f"<h1>{escape(name)}</h1><p class=soft>{' · '.join(facts)}</p>")
+    return part(f"<h1>{escape(name)}</h1><p class=soft>{' · '.join(facts)}</p>")
 
 
 def alert(sentence: str) -> str:
     """Why a question cannot be answered."""
-    return _part(f"<p class=alert role=alert>{escape(sentence)}</p>")
+    return part(f"<p class=alert role=alert>{escape(sentence)}</p>")
 
 
 def status(user: str | None, found: Answer) -> str:
     """The question that is answered."""
     who, count = f"user {user}" if user else "someone new", len(found.history)
     by = f"a history of {count} item{'s' * (count != 1)}" if count else "the id alone"
-    return _part(f"<p class=soft role=status>For {escape(who)}, by {by}. Seen items are left out.</p>")
+    return part(f"<p class=soft role=status>For {escape(who)}, by {by}. Seen items are left out.</p>")
 
 
 def suggestions(name: str, method: str, rows: Sequence[Suggestion], unit: str) -> str:
     """A table of items with rank, title, reasons and score."""
     best = max((row.score for row in rows), default=1)
     cells = [
-        [str(rank), _named(row) + _because(row), _value(row.score, best, "," if unit == "users" else ".3f")]
+        [str(rank), _named(row) + _because(row), bar(row.score, best, "," if unit == "times seen" else ".3f")]
         for rank, row in enumerate(rows, 1)
     ]
-    return _part(f"<div class=items>{_table(name, method, ['#', 'item', unit], cells, 'Nothing is left.')}</div>")
+    return part(f"<div class=items>{table(name, method, ['#', 'item', unit], cells, 'Nothing is left.')}</div>")
 
 
 def item_map(showcase: Showcase, found: Answer) -> str:
@@ -224,7 +192,7 @@ def item_map(showcase: Showcase, found: Answer) -> str:
         f'<path class=query d="M{x:.0f} {y - 9:.0f}l8 9l-8 9l-8-9z"><title>query</title></path>',
     ]
     label = f"Map of the items, with {len(history)} items of the history, {len(best)} recommended items and the query."
-    return _part(
+    return part(
         f"<h2>Map of the items <small>two principal components, {showcase.explained:.0%} of the variance</small></h2>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role=img aria-label="{label}">{"".join(content)}</svg>'
         "<div class=legend aria-hidden=true><span>● items</span><span class=history>■ history</span>"
@@ -239,56 +207,13 @@ def token_table(showcase: Showcase, user: str | None, found: Answer) -> str:
         [str(number), escape(showcase.titles[item]), _marked(tokens)]
         for number, (item, tokens) in enumerate(zip(found.history, found.tokens), 1)
     ]
-    table = _table("Tokens", "of the user and the history", ["", "name", "tokens"], rows)
-    return _part(f"<div class=scroll tabindex=0 role=region aria-label=Tokens>{table}</div>")
+    tokens = table("Tokens", "of the user and the history", ["", "name", "tokens"], rows)
+    return part(f"<div class=scroll tabindex=0 role=region aria-label=Tokens>{tokens}</div>")
 
 
 def prompt(found: Answer) -> str:
     """The prompt, with its code tokens marked."""
-    return _part(f"<p>{_marked(found.prompt)}</p>")
-
-
-def training(showcase: Showcase, metrics: Mapping[str, Any]) -> str:
-    """Accuracy by method, time by stage, and use of the codebooks, of which users have the most."""
-    tables = []
-    for split in (name for name in ("test", "validation") if metrics.get(name)):
-        results = metrics[split]
-        best = {key: max(own[key] for own in results.values()) for key in SHOWN}
-        rows = [
-            [escape(LABELS[name]), *(_value(own[key], best[key]) for key in SHOWN)] for name, own in results.items()
-        ]
-        tables.append(_table("Accuracy", f"on {split} items", ["", *map(str.upper, SHOWN)], rows))
-    seconds = metrics.get("seconds", {})
-    longest = max((took for stages in seconds.values() for took in stages.values()), default=1)
-    stages = list(dict.fromkeys(stage for run in seconds.values() for stage in run))
-    rows = [
-        [
-            STAGES.get(stage, stage),
-            *(_value(run[stage], longest, ".1f") if stage in run else "" for run in seconds.values()),
-        ]
-        for stage in stages
-    ]
-    tables.append(_table("Seconds", "of each stage", ["", *seconds], rows))
-    for kind, (_, size) in reversed(showcase.recommender.tokenizer.codebooks.items()):
-        rows = [
-            [str(one.book), _value(one.used, 1, ".0%"), _value(one.perplexity, size, ".1f")]
-            for one in showcase.usage(kind)
-        ]
-        tables.append(_table(f"Codebooks of {kind}s", f"{size} codewords each", ["book", "used", "perplexity"], rows))
-    return _part(f"<div class=columns>{''.join(f'<div>{one}</div>' for one in tables)}</div>")
-
-
-def _part(content: str) -> str:
-    return f"<div class=tokenrec>{content}</div>"
-
-
-def _table(name: str, about: str, header: Sequence[str], rows: Iterable[Sequence[str]], nothing: str = "None.") -> str:
-    """A table of HTML cells."""
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    body = body or f'<tr><td colspan="{len(header)}" class=soft>{nothing}</td></tr>'
-    head = "".join(f"<th scope=col>{escape(column)}</th>" for column in header)
-    caption = f"<caption>{escape(name)} <small>{escape(about)}</small></caption>"
-    return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return part(f"<p>{_marked(found.prompt)}</p>")
 
 
 def _named(row: Suggestion) -> str:
@@ -297,12 +222,6 @@ def _named(row: Suggestion) -> str:
 
 def _because(row: Suggestion) -> str:
     return f"<small>because of {escape(', '.join(row.because))}</small>" * bool(row.because)
-
-
-def _value(value: float, best: float, form: str = ".3f") -> str:
-    """A number with a bar of its share of the best."""
-    share = min(max(value / best, 0.0), 1.0) if best > 0 else 0.0
-    return f'<span class=value><b>{value:{form}}</b><span class=bar style="--share:{share:.0%}"></span></span>'
 
 
 def _marked(text: str) -> str:

@@ -77,7 +77,7 @@ def show_train(document: Document) -> Blocks:
 
 
 def show_evaluation(document: Document) -> Blocks:
-    """A row for each metric and a column for each method, and HR@20 by length of the history; or the checks of an audit."""
+    """A row for each metric and a column for each method, and HR@20 by history and by item; or the checks of an audit."""
     if "checks" in document:
         yield from _checks(document, "No leak was found", "The audit has FAILED")
         return
@@ -85,10 +85,12 @@ def show_evaluation(document: Document) -> Blocks:
     yield f"{document['split']}, {document['users']} users"
     rows = [[key, *(_number(own.get(key)) for own in metrics.values())] for key in metrics[document["variant"]]]
     yield _table(["", *(LABELS[name] for name in metrics)], rows)
-    groups = document["hr@20_by_history"]
-    names = [name for name in next(iter(groups.values())) if name != "users"]
-    lengths = [[group, str(own["users"]), *(_number(own[name]) for name in names)] for group, own in groups.items()]
-    yield _table(["items of the history", "users", *(f"HR@20, {LABELS[name]}" for name in names)], lengths)
+    for key, sizes in {"hr@20_by_history": "items of the history", "hr@20_by_popularity": "users of the item"}.items():
+        names = [name for name in next(iter(document[key].values())) if name != "users"]
+        rows = [
+            [size, str(own["users"]), *(_number(own[name]) for name in names)] for size, own in document[key].items()
+        ]
+        yield _table([sizes, "users", *(f"HR@20, {LABELS[name]}" for name in names)], rows)
 
 
 def show_verification(document: Document) -> Blocks:
@@ -144,11 +146,18 @@ def show_similar(document: Document) -> Blocks:
 def show_push(document: Document) -> Blocks:
     """The address of the commit, and how to use the repository."""
     yield document["commit"]
+    if document["space"]:
+        yield f"The page of the repository is {document['space']}; the Space builds it in a few minutes."
     if not document["users"]:
         yield "Users are left out: recommend to histories, or push with --include-users."
     if document["left_out"]:
         yield f"These files are not part of the repository and were not uploaded: {', '.join(document['left_out'])}."
     yield f"Try: tokenrec info {document['repository']}"
+
+
+def show_report(document: Document) -> Blocks:
+    """The file."""
+    yield f"The report of {document['repository']} is in {document['output']}."
 
 
 def show_addition(document: Document) -> Blocks:
@@ -210,7 +219,7 @@ def _items(rows: Sequence[Document], held_out: str | None = None) -> Table:
     table = _table(header, ())
     for row in rows:
         cells = [str(row["rank"]), row["item"], _number(row["score"]), row["tokens"]]
-        cells += [" ".join(row.get("because", ()))] * explained + [row["title"] or ""] * titled
+        cells += [", ".join(row.get("because", ()))] * explained + [row["title"] or ""] * titled
         cells[-1] += " *" * (row["item"] == held_out)
         table.add_row(*cells)
     return table

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -42,7 +41,7 @@ class Answer:
         query: what T5 has made of the prompt, `[1, d]`.
         recommended: the items nearest to the query, with cosines.
         nearest: the items nearest to the mean vector of the history, with cosines.
-        popular: the items that most users have seen, with the number of users.
+        popular: the items that users have seen most often, with the number of times.
     """
 
     prompt: str
@@ -76,10 +75,7 @@ class Showcase:
         self.users, items = store.ids("user"), store.ids("item")
         named = item_titles(recommender, titles or {}, items)
         self.titles = {item: title or item for item, title in zip(items, named)}
-        self._metadata = dict(zip(items, store.metadata(items)))
-        # Items with the number of users who have seen them, the most popular first.
-        self.popularity = Counter(chain.from_iterable(map(set, store.seen(self.users)))).most_common()
-        self.filters = self._filters()
+        self.filters = _filters(store.metadata(items))
         # Principal component analysis of the directions of the item vectors: only their cosines count.
         unit = unit_rows(store.vectors("item"))
         self._centre = unit.mean(dim=0)
@@ -110,6 +106,7 @@ class Showcase:
         query = recommender.model.encode_by_length(inputs["input_ids"], inputs["attention_mask"]).float().cpu()
         prompt = recommender.tokenizer.decode(inputs["input_ids"][0], resolve_ids=False, skip_special_tokens=True)
         mean = unit_rows(store.get("item", shown)).mean(dim=0, keepdim=True) if shown else None
+        popular = [row for row in store.popular(top_k + len(seen), where).items() if row[0] not in seen]
         return Answer(
             prompt=str(prompt),
             history=shown,
@@ -117,10 +114,7 @@ class Showcase:
             query=query,
             recommended=self._search(query, shown, seen, top_k, where),
             nearest=[] if mean is None else self._search(mean, shown, seen, top_k, where),
-            popular=[
-                Suggestion(item, self.titles[item], count)
-                for item, count in islice(self._popular(seen, where or {}), top_k)
-            ],
+            popular=[Suggestion(item, self.titles[item], count) for item, count in popular[:top_k]],
         )
 
     def user_tokens(self, user: str) -> str:
@@ -155,21 +149,15 @@ class Showcase:
             for item, score, because in zip(items, scores, reasons)
         ]
 
-    def _popular(self, seen: set[str], where: Where) -> Iterator[tuple[str, int]]:
-        for item, count in self.popularity:
-            own = self._metadata[item]
-            fits = all(own.get(name) in values for name, values in where.items())
-            if fits and item not in seen and not own.get(WITHDRAWN):
-                yield item, count
 
-    def _filters(self) -> dict[str, dict[str, Any]]:
-        """The columns of metadata with few values: for each, its values by their text."""
-        columns: dict[str, dict[str, Any]] = {}
-        for own in self._metadata.values():
-            for name, value in own.items():
-                columns.setdefault(name, {})[str(value)] = value
-        return {
-            name: dict(sorted(values.items()))
-            for name, values in columns.items()
-            if name not in ("title", WITHDRAWN) and len(values) <= FILTER_VALUES
-        }
+def _filters(metadata: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The columns of metadata with few values: for each, its values by their text."""
+    columns: dict[str, dict[str, Any]] = {}
+    for own in metadata:
+        for name, value in own.items():
+            columns.setdefault(name, {})[str(value)] = value
+    return {
+        name: dict(sorted(values.items()))
+        for name, values in columns.items()
+        if name not in ("title", WITHDRAWN) and len(values) <= FILTER_VALUES
+    }

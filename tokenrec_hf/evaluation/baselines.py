@@ -1,4 +1,4 @@
-"""Baselines in closed form, to compare a recommender with: popularity, ItemKNN and EASE.
+"""Baselines that take seconds, to compare a recommender with: popularity, ItemKNN, EASE and iALS.
 
 Each is fitted when it is made, and scores all items for rows of users of its training interactions. Repeated interactions count
 once.
@@ -15,7 +15,7 @@ import torch
 from ..data.interaction_matrix import InteractionMatrix
 from ..data.splits import IndexedSplits
 from ..models.embedding_store import stable_topk
-from .metrics import ndcg, target_ranks
+from .metrics import RankingMetrics, SeenPairs, ndcg, target_ranks
 
 # Item rows that are made dense at once, and users that are scored at once.
 ROWS, USERS = 1024, 256
@@ -107,27 +107,84 @@ class EASE:
         return torch.sparse.mm(_histories(self.train, users), self.weights)
 
 
-CLOSED_FORMS: dict[str, type[Baseline]] = {"popularity": Popularity, "itemknn": ItemKNN, "ease": EASE}
+class IALS:
+    """Matrix factorisation of implicit feedback by alternating least squares (Hu et al., 2008), from the library `implicit`.
+
+    Args:
+        train: the interactions.
+        factors: dimensions of the vectors.
+        weight: of a pair with an interaction; all others have 1.
+        l2: weight of the squared lengths of the vectors.
+        seed: of their initial values.
+
+    Raises:
+        ImportError: `implicit` is not installed.
+    """
+
+    grid: ClassVar[Sequence[Mapping[str, Any]]] = (
+        {"factors": 128, "weight": 10, "l2": 30},
+        {"factors": 128, "weight": 10, "l2": 10},
+        {"factors": 64, "weight": 10, "l2": 3},
+    )
+    iterations: ClassVar[int] = 15
+
+    def __init__(self, train: InteractionMatrix, factors: int = 128, weight: float = 10, l2: float = 30, seed: int = 0):
+        try:
+            from implicit.als import AlternatingLeastSquares
+        except ImportError:
+            raise ImportError('iALS needs implicit: pip install "tokenrec-hf[compare]".') from None
+        from scipy.sparse import csr_matrix
+        from threadpoolctl import threadpool_limits
+
+        train = _distinct(train)
+        ones, shape = np.ones(len(train), dtype=np.float32), (train.num_users, train.num_items)
+        settings = {"factors": factors, "alpha": weight, "regularization": l2, "random_state": seed}
+        settings["iterations"] = self.iterations
+        # More threads add in another order.
+        with threadpool_limits(1, "blas"):
+            model = AlternatingLeastSquares(**settings, use_cg=False, use_gpu=False, num_threads=1)
+            model.fit(csr_matrix((ones, (train.users, train.items)), shape=shape), show_progress=False)
+        self.user_vectors, self.item_vectors = map(torch.from_numpy, (model.user_factors, model.item_factors))
+
+    def scores(self, users: np.ndarray) -> torch.Tensor:
+        """See [`Baseline.scores`]."""
+        return self.user_vectors[users] @ self.item_vectors.T
+
+
+BASELINES: dict[str, type[Baseline]] = {"popularity": Popularity, "itemknn": ItemKNN, "ease": EASE, "ials": IALS}
 
 
 def baseline_ranks(baseline: Baseline, data: IndexedSplits) -> torch.Tensor:
     """The rank of each held-out item among the items that its user has not seen, int64 `[U]` from 0."""
-    users, targets = data.holdout.users, data.holdout.targets
-    ranks = []
-    for start in range(0, len(users), USERS):
-        some = users[start : start + USERS]
-        indptr, seen = data.interactions.of_users(some)
-        rows = np.repeat(np.arange(len(some)), np.diff(indptr))
-        ranks.append(target_ranks(baseline.scores(some), targets[start : start + USERS], (rows, seen)))
-    return torch.cat(ranks)
+    return torch.cat([target_ranks(*batch) for batch in _score_batches(baseline, data)])
+
+
+def evaluate_baseline(baseline: Baseline, data: IndexedSplits) -> dict[str, float]:
+    """All metrics on the held-out items, see [`RankingMetrics`]."""
+    metrics = RankingMetrics(len(data.item_ids), popularity=data.interactions.popularity())
+    for batch in _score_batches(baseline, data):
+        metrics.update(*batch)
+    return metrics.compute()
 
 
 def best_settings(kind: type[Baseline], data: IndexedSplits) -> dict[str, Any]:
     """The settings of the grid with the best NDCG@20 on the held-out items of `data`, the validation items."""
+    if len(kind.grid) == 1:
+        return dict(kind.grid[0])
     return dict(max(kind.grid, key=lambda one: ndcg(baseline_ranks(kind(data.interactions, **one), data), 20)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def _score_batches(baseline: Baseline, data: IndexedSplits) -> Iterator[tuple[torch.Tensor, np.ndarray, SeenPairs]]:
+    """Scores, targets and seen pairs of some held-out users at a time, as [`target_ranks`] takes them."""
+    users, targets = data.holdout.users, data.holdout.targets
+    for start in range(0, len(users), USERS):
+        some = users[start : start + USERS]
+        indptr, seen = data.interactions.of_users(some)
+        rows = np.repeat(np.arange(len(some)), np.diff(indptr))
+        yield baseline.scores(some), targets[start : start + USERS], (rows, seen)
 
 
 def _distinct(train: InteractionMatrix) -> InteractionMatrix:

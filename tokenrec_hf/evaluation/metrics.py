@@ -188,6 +188,23 @@ def embedding_ranks(
     return torch.cat([_ranks(*_masked(*batch)) for batch in batches])
 
 
+def embedding_hits(
+    queries: torch.Tensor,
+    items: torch.Tensor,
+    targets: Array,
+    seen_indptr: np.ndarray,
+    seen_indices: np.ndarray,
+    k: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cosines of the first `k` items of each user, and whether each is the target, `[U, k]`; see [`evaluate_embeddings`]."""
+    cosines, hits = [], []
+    for batch in _score_batches(queries, items, targets, seen_indptr, seen_indices, cosine=True, batch_size=512):
+        best, values = stable_topk(_masked(*batch)[0], k)
+        cosines.append(values)
+        hits.append(best == batch[1][:, None])
+    return torch.cat(cosines), torch.cat(hits)
+
+
 def _score_batches(
     queries: torch.Tensor,
     items: torch.Tensor,

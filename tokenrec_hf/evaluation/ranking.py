@@ -23,11 +23,12 @@ from ..models.modeling_t5_retrieval import T5ForGenerativeRetrieval
 from ..models.prompts import HISTORY_TEMPLATES, PromptTemplate
 from ..models.recommender import load_history_encoder
 from ..models.tokenization_tokenrec import TokenRecTokenizer
-from .metrics import RankingMetrics, embedding_ranks, evaluate_embeddings, hit_rate
+from .baselines import ItemKNN, Popularity, evaluate_baseline
+from .metrics import embedding_hits, evaluate_embeddings, hit_rate
 from .variants import BASELINES, VARIANTS
 
-# The longest histories of the groups of `hit_rates_by_history`.
-HISTORY_LENGTHS = (1, 2, 5, 10, 20, 50)
+# The upper ends of the ranges of `hit_rates_by_size`.
+SIZES = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500)
 
 
 def evaluate_baselines(data: IndexedSplits, store: Store) -> dict[str, dict[str, float]]:
@@ -37,45 +38,15 @@ def evaluate_baselines(data: IndexedSplits, store: Store) -> dict[str, dict[str,
         data: the interactions of the training and the held-out items.
         store: the collaborative vectors of all its users and items.
     """
-    popularity = data.interactions.popularity()
     users = store.get("user", [data.user_ids[row] for row in data.holdout.users])
     items = store.get("item", data.item_ids)
-    # Popularity as a dot product: the vector of every user is [1].
-    alike, counts = torch.ones(len(users), 1), torch.from_numpy(popularity).float()[:, None]
     found = (
-        evaluate_vectors(alike, counts, data, cosine=False),
-        evaluate_itemknn(data),
+        evaluate_baseline(Popularity(data.interactions), data),
+        evaluate_baseline(ItemKNN(data.interactions), data),
         evaluate_vectors(users, items, data, cosine=False),
         evaluate_vectors(users, items, data),
     )
     return dict(zip(BASELINES, found, strict=True))
-
-
-def evaluate_itemknn(data: IndexedSplits, batch_size: int = 512) -> dict[str, float]:
-    """Metrics of ItemKNN with all neighbours (Sarwar et al., 2001).
-
-    The score of an item is the sum of its cosines with the items of the history; the vector of an item holds 1 for each of its
-    users.
-    """
-    interactions, holdout = data.interactions, data.holdout
-    popularity = interactions.popularity()
-    shape = (interactions.num_users, interactions.num_items)
-    values = torch.from_numpy(popularity[interactions.items].astype(np.float64) ** -0.5)
-    pairs = torch.from_numpy(np.stack([interactions.users, interactions.items]))
-    unit = torch.sparse_coo_tensor(
-        pairs, values, shape, check_invariants=False
-    ).coalesce()  # columns of length 1, [U, n]
-    transposed = unit.t().coalesce()
-    metrics = RankingMetrics(shape[1], popularity=popularity)
-    for start in range(0, len(holdout.users), batch_size):
-        users = holdout.users[start : start + batch_size]
-        own_indptr, own_items = interactions.of_users(users)
-        seen = np.repeat(np.arange(len(users)), np.diff(own_indptr)), own_items
-        histories = torch.zeros(shape[1], len(users), dtype=torch.float64)
-        histories[seen[1], seen[0]] = 1
-        scores = transposed @ (unit @ histories)  # [n, B]
-        metrics.update(scores.T.float(), holdout.targets[start : start + batch_size], seen)
-    return metrics.compute()
 
 
 def evaluate_retrieval(
@@ -141,34 +112,47 @@ def retrieval_queries(
     return queries
 
 
-def hit_rates_by_history(
-    queries: Mapping[str, torch.Tensor], items: torch.Tensor, data: IndexedSplits
-) -> dict[str, dict[str, float]]:
-    """HR@20 of users with histories of similar length, by cosine.
+def hit_rates_by_size(ranks: Mapping[str, np.ndarray], sizes: np.ndarray) -> dict[str, dict[str, float]]:
+    """HR@20 of users with histories of similar length, or with held-out items of similar popularity.
 
     Args:
-        queries: of the held-out users, float `[U, d]`, by name.
-        items: their vectors, float `[num_items, d]`.
-        data: the interactions of the training and the held-out items.
+        ranks: of the held-out items, int `[U]` from 0, by name.
+        sizes: a count for each of the users, int `[U]`.
 
     Returns:
-        For each range of lengths that has users, such as `"3-5"`: the number of `users`, and HR@20 by name.
+        For each range of sizes that has users, such as `"3-5"`: the number of `users`, and HR@20 by name.
     """
-    users = data.holdout.users
-    lengths, seen = data.interactions.lengths[users], data.interactions.of_users(users)
-    ranks = {
-        name: embedding_ranks(own, items, data.holdout.targets, *seen, cosine=True).numpy()
-        for name, own in queries.items()
-    }
     found = {}
-    for low, high in zip((1, *(length + 1 for length in HISTORY_LENGTHS)), (*HISTORY_LENGTHS, math.inf)):
-        members = (lengths >= low) & (lengths <= high)
+    for low, high in zip((0, *(size + 1 for size in SIZES)), (*SIZES, math.inf)):
+        members = (sizes >= low) & (sizes <= high)
         if members.any():
             label = f"from {low}" if high == math.inf else str(low) if low == high else f"{low}-{high}"
             found[label] = {"users": int(members.sum())} | {
                 name: hit_rate(own[members], 20) for name, own in ranks.items()
             }
     return found
+
+
+def calibration(queries: torch.Tensor, items: torch.Tensor, data: IndexedSplits) -> list[dict[str, float]]:
+    """How often a recommended item is the held-out one, by its cosine: tenths of the first 20 items of all users.
+
+    Args:
+        queries: of the held-out users, float `[U, d]`.
+        items: their vectors, float `[num_items, d]`.
+        data: the interactions of the training and the held-out items.
+
+    Returns:
+        For each tenth, lowest cosines first: the `low` and the `high` end of its cosines, and the `hit_rate`.
+    """
+    seen = data.interactions.of_users(data.holdout.users)
+    cosines, hits = embedding_hits(queries, items, data.holdout.targets, *seen, k=min(20, len(items)))
+    order = cosines.flatten().argsort(stable=True)
+    # A user with few unseen items has fewer than 20.
+    order = order[cosines.flatten()[order].isfinite()]
+    tenths = zip(*(one.flatten()[order].tensor_split(10) for one in (cosines, hits.float())))
+    return [
+        {"low": float(own[0]), "high": float(own[-1]), "hit_rate": float(hit.mean())} for own, hit in tenths if len(own)
+    ]
 
 
 def evaluation_collator(

@@ -23,13 +23,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 MAX_ID_LENGTH = 256
-# White space, control and format characters (categories Cc and Cf), which cannot be seen; half of a surrogate pair is no text.
+SPACE = "␣"  # stands for a space within an id where a text names it
+# Control and format characters (categories Cc and Cf) and white space but the space, which cannot be seen; half of a surrogate pair.
 _NOT_IN_IDS = (
-    r"\s\x00-\x1f\x7f-\x9f\xad\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064"
-    r"\u2066-\u206f\ufeff\ufff9-\ufffb\U000110bd\U000110cd\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"
-    r"\U000e0001\U000e0020-\U000e007f\ud800-\udfff"
+    rf"{SPACE}\x00-\x1f\x7f-\xa0\xad\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u1680\u180e\u2000-\u200f\u2028-\u202f"
+    r"\u205f-\u2064\u2066-\u206f\u3000\ufeff\ufff9-\ufffb\U000110bd\U000110cd\U00013430-\U0001343f\U0001bca0-\U0001bca3"
+    r"\U0001d173-\U0001d17a\U000e0001\U000e0020-\U000e007f\ud800-\udfff"
 )
-_ID = re.compile(rf"[^{_NOT_IN_IDS}]{{1,{MAX_ID_LENGTH}}}")
+_ID = re.compile(rf"(?! )[^{_NOT_IN_IDS}]{{1,{MAX_ID_LENGTH}}}(?<! )")
 _UNSEEN = re.compile(rf"[{_NOT_IN_IDS}]")
 
 
@@ -37,19 +38,18 @@ def check_ids(ids: Iterable[str], kind: str = "id") -> list[str]:
     """Returns `ids` as a list of strings after checking each of them.
 
     Raises:
-        ValueError: an id is empty, longer than 256 characters, contains white space, control or format characters, or is not
-            Unicode text.
+        ValueError: an id is empty, longer than 256 characters, begins or ends with a space, or contains ␣, other white space,
+            control or format characters, or half of a surrogate pair.
     """
     checked = [str(name) for name in ids]
     for name in checked:
         if not _ID.fullmatch(name):
-            problem = "contains white space" if re.search(r"\s", name) else "contains a control or format character"
-            if re.search("[\ud800-\udfff]", name):
-                problem = "is not Unicode text"
+            bad = _UNSEEN.search(name)
+            problem = f"contains the character {bad[0]!a}" if bad else "begins or ends with a space"
             if not 1 <= len(name) <= MAX_ID_LENGTH:
                 problem = f"has {len(name)} characters, more than {MAX_ID_LENGTH}" if name else "is empty"
             raise ValueError(
-                f"{kind} {name[:60]!r} {problem}; ids are strings of 1 to {MAX_ID_LENGTH} characters without white space."
+                f"{kind} {name[:60]!r} {problem}; ids are 1 to {MAX_ID_LENGTH} visible characters (not {SPACE}), with spaces between."
             )
     return checked
 
@@ -132,8 +132,10 @@ class IdIndex:
         if not is_whole or offsets[0] != 0 or offsets[-1] != len(blob) or (np.diff(bounds) < 1).any():
             raise ValueError("the id table is damaged: its offsets do not fit its text.")
         index = cls._of([blob[start:end].decode() for start, end in zip(offsets, offsets[1:])])
-        # Much faster than to check one id after the other, which finds what is wrong.
-        is_fine = not _UNSEEN.search(blob.decode()) and np.diff(bounds).max(initial=0) <= MAX_ID_LENGTH
+        # Much faster than to check one id after the other, which finds what is wrong, and spaces at the ends.
+        is_fine = (
+            b" " not in blob and not _UNSEEN.search(blob.decode()) and np.diff(bounds).max(initial=0) <= MAX_ID_LENGTH
+        )
         return index if is_fine and len(index._positions()) == len(index) else cls(index._ids)
 
     def __getstate__(self) -> dict[str, list[str]]:

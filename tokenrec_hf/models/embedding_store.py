@@ -104,8 +104,8 @@ class Store(Protocol):
     def seen(self, user_ids: Sequence[str]) -> list[list[str]]:
         """The ids of the items that each user has seen, oldest first."""
 
-    def popular(self, top_k: int, where: Where | None = None) -> list[str]:
-        """The items that users have seen most often."""
+    def popular(self, top_k: int, where: Where | None = None) -> dict[str, int]:
+        """The items that users have seen most often, with the number of times."""
 
     def set_metadata(self, item_ids: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
         """Merges names and values into the metadata of items."""
@@ -428,11 +428,15 @@ class EmbeddingStore(Store):
         return [next(known) if row >= 0 else [] for row in rows]
 
     @_locked
-    def popular(self, top_k: int, where: Where | None = None) -> list[str]:
-        """The `top_k` items that users have seen most often, of equal ones the first; `where` as in [`~EmbeddingStore.search`]."""
+    def popular(self, top_k: int, where: Where | None = None) -> dict[str, int]:
+        """How often users have seen the `top_k` items that they have seen most often, the most popular first.
+
+        Of equal ones the first in the store comes first. `where` is as in [`~EmbeddingStore.search`].
+        """
         counts, allowed = np.bincount(self._seen.values, minlength=self.count("item")), self.allowed(where)
         rows = np.flatnonzero(counts if allowed is None else counts * allowed)
-        return self._index["item"].ids(rows[np.argsort(-counts[rows], kind="stable")[:top_k]])
+        rows = rows[np.argsort(-counts[rows], kind="stable")[:top_k]]
+        return dict(zip(self._index["item"].ids(rows), counts[rows].tolist()))
 
     # ---- metadata of items
 

@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from .codes import SPACE
+
 _PLACEHOLDER = re.compile(r"\{user\}|\{history\}")
 
 
@@ -78,11 +80,12 @@ HISTORY_ONLY_TEMPLATE = PromptTemplate("What fits {history} best?")
 
 
 def render(template: PromptTemplate, user: str, history: Iterable[str] = ()) -> str:
-    """Writes out a prompt, e.g. `"What should user_03 try after item_08 item_24 then?"`.
+    """Writes out a prompt, e.g. `"What should user_03 try after item_08 item_24 then?"`; spaces within ids become `␣`.
 
     Args:
         template: the wording; one without `{history}` ignores `history`.
         user: the user's id.
         history: item ids, in the order of the prompt.
     """
-    return template.text.format(user=f"user_{user}", history=" ".join(f"item_{item}" for item in history))
+    user, *items = (name.replace(" ", SPACE) for name in (user, *history))
+    return template.text.format(user=f"user_{user}", history=" ".join(f"item_{item}" for item in items))

@@ -22,7 +22,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import BatchEncoding, TokenizersBackend
 
-from .codes import MAX_ID_LENGTH, MQ_FOLDERS, CodeTable, IdIndex, check_ids, load_tables, read_json, save_tables
+from .codes import MAX_ID_LENGTH, MQ_FOLDERS, SPACE, CodeTable, IdIndex, check_ids, load_tables, read_json, save_tables
 from .prompts import PromptTemplate
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ class TokenRecTokenizer(TokenizersBackend):
     """A T5 tokenizer that knows users and items by their ids.
 
     Ids may appear in all inputs of a Hugging Face tokenizer: batches, pairs, words (`is_split_into_words=True`) and targets. An id
-    is a string of up to 256 characters without white space, written `user_<id>` or `item_<id>` where a word begins. The id is
-    the longest beginning of the characters up to the next white space that is known and ends where a word ends: `(user_03)`,
+    is a string of up to 256 characters, written `user_<id>` or `item_<id>` where a word begins, with `␣` in place of spaces. The
+    id is the longest beginning of the characters up to the next white space that is known and ends where a word ends: `(user_03)`,
     `user_03's` and `item_08,item_24` are understood, and so is an id such as `a.b-c(1)`. Ids are compared exactly, before any
     Unicode normalisation.
 
@@ -372,7 +372,7 @@ class TokenRecTokenizer(TokenizersBackend):
             if found := vocabulary.pattern.findall(text):
                 table = self._tables[kind]
                 rows = table.owners(np.array(found, dtype=np.int64).reshape(len(found), -1) - 1)
-                names = iter([f"{kind}_{table.index[row]}" if row >= 0 else None for row in rows])
+                names = iter([f"{kind}_{table.index[row].replace(' ', SPACE)}" if row >= 0 else None for row in rows])
                 text = vocabulary.pattern.sub(lambda match: next(names) or match[0], text)  # noqa: B023
         return text
 
@@ -433,7 +433,7 @@ class TokenRecTokenizer(TokenizersBackend):
                 raise ValueError(f"text {row} has {len(text)} characters, more than {MAX_TEXT_LENGTH}; shorten it.")
             if not text.isascii() and _SURROGATE.search(text):
                 raise ValueError(f"text {row} holds half of a surrogate pair, so it is not Unicode text: {text!r:.80}.")
-        matches = [[(match.end(), match[1], match[2]) for match in _MENTION.finditer(text)] for text in texts]
+        matches = [[(m.end(), m[1], m[2].replace(SPACE, " ")) for m in _MENTION.finditer(text)] for text in texts]
         runs = {(kind, run) for mentions in matches for _, kind, run in mentions}
         found = {kind: self._resolved(kind, [run for of, run in runs if of == kind]) for kind in LETTERS}
         parsed = []

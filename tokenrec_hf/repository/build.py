@@ -38,7 +38,14 @@ from ..models.tokenization_tokenrec import TokenRecTokenizer
 from ..training.datasets import past_user_embeddings
 from ..training.initialization import build_retrieval_model, build_tokenizer, retrieval_store
 from ..training.recipe import AUTO, Recipe, Setting
-from ..training.stages import SELECT_BY, fixed_collaborative, train_collaborative, train_mq_tokenizer, train_retrieval
+from ..training.stages import (
+    SELECT_BY,
+    fixed_collaborative,
+    step_counts,
+    train_collaborative,
+    train_mq_tokenizer,
+    train_retrieval,
+)
 from .card import write_model_card
 from .repository import EVALUATION, REFIT, RETRIEVAL, SELECTION, Repository, make_readable, space_named
 from .update import NewVectors
@@ -113,6 +120,7 @@ def train(
         "users_are_histories": COLLABORATIVE_MODELS[recipe.collaborative.model].users_are_histories,
         "validation": validation,
         "epochs": selection.epochs,
+        "curves": selection.curves,
         "codes": selection.codes,
         "seconds": {SELECTION: selection.seconds},
     }
@@ -129,6 +137,23 @@ def train(
     if item_vectors is not None:
         _add_cold_start(repository, item_vectors)
     return repository
+
+
+def forecast(splits: DatasetDict, recipe: Recipe) -> str:
+    """The most training steps of each stage, in words."""
+    settings, lengths = recipe.collaborative, np.unique(splits["train"]["user_id"], return_counts=True)[1]
+    histories = COLLABORATIVE_MODELS[settings.model].users_are_histories
+    steps = {
+        settings.model: step_counts(settings, int((lengths > 1).sum() if histories else lengths.sum()))[1],
+        "T5": step_counts(recipe.retrieval, len(lengths))[1],
+    }
+    stages = [f"{name} of at most {most:,} steps" for name, most in steps.items()]
+    stages[0] += f" for each of {len(HALF_LIVES)} half-lives" * (settings.config.get("half_life") == AUTO)
+    codes = f"MQ-Tokenizers of {step_counts(recipe.mq_tokenizer, 1)[1]:,} steps"
+    stages.insert(1, "MQ-Tokenizers by k-means" if recipe.mq_tokenizer.config.get("residual") else codes)
+    return (
+        f"Training: {', '.join(stages)}; steps end when validation no longer improves, so the time depends on the data."
+    )
 
 
 def build_collator(
@@ -184,6 +209,11 @@ class _TrainingRun:
     def epochs(self) -> dict[str, float]:
         """Epochs of the best validation result, of the selected stages."""
         return {name: outcome["epochs"] for name, outcome in self.record.items() if "epochs" in outcome}
+
+    @property
+    def curves(self) -> dict[str, list[tuple[float, float]]]:
+        """NDCG@20 on the validation items by epoch, of the selected stages."""
+        return {name: outcome["curve"] for name, outcome in self.record.items() if outcome.get("curve")}
 
     @property
     def resolved(self) -> Recipe:
@@ -278,6 +308,7 @@ class _TrainingRun:
         outcome = {
             "epochs": result.epochs,
             "metrics": result.metrics,
+            "curve": result.curve,
             **config,
             # For the audit: matrix factorisation keeps no interactions.
             "trained_on": fingerprint(users, items),
@@ -348,7 +379,7 @@ class _TrainingRun:
         names = np.array(data.item_ids, dtype=object)[data.interactions.items]
         final.set_seen(data.user_ids, [names[start:end] for start, end in zip(indptr, indptr[1:])])
         GenerativeRetrievalPipeline(result.model, tokenizer, final).save_pretrained(self.parts.path)
-        return {"epochs": result.epochs, "metrics": result.metrics}
+        return {"epochs": result.epochs, "metrics": result.metrics, "curve": result.curve}
 
     def _evaluate(self, data: IndexedSplits) -> Outcome:
         store = EmbeddingStore.open(self.parts.store)

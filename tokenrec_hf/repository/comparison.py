@@ -6,7 +6,11 @@ all items that a user has not seen (section III-A of TokenRec, arXiv 2406.10450)
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,13 +18,15 @@ import torch
 from datasets import DatasetDict
 
 from ..data.splits import IndexedSplits, index_splits
-from ..evaluation.baselines import CLOSED_FORMS, EASE, baseline_ranks, best_settings
+from ..evaluation.baselines import BASELINES, baseline_ranks, best_settings
 from ..evaluation.metrics import embedding_ranks, user_ndcg
 from ..evaluation.ranking import retrieval_queries
 from ..evaluation.variants import COMPARED
-from ..models.codes import check_repository
+from ..models.codes import atomic_write, check_repository
 from ..models.recommender import Recommender
-from .repository import Repository
+from ..training.recipe import Recipe
+from ..training.stages import train_collaborative
+from .repository import COMPARISON, Repository
 
 RESAMPLES, LEVEL = 1000, 0.95
 # Resamples that are drawn at once.
@@ -35,11 +41,13 @@ def compare(
     seed: int = 0,
     log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Compares popularity, ItemKNN and EASE with each other, and with a trained repository.
+    """Compares popularity, ItemKNN, EASE, iALS and LightGCN with each other, and with a trained repository.
+
+    EASE is left out of large catalogues, and iALS where `implicit` is not installed.
 
     Args:
         splits: of [`leave_one_out`] or [`temporal_split`]; for a repository, its own.
-        repository: a finished repository of these splits.
+        repository: a finished repository of these splits, which keeps the result in `training/comparison.json`.
         seed: seed of the bootstrap.
         log: receives a line about each method.
 
@@ -50,13 +58,17 @@ def compare(
     """
     validation, test = (index_splits(splits, name) for name in ("validation", "test"))
     ranks, settings = {}, {}
-    for name, kind in CLOSED_FORMS.items():
-        if kind is EASE and len(test.item_ids) > MOST_ITEMS:
-            log(f"{COMPARED[name]} is left out: {len(test.item_ids)} items are more than {MOST_ITEMS}")
-            continue
-        log(f"fitting {COMPARED[name]}")
-        settings[name] = best_settings(kind, validation)
-        ranks[name] = baseline_ranks(kind(test.interactions, **settings[name]), test)
+    for name, kind in BASELINES.items():
+        if name == "ease" and len(test.item_ids) > MOST_ITEMS:
+            log(f"EASE is left out: {len(test.item_ids)} items are more than {MOST_ITEMS}")
+        elif name == "ials" and find_spec("implicit") is None:
+            log('iALS is left out: it needs pip install "tokenrec-hf[compare]"')
+        else:
+            log(f"fitting {COMPARED[name]}")
+            settings[name] = best_settings(kind, validation)
+            ranks[name] = baseline_ranks(kind(test.interactions, **settings[name]), test)
+    log("fitting LightGCN")
+    settings["lightgcn"], ranks["lightgcn"] = _lightgcn(validation, test)
     if repository is not None:
         if not repository.metrics["refit"]:
             log("there was no refit: the baselines have learned from the validation items, and TokenRec has not")
@@ -78,7 +90,11 @@ def compare(
         }
         for name, own in values.items()
     ]
-    return {"users": len(test.holdout.users), "reference": reference, "methods": methods}
+    result = {"users": len(test.holdout.users), "reference": reference, "methods": methods}
+    if repository is not None:
+        with atomic_write(repository.record(COMPARISON)) as temporary:
+            temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result
 
 
 def bootstrap(values: np.ndarray, seed: int = 0) -> list[float]:
@@ -87,6 +103,18 @@ def bootstrap(values: np.ndarray, seed: int = 0) -> list[float]:
     draws = (random.integers(0, len(values), (CHUNK, len(values))) for _ in range(RESAMPLES // CHUNK))
     means = np.concatenate([values[drawn].mean(axis=1) for drawn in draws])
     return [float(values.mean()), *np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()]
+
+
+def _lightgcn(validation: IndexedSplits, test: IndexedSplits) -> tuple[dict[str, float], torch.Tensor]:
+    """The epochs of the best validation result, of recipe `paper`'s LightGCN, and the ranks of the test items."""
+    settings = Recipe.load("paper").collaborative
+    with tempfile.TemporaryDirectory() as folder:
+        selection, refit = Path(folder, "selection"), Path(folder, "refit")
+        chosen = train_collaborative(validation.interactions, settings, selection, holdout=validation.holdout)
+        model = train_collaborative(test.interactions, settings, refit, epochs=chosen.epochs).model
+    users, seen = test.holdout.users, test.interactions.of_users(test.holdout.users)
+    vectors = model.user_embeddings()[users], model.item_embeddings()
+    return {"epochs": chosen.epochs}, embedding_ranks(*vectors, test.holdout.targets, *seen, cosine=False)
 
 
 def _repository_ranks(repository: Repository, data: IndexedSplits) -> dict[str, torch.Tensor]:

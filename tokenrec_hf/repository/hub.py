@@ -8,9 +8,9 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, SpaceCardData
 
-from .. import models
+from .. import __version__, models
 from ..models.codes import (
     COLLABORATIVE,
     COMMITTED,
@@ -38,6 +38,13 @@ HANDLER = Path(__file__).with_name("handler.py")
 _CODE = {path.name for path in Path(models.__path__[0]).glob("[!_]*.py")}
 _MODEL = {"config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json"} | _CODE
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+# A Space that shows the page of a repository on the Hub.
+_APP = '''"""The page of the recommender {name}, see `tokenrec demo`."""
+
+from tokenrec_hf.cli.app import main
+
+main({arguments})
+'''
 # The files of each folder that are shared, besides parts of large weights and the data files of the store.
 _SHARED = {
     "": _MODEL
@@ -109,6 +116,46 @@ def push(
             delete_patterns="*",
         )
     return str(commit.commit_url)
+
+
+def push_space(
+    repo_id: str, *, private: bool | None = None, revision: str | None = None, token: str | bool | None = None
+) -> str:
+    """Uploads a Space that shows the page of `tokenrec demo` for the Hub repository of the same name, and returns its address.
+
+    Args:
+        repo_id: of the repository, `organisation/name`.
+        private: whether a created Space is private. The Space of a private repository needs a secret `HF_TOKEN` to read it.
+        revision: of the repository; by default the main branch.
+        token: Hub token; by default the stored one.
+
+    Raises:
+        OSError: the Hub refuses, or cannot be reached.
+    """
+    api = HfApi(token=token)
+    with hub_errors(repo_id, None):
+        made = api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
+        name = made.repo_id
+        arguments = [
+            "demo",
+            name,
+            "--host",
+            "0.0.0.0",
+            "--port",
+            "7860",
+            *(["--revision", revision] if revision else []),
+        ]
+        card = SpaceCardData(
+            title=name.split("/")[-1], sdk="gradio", app_file="app.py", models=[name], tags=["tokenrec"]
+        )
+        files = {
+            "app.py": _APP.format(name=name, arguments=arguments),
+            "requirements.txt": f"tokenrec-hf[demo]=={__version__}\n",
+            "README.md": f"---\n{card.to_yaml()}\n---\n\nThe page of the recommender [{name}]({api.endpoint}/{name}).\n",
+        }
+        changes = [CommitOperationAdd(path, content.encode()) for path, content in files.items()]
+        api.create_commit(name, changes, commit_message="Upload the page of a TokenRec recommender", repo_type="space")
+    return str(made)
 
 
 def strays(folder: Path) -> list[str]:

@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 # The two runs of a training, and the stages of each.
 SELECTION, REFIT = "selection", "refit"
 RETRIEVAL, EVALUATION = "retrieval", "evaluation"
+# The result of the last `tokenrec compare`.
+COMPARISON = "comparison"
 STAGES = (COLLABORATIVE, *MQ_FOLDERS.values(), RETRIEVAL, EVALUATION)
 # Retraining is due when the cold-start users or items are more than this share of the trained ones, or when their codes lose
 # this many times the variance that the trained ones lose (of the floor, where these lose almost nothing).
@@ -131,15 +133,23 @@ class Repository:
             store: item vectors in place of the repository's own.
 
         Returns:
-            `split`, `variant`, the number of `users`, the `metrics` by row, and HR@20 by length of the history
-            (`hr@20_by_history`) of the variant and of the collaborative vectors.
+            `split`, `variant`, the number of `users`, the `metrics` by row, HR@20 by length of the history
+            (`hr@20_by_history`) and by training interactions of the held-out item (`hr@20_by_popularity`) of the variant and of
+            the collaborative vectors, and the variant's [`~ranking.calibration`].
 
         Raises:
             FileNotFoundError: the repository is unfinished or has no interactions.
             ValueError: `store` with a split that another model is evaluated on.
         """
         from ..data.splits import index_splits
-        from ..evaluation.ranking import evaluate_baselines, evaluate_vectors, hit_rates_by_history, retrieval_queries
+        from ..evaluation.metrics import embedding_ranks
+        from ..evaluation.ranking import (
+            calibration,
+            evaluate_baselines,
+            evaluate_vectors,
+            hit_rates_by_size,
+            retrieval_queries,
+        )
         from ..models.recommender import Recommender
 
         check_repository(self.folder)
@@ -156,15 +166,19 @@ class Repository:
         queries = retrieval_queries(folder, data, recipe.collator_arguments, [variant], batch_size)[variant]
         items = store.get("item", data.item_ids)
         metrics[variant] = evaluate_vectors(queries, items, data)
-        by_history = hit_rates_by_history(
-            {"collaborative_cosine": store.get("user", users), variant: queries}, items, data
-        )
+        targets, seen = data.holdout.targets, data.interactions.of_users(data.holdout.users)
+        ranks = {
+            name: embedding_ranks(own, items, targets, *seen, cosine=True).numpy()
+            for name, own in {"collaborative_cosine": store.get("user", users), variant: queries}.items()
+        }
         return {
             "split": split,
             "variant": variant,
             "users": len(users),
             "metrics": metrics,
-            "hr@20_by_history": by_history,
+            "hr@20_by_history": hit_rates_by_size(ranks, data.interactions.lengths[data.holdout.users]),
+            "hr@20_by_popularity": hit_rates_by_size(ranks, data.interactions.popularity()[targets]),
+            "calibration": calibration(queries, items, data),
         }
 
     def add(
@@ -296,7 +310,7 @@ class Repository:
         return self.parts.training / "interactions"
 
     def record(self, name: str) -> Path:
-        """The JSON file of the settings (`"run"`) or of the finished stages of a run (`"selection"`, `"refit"`)."""
+        """The JSON file of the settings (`"run"`), of the finished stages of a run (`"selection"`, `"refit"`), or of a comparison."""
         return self.parts.training / f"{name}.json"
 
     @_whole

@@ -271,7 +271,7 @@ class MilvusStore(Store):
         lists = _joined(self._rows("seen", _unique("user", user_ids), SEEN_FIELDS, "user"))
         return [list(map(unquote, lists.get(_encoded(user), ()))) for user in user_ids]
 
-    def popular(self, top_k: int, where: Mapping[str, Any] | None = None) -> list[str]:
+    def popular(self, top_k: int, where: Mapping[str, Any] | None = None) -> dict[str, int]:
         """As [`EmbeddingStore.popular`]; fetches the whole store."""
         return self._embedded(KINDS).popular(top_k, where)
 
@@ -532,7 +532,7 @@ def _joined(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     parts = {row["user"]: row["parts"] for row in rows if row["part"] == 0}
     for row in sorted(rows, key=lambda row: row["part"]):
         if row["part"] < parts.get(row["user"], 0):
-            lists.setdefault(row["user"], []).extend(row["items"].split())
+            lists.setdefault(row["user"], []).extend(row["items"].splitlines())
     return lists
 
 
@@ -547,4 +547,4 @@ def _parted(user: str, items: Sequence[str]) -> Iterator[dict[str, Any]]:
             size = len(item) + 1
         parts[-1].append(item)
     for part, members in enumerate(parts):
-        yield {"id": f"{user}/{part}", "user": user, "part": part, "parts": len(parts), "items": " ".join(members)}
+        yield {"id": f"{user}/{part}", "user": user, "part": part, "parts": len(parts), "items": "\n".join(members)}

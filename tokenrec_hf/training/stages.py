@@ -71,11 +71,13 @@ class StageResult(Generic[Model]):
         model: the trained model: with validation the best, else the last one.
         epochs: epochs trained to reach that model, the length of a refit.
         metrics: the last evaluation of that model, without the `eval_` prefix.
+        curve: NDCG@20 on the validation items by epoch, as pairs, of a stage whose length is chosen.
     """
 
     model: Model
     epochs: float
     metrics: dict[str, float]
+    curve: Sequence[tuple[float, float]] = ()
 
 
 class _Trainer(Trainer):
@@ -404,7 +406,7 @@ def _fit(
     seed: int = 0,
 ) -> StageResult[Model]:
     """Trains a model with `Trainer`; see the stages for the arguments."""
-    steps_per_epoch = math.ceil(len(dataset) / _examples_per_step(settings))
+    steps_per_epoch, most = step_counts(settings, len(dataset))
     chosen, evaluates, selects = {"seed": seed, **settings.training}, evaluation is not None, False
     callbacks: list[TrainerCallback] = [Progress(name, shown)]
     if not isinstance(dataset, VectorDataset):
@@ -412,9 +414,8 @@ def _fit(
     if isinstance(settings, SelectedStageSettings):
         selects = evaluates
         callbacks += [EarlyStoppingCallback(settings.patience)] * selects
-        if settings.most_steps and "num_train_epochs" in chosen:
-            most = max(1, round(settings.most_steps / steps_per_epoch))
-            chosen["num_train_epochs"] = min(chosen["num_train_epochs"], most)
+        if "num_train_epochs" in chosen:
+            chosen["num_train_epochs"] = most / steps_per_epoch
     callbacks.append(StopAt(math.inf if epochs is None else max(1, round(epochs * steps_per_epoch))))
     if eval_batch_size is not None:
         chosen["per_device_eval_batch_size"] = eval_batch_size
@@ -462,7 +463,19 @@ def _fit(
         for key, value in (evaluations[-1] if evaluations else {}).items()
         if key.startswith("eval_") and key not in timings
     }
-    return StageResult(model, (best or state.global_step) / steps_per_epoch, metrics)
+    measured = [entry for entry in state.log_history if f"eval_{SELECT_BY}" in entry]
+    curve = [(entry["step"] / steps_per_epoch, entry[f"eval_{SELECT_BY}"]) for entry in measured]
+    return StageResult(model, (best or state.global_step) / steps_per_epoch, metrics, curve)
+
+
+def step_counts(settings: StageSettings, num_examples: int) -> tuple[int, int]:
+    """The steps of an epoch, and the most of a training, which early stopping ends sooner."""
+    per_epoch, chosen = max(1, math.ceil(num_examples / _examples_per_step(settings))), settings.training
+    epochs = chosen.get("num_train_epochs", TrainingArguments.num_train_epochs)
+    if isinstance(settings, SelectedStageSettings) and settings.most_steps:
+        epochs = min(epochs, max(1, round(settings.most_steps / per_epoch)))
+    most = chosen.get("max_steps", 0)
+    return per_epoch, most if most > 0 else math.ceil(epochs * per_epoch)
 
 
 def _examples_per_step(settings: StageSettings) -> int:
