@@ -1,10 +1,10 @@
-"""A trained repository that was never trained: all files of one, in a fraction of a second."""
+"""A trained repository that was never trained, all files of one in a fraction of a second, and what one is trained from."""
 
 import json
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from tokenrec_hf import EmbeddingStore, Recipe
 from tokenrec_hf.data.interaction_matrix import InteractionMatrix
@@ -19,6 +19,39 @@ DIM = 4
 USERS, ITEMS = [f"u{n}" for n in range(6)], [f"i{n}" for n in range(12)]
 # Five items of each user; the last two are held out.
 PAIRS = [(user, (3 * user + step) % len(ITEMS)) for user in range(len(USERS)) for step in range(5)]
+# The least training that has all stages, with a checkpoint in each.
+TINY_TRAINING = {
+    "collaborative.config": {"embedding_dim": DIM, "num_layers": 1},
+    "collaborative.evaluate_every": 1,
+    "collaborative.training": {"num_train_epochs": 2, "per_device_train_batch_size": 16},
+    "mq_tokenizer.config": {"num_codebooks": 2, "codebook_size": 4, "codebook_dim": 4, "hidden_dim": 4},
+    "mq_tokenizer.evaluate_every": 2,
+    "mq_tokenizer.training": {"max_steps": 4, "per_device_train_batch_size": 8},
+    "retrieval.backbone": None,
+    "retrieval.num_negatives": 0,
+    "retrieval.evaluate_every": 1,
+    "retrieval.config": {
+        "d_model": 8,
+        "d_kv": 4,
+        "d_ff": 8,
+        "num_layers": 1,
+        "num_decoder_layers": 1,
+        "num_heads": 2,
+        "projection_dim": 4,
+        "loss_type": "softmax",
+    },
+    "retrieval.training": {"num_train_epochs": 2, "per_device_train_batch_size": 8, "warmup_steps": 1},
+}
+
+
+def tiny_splits():
+    """The items of each user, of which the last two are held out."""
+    splits = {}
+    for name, steps in (("train", (0, 1, 2)), ("validation", (3,)), ("test", (4,))):
+        rows = [pair for place, pair in enumerate(PAIRS) if place % 5 in steps]
+        ids = {"user_id": [USERS[user] for user, _ in rows], "item_id": [ITEMS[item] for _, item in rows]}
+        splits[name] = Dataset.from_dict(ids)
+    return DatasetDict(splits)
 
 
 def write_tiny_repository(folder):
@@ -27,10 +60,8 @@ def write_tiny_repository(folder):
         _write_run(path)
     data = folder / "training" / "interactions"
     data.mkdir()
-    for name, steps in (("train", (0, 1, 2)), ("validation", (3,)), ("test", (4,))):
-        rows = [pair for place, pair in enumerate(PAIRS) if place % 5 in steps]
-        ids = {"user_id": [USERS[user] for user, _ in rows], "item_id": [ITEMS[item] for _, item in rows]}
-        Dataset.from_dict(ids).to_parquet(str(data / f"{name}.parquet"))
+    for name, split in tiny_splits().items():
+        split.to_parquet(str(data / f"{name}.parquet"))
     Recipe.load("paper").save(folder / "recipe.yaml")
     codes = {kind: {"reconstruction_error": 0.1} for kind in ("user", "item")}
     metrics = {"users": len(USERS), "items": len(ITEMS), "users_are_histories": False, "epochs": {}, "codes": codes}

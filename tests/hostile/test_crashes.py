@@ -3,10 +3,12 @@
 The crash points are enumerated. A process that dies at a call leaves the folder as it is before the call, and one that dies while
 it writes a file leaves a part of it; so one run that looks at the folder before each writing call finds every state that a death
 can leave. Further runs have one of these calls fail. Each state is read by every kind of reader, and the change is made again.
-With `TOKENREC_ALL_CRASHES=1` all states and calls are visited, which takes a quarter of an hour; without it, every few.
+With `TOKENREC_ALL_CRASHES=1` all states and calls are visited, which takes an hour; without it, every few.
 """
 
 import errno
+import gc
+import json
 import os
 import resource
 import shutil
@@ -14,15 +16,17 @@ import signal
 import sys
 import time
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
-from tiny_repository import DIM, USERS, write_tiny_repository
+from huggingface_hub import HfApi
+from tiny_repository import DIM, TINY_TRAINING, USERS, tiny_splits, write_tiny_repository
 from transformers import AutoTokenizer
 
-from tokenrec_hf import EmbeddingStore, NewVectors, Recommender, Repository
+from tokenrec_hf import EmbeddingStore, NewVectors, Recipe, Recommender, Repository, train
 from tokenrec_hf.models.modeling_collaborative import load_collaborative
 
 ALL = "TOKENREC_ALL_CRASHES" in os.environ
@@ -68,12 +72,24 @@ def listening(listener):
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny") / "repository"
-    write_tiny_repository(folder)
-    for path in folder.rglob("*.py"):
+def before(tmp_path_factory):
+    """The folder before each change, and the one after a training. Shared: copy it before changing anything in it."""
+    place = tmp_path_factory.mktemp("before")
+    write_tiny_repository(place / "tiny")
+    for path in (place / "tiny").rglob("*.py"):
         path.unlink()
-    return folder
+    (place / "nothing").mkdir()
+    make_training(place / "trained")
+    return {**dict.fromkeys(CHANGES, place / "tiny"), "train": place / "nothing", "push": place / "trained"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_garbage():
+    """Trainer collects garbage again and again, which takes longer than everything else here."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def copy(folder, target):
@@ -129,9 +145,53 @@ def save_is_seen(folder):
     yield torch.equal(store.get("user", ["u1"]), torch.ones(1, DIM))
 
 
-CHANGES = {"add": (add, add_is_seen), "remove": (remove, remove_is_seen), "save": (save, save_is_seen)}
+def make_training(folder):
+    train(tiny_splits(), Recipe.load("paper", overrides=TINY_TRAINING), folder)
+
+
+def training_is_seen(folder):
+    repository = Repository(folder)
+    yield (folder / "training" / "run.json").is_file() and repository.info()["finished"]
+    for read in (lambda: Recommender.from_pretrained(folder).recommend(["u1"]), repository.evaluate, repository.audit):
+        try:
+            read()
+            yield True
+        except FileNotFoundError as error:
+            assert "training has not finished; run the same `tokenrec train` again to continue" in str(error) or (
+                "it is no trained repository" in str(error) and not (folder / "training").exists()
+            )
+            yield False
+
+
+def hub_name(folder):
+    """The name of a folder on the Hub."""
+    return f"tester/{folder.parent.name}-{folder.name}".replace("_", "-")
+
+
+def push(folder):
+    Repository(folder).push_to_hub(hub_name(folder))
+
+
+def push_is_seen(folder):
+    name, api = hub_name(folder), HfApi()
+    files = api.list_repo_files(name) if api.repo_exists(name) else []
+    # A repository on the Hub begins with one file.
+    yield len(files) > 1
+    for part in ("model.safetensors", "codes.safetensors", "store/store.json", "README.md") if files[1:] else ():
+        yield part in files
+
+
+CHANGES = {
+    "add": (add, add_is_seen),
+    "remove": (remove, remove_is_seen),
+    "save": (save, save_is_seen),
+    "train": (make_training, training_is_seen),
+    "push": (push, push_is_seen),
+}
+# Those that change a repository and nothing else.
+REPOSITORY_CHANGES = ("add", "remove", "save")
 # The number of crash points, at least, and the step from one that is visited to the next.
-POINTS = {"add": (80, 14), "remove": (300, 55), "save": (25, 1)}
+POINTS = {"add": (80, 14), "remove": (300, 55), "save": (25, 1), "train": (400, 150), "push": (100, 30)}
 changes = pytest.mark.parametrize("name", CHANGES)
 
 
@@ -141,10 +201,30 @@ def has_happened(name, folder):
     return answer
 
 
-def check_completes(name, folder):
+def contents(folder):
+    """All files of a folder, without the times in its records; the card has the name of the folder."""
+    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.name != ".update.lock"}
+    return {
+        name: path.is_dir() or (timeless(json.loads(path.read_text())) if path.suffix == ".json" else path.read_bytes())
+        for name, path in found.items()
+        if name != "README.md"
+    }
+
+
+def timeless(record):
+    """A JSON object without its times."""
+    if not isinstance(record, dict):
+        return record
+    return {name: timeless(value) for name, value in record.items() if name != "seconds"}
+
+
+def check_completes(name, folder, before):
     """The same change, made again, happens and leaves nothing else behind."""
     CHANGES[name][0](folder)
     assert not [path for path in folder.rglob(".*") if path.name != ".update.lock"]
+    if name in ("train", "push"):
+        # A resumed training ends with the same bytes, and a push changes nothing.
+        assert contents(folder) == contents(before["push"])
     if name == "save":
         assert has_happened(name, folder)
     else:
@@ -152,9 +232,9 @@ def check_completes(name, folder):
         assert [check.finding for check in Repository(folder).verify() if check.passed is not True] == []
 
 
-def deaths(name, base, place, step):
+def deaths(name, before, place, step, hub):
     """Every `step`th of the folders that a process can leave that dies in a change, without repetitions, and all its calls."""
-    folder = copy(base, place / "watched")
+    folder = copy(before[name], place / "watched")
     states, known, calls = [], [], []
     # Sizes by number: renaming does not change a file.
     sizes = {path.stat().st_ino: path.stat().st_size for path in folder.rglob("*")}
@@ -162,7 +242,11 @@ def deaths(name, base, place, step):
     def keep():
         state = place / f"state{len(states)}"
         states.append(state)
-        return copy(folder, state) if len(states) % step == 0 else None
+        if len(states) % step:
+            return None
+        if pushed := hub.repositories.get(("model", hub_name(folder))):
+            hub.repositories["model", hub_name(state)] = deepcopy(pushed)
+        return copy(folder, state)
 
     def look(call):
         calls.append(call)
@@ -185,25 +269,25 @@ def deaths(name, base, place, step):
 
 
 @changes
-def test_wherever_a_process_dies_readers_see_one_state_and_the_change_can_be_made_again(base, tmp_path, name):
+def test_wherever_a_process_dies_readers_see_one_state_and_the_change_can_be_made_again(before, hub, tmp_path, name):
     least, step = POINTS[name]
-    states, calls = deaths(name, base, tmp_path, 1 if ALL else step)
+    states, calls = deaths(name, before, tmp_path, 1 if ALL else step, hub)
     assert len(calls) > least
     happened = []
     for state in states:
         happened.append(has_happened(name, state))
-        check_completes(name, state)
+        check_completes(name, state, before)
     # The change becomes visible once.
     assert happened == sorted(happened)
     print(f"{name}: died at {len(calls)} calls, in {len(states)} different states, {sum(happened)} of them changed")
 
 
 @changes
-def test_whatever_call_fails_the_change_has_happened_or_not_and_says_so(base, tmp_path, name):
+def test_whatever_call_fails_the_change_has_happened_or_not_and_says_so(before, hub, tmp_path, name):
     least, step = POINTS[name]
     counts = [0, 0]
     for number in range(0, sys.maxsize, 1 if ALL else 3 * step - 2):
-        folder, calls = copy(base, tmp_path / str(number)), []
+        folder, calls = copy(before[name], tmp_path / str(number)), []
 
         def fail(call, number=number, calls=calls):
             calls.append(call)
@@ -215,11 +299,12 @@ def test_whatever_call_fails_the_change_has_happened_or_not_and_says_so(base, tm
                 CHANGES[name][0](folder)
         except OSError as error:
             assert "no space left" in str(error).lower() and "\n" not in str(error)
-            assert not has_happened(name, folder)
+            # The card is written when the training has finished.
+            assert not has_happened(name, folder) or name == "train"
         else:
             assert has_happened(name, folder)
             counts[1] += 1
-        check_completes(name, folder)
+        check_completes(name, folder, before)
         shutil.rmtree(folder)
         if len(calls) <= number:
             break
@@ -241,8 +326,8 @@ def in_a_child(work):
 
 
 @changes
-def test_a_limit_of_file_sizes_is_one_sentence_and_leaves_the_old_state(base, tmp_path, name):
-    folder = copy(base, tmp_path / "limited")
+def test_a_limit_of_file_sizes_is_one_sentence_and_leaves_the_old_state(before, hub, tmp_path, name):
+    folder = copy(before[name], tmp_path / "limited")
 
     def work():
         resource.setrlimit(resource.RLIMIT_FSIZE, (400, resource.RLIM_INFINITY))
@@ -255,17 +340,20 @@ def test_a_limit_of_file_sizes_is_one_sentence_and_leaves_the_old_state(base, tm
     assert in_a_child(work) == 0
     said = (tmp_path / "said").read_text()
     assert "File too large" in said and "\n" not in said
-    assert name == "save" or said.startswith(f"no space left for {folder}") and "the repository is as it was" in said
+    state = {"train": "finished stages are kept", "push": "nothing was uploaded"}.get(
+        name, "the repository is as it was"
+    )
+    assert name == "save" or said.startswith(f"no space left for {folder}") and state in said
     assert not has_happened(name, folder)
-    check_completes(name, folder)
+    check_completes(name, folder, before)
 
 
 @pytest.mark.parametrize("name", CHANGES if "TOKENREC_KILLS" in os.environ else ["save"])
-def test_a_killed_process_can_be_followed_by_another(base, tmp_path, name):
+def test_a_killed_process_can_be_followed_by_another(before, hub, tmp_path, name):
     """Real deaths, at any time: their number is in `TOKENREC_KILLS`."""
-    folder, kills = copy(base, tmp_path / "killed"), int(os.environ.get("TOKENREC_KILLS", "1"))
+    folder, kills = copy(before[name], tmp_path / "killed"), int(os.environ.get("TOKENREC_KILLS", "1"))
     started = time.perf_counter()
-    CHANGES[name][0](copy(base, tmp_path / "timed"))
+    CHANGES[name][0](copy(before[name], tmp_path / "timed"))
     longest = 2 * (time.perf_counter() - started)
     happened = 0
     for number in range(kills):
@@ -278,10 +366,11 @@ def test_a_killed_process_can_be_followed_by_another(base, tmp_path, name):
         os.waitpid(child, 0)
         happened += has_happened(name, folder)
         if has_happened(name, folder):
-            check_completes(name, folder)
+            check_completes(name, folder, before)
             shutil.rmtree(folder)
-            copy(base, folder)
-    check_completes(name, folder)
+            copy(before[name], folder)
+            hub.repositories.pop(("model", hub_name(folder)), None)
+    check_completes(name, folder, before)
     print(f"{name}: killed {kills} times, {happened} times after the change had happened")
 
 
@@ -296,9 +385,9 @@ def add_to_repository(folder, item):
 
 
 @pytest.mark.parametrize("make_change", [add_to_store, add_to_repository])
-def test_two_processes_at_once_lose_no_update_and_never_disturb_readers(base, tmp_path, make_change):
+def test_two_processes_at_once_lose_no_update_and_never_disturb_readers(before, tmp_path, make_change):
     """Each adds items, and repeats a change that is refused; their number is in `TOKENREC_INTERLEAVINGS`."""
-    folder, rounds = copy(base, tmp_path / "shared"), int(os.environ.get("TOKENREC_INTERLEAVINGS", "5"))
+    folder, rounds = copy(before["add"], tmp_path / "shared"), int(os.environ.get("TOKENREC_INTERLEAVINGS", "5"))
     read, write = os.pipe()
 
     def change(writer):
@@ -341,8 +430,9 @@ def test_two_processes_at_once_lose_no_update_and_never_disturb_readers(base, tm
     print(f"{make_change.__name__}: {2 * rounds} changes, {said.count('-')} refused and repeated, {opened} readers")
 
 
-def test_nothing_takes_its_name_before_its_content_is_on_the_disk(base, tmp_path):
+def test_nothing_takes_its_name_before_its_content_is_on_the_disk(before, tmp_path):
     """Files that were not flushed may be empty after a power failure, although they have their names."""
+    base = before["add"]
     known, flushed, unflushed = {path.stat().st_ino for path in base.rglob("*")}, set(), []
     flush, rename, replace = os.fsync, os.rename, os.replace
 
@@ -364,19 +454,19 @@ def test_nothing_takes_its_name_before_its_content_is_on_the_disk(base, tmp_path
         patch.setattr(os, "fsync", fsync)
         patch.setattr(os, "rename", checked(rename))
         patch.setattr(os, "replace", checked(replace))
-        for name, (change, _) in CHANGES.items():
-            change(copy(base, tmp_path / name))
+        for name in REPOSITORY_CHANGES:
+            CHANGES[name][0](copy(base, tmp_path / name))
     assert flushed and not unflushed
 
 
-def test_files_have_the_permissions_of_the_umask(base, tmp_path):
-    folder = copy(base, tmp_path / "shared")
-    before = os.umask(0o027)
+def test_files_have_the_permissions_of_the_umask(before, tmp_path):
+    folder = copy(before["add"], tmp_path / "shared")
+    former = os.umask(0o027)
     try:
-        for change, _ in CHANGES.values():
-            change(folder)
+        for name in REPOSITORY_CHANGES:
+            CHANGES[name][0](folder)
     finally:
-        os.umask(before)
+        os.umask(former)
     changed = [path for path in folder.rglob("*") if path.is_file() and path.stat().st_nlink == 1]
     assert {"codes.safetensors", "store.json", "model.safetensors", "train.parquet"} <= {path.name for path in changed}
     assert {f"{path.stat().st_mode & 0o777:o}" for path in changed} == {"640"}

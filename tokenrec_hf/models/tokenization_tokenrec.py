@@ -38,7 +38,7 @@ LETTERS = {"user": "u", "item": "v"}
 _MENTION = re.compile(
     rf"_(?<=(user|item)_)(?<!\w.{{5}})(?<!\w-.{{5}})(?!<[uv]\d+-\d+>)(?=(\S{{1,{MAX_ID_LENGTH + 1}}}))", re.DOTALL
 )
-_CODE_TOKEN = re.compile(r"<[uv]\d+-\d+>")
+_CODE_TOKEN = re.compile(r"<(?=[uv]\d+-\d+>)")
 _NON_WORD = re.compile(r"\W")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # Characters of a text at most.
@@ -70,6 +70,8 @@ class TokenRecTokenizer(TokenizersBackend):
         space_ids: for each kind the fingerprint of the MQ-Tokenizer that made its codes.
         on_unknown: treatment of `user_...` or `item_...` without a known id: `"error"` raises `KeyError` (also for an ordinary
             word such as `user_friendly`), `"keep"` leaves it in the text.
+        allow_code_text: read code tokens that a text writes out, such as `<u1-128>`, as code tokens. They name all users or items
+            that have the codes. By default they are plain text, so that nobody is meant who is not named.
 
     Example:
         >>> tokenizer = AutoTokenizer.from_pretrained("out")
@@ -92,6 +94,7 @@ class TokenRecTokenizer(TokenizersBackend):
         codebooks: Mapping[str, Sequence[int]] | None = None,
         space_ids: dict[str, str] | None = None,
         on_unknown: str = "error",
+        allow_code_text: bool = False,
         **kwargs: Any,
     ):
         if codebooks is None or (codes_file is None and tables is None):
@@ -103,9 +106,10 @@ class TokenRecTokenizer(TokenizersBackend):
             raise ValueError(f"on_unknown is {on_unknown!r}; it must be 'error' or 'keep'.")
         # transformers saves the attributes that are named like arguments of `super().__init__`.
         self.codebooks = {kind: list(codebooks[kind]) for kind in LETTERS if kind in codebooks}
-        self.space_ids, self.on_unknown = dict(space_ids or {}), on_unknown
+        self.space_ids, self.on_unknown, self.allow_code_text = dict(space_ids or {}), on_unknown, allow_code_text
         self._transient = _Transient()
-        super().__init__(*args, codebooks=self.codebooks, space_ids=self.space_ids, on_unknown=on_unknown, **kwargs)
+        own = {name: getattr(self, name) for name in ("codebooks", "space_ids", "on_unknown", "allow_code_text")}
+        super().__init__(*args, **own, **kwargs)
         for kind in LETTERS:
             sizes = self.codebooks.get(kind, [])
             if len(sizes) != 2 or not all(type(size) is int and 1 <= size <= len(self) for size in sizes):
@@ -279,8 +283,8 @@ class TokenRecTokenizer(TokenizersBackend):
         owners = [row for part in parts for row, example in enumerate(part) for _ in _strings(example)]
         for kind in LETTERS:
             found: list[list[str]] = [[] for _ in parts[0]]
-            for row, (_, entities) in zip(owners, parsed):
-                found[row] += [entity.name for entity in entities if entity.kind == kind]
+            for row, (words, entities) in zip(owners, parsed):
+                found[row] += [entity.name for entity in entities if entity.kind == kind] + self._coded(kind, words)
             if kwargs.get("return_overflowing_tokens"):
                 found = [found[row] for row in encoding["overflow_to_sample_mapping"]]
             flat = not batched and kwargs.get("return_tensors") is None and not kwargs.get("return_overflowing_tokens")
@@ -290,7 +294,9 @@ class TokenRecTokenizer(TokenizersBackend):
     def _by_backend(self, text: Any, text_pair: Any, parsed: Sequence[_Parsed], kwargs: Mapping) -> BatchEncoding:
         """The encoding of texts in which the code tokens are written out."""
         written = iter(
-            "".join(chain.from_iterable(zip_longest(words, (one.text for one in entities), fillvalue="")))
+            "".join(
+                chain.from_iterable(zip_longest(map(self._plain, words), (one.text for one in entities), fillvalue=""))
+            )
             for words, entities in parsed
         )
         text, text_pair = _replaced(text, written), _replaced(text_pair, written)
@@ -477,8 +483,7 @@ class TokenRecTokenizer(TokenizersBackend):
         rows = table.index.rows(ids)
         at = np.flatnonzero(rows >= 0)
         texts, tokens = self._vocabularies[kind].expansions(table.codes[rows[at]])
-        known = [ids[one] for one in at.tolist()]
-        entities = {name: _Entity(kind, name, text, own) for name, text, own in zip(known, texts, tokens)}
+        entities = {ids[row]: _Entity(kind, ids[row], text, own) for row, text, own in zip(at.tolist(), texts, tokens)}
         return {
             run: next((entities[name] for name in beginnings if name in entities), None)
             for run, beginnings in candidates.items()
@@ -486,7 +491,7 @@ class TokenRecTokenizer(TokenizersBackend):
 
     def _tokens(self, words: str) -> list[int]:
         """The tokens of a text without entities and without the end-of-sequence token, remembered."""
-        known = self._transient.words
+        known, words = self._transient.words, self._plain(words)
         if (tokens := known.get(words)) is None:
             with self._lock:
                 backend = self.backend_tokenizer
@@ -499,6 +504,17 @@ class TokenRecTokenizer(TokenizersBackend):
             if len(words) <= MAX_ID_LENGTH:
                 known[words] = tokens
         return tokens
+
+    def _plain(self, words: str) -> str:
+        """Words without code tokens, unless they are allowed: with a mark in them, which the backend's normaliser removes."""
+        return words if self.allow_code_text or "<" not in words else _CODE_TOKEN.sub("<\x01", words)
+
+    def _coded(self, kind: str, words: Sequence[str]) -> list[str]:
+        """The ids that words name by their codes, where that is allowed."""
+        found = self._vocabularies[kind].pattern.findall("\n".join(words)) if self.allow_code_text else []
+        table = self._tables[kind]
+        codes = np.array(found, dtype=np.int64).reshape(len(found), table.codes.shape[1]) - 1
+        return table.index.ids([row for code in codes for row in np.flatnonzero((table.codes == code).all(axis=1))])
 
     def _add_tokens(self, *args: Any, **kwargs: Any) -> int:
         # A new token changes how words are split.
@@ -593,8 +609,7 @@ class _CodeVocabulary:
 
 def token_names(kind: str, num_codebooks: int, codebook_size: int) -> np.ndarray:
     """The names of the code tokens, strings `[K, L]`."""
-    letter = LETTERS[kind]
-    names = [[f"<{letter}{k}-{w}>" for w in range(1, codebook_size + 1)] for k in range(1, num_codebooks + 1)]
+    names = [[f"<{LETTERS[kind]}{k}-{w}>" for w in range(1, codebook_size + 1)] for k in range(1, num_codebooks + 1)]
     return np.array(names, dtype=object)
 
 
@@ -634,8 +649,7 @@ def _strings(text: Any) -> Iterator[str]:
     if isinstance(text, str):
         yield text
     elif isinstance(text, (list, tuple)):
-        for part in text:
-            yield from _strings(part)
+        yield from chain.from_iterable(map(_strings, text))
 
 
 def _replaced(text: Any, strings: Iterator[str]) -> Any:
@@ -643,6 +657,5 @@ def _replaced(text: Any, strings: Iterator[str]) -> Any:
     if isinstance(text, str):
         return next(strings)
     if isinstance(text, (list, tuple)):
-        replaced = [_replaced(part, strings) for part in text]
-        return replaced if isinstance(text, list) else tuple(replaced)
+        return type(text)(_replaced(part, strings) for part in text)
     return text

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
 from datasets import DatasetDict
@@ -47,7 +48,7 @@ from ..training.stages import (
     train_retrieval,
 )
 from .card import write_model_card
-from .repository import EVALUATION, REFIT, RETRIEVAL, SELECTION, Repository, make_readable, space_named
+from .repository import EVALUATION, REFIT, RETRIEVAL, SELECTION, Repository, exclusive, make_readable, space_named
 from .update import NewVectors
 
 # The choices of `half_life: auto`, made on validation: whether the order of a history matters.
@@ -89,7 +90,9 @@ def train(
         The repository; its `metrics` are the measurements.
 
     Raises:
-        ValueError: the folder holds a run of other settings or data, or this is one of several processes.
+        ValueError: the folder holds a run of other settings or data, another process is changing it, or this is one of several
+            processes.
+        OSError: the disk is full; the same call continues where it stopped.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
@@ -101,39 +104,47 @@ def train(
     vectors = None if item_vectors is None else _vectors_of(item_vectors, data.item_ids, recipe)
     RepositoryFolder(output_dir).training.mkdir(parents=True, exist_ok=True)
     repository = Repository(output_dir)
-    _claim(repository, splits, recipe, refit, vectors)
-    _save_splits(repository, splits)
-    place = repository.selection if refit else repository.folder
-    selection = _TrainingRun(repository, SELECTION, place, recipe, log, item_vectors=vectors)
-    validation = selection.complete(data)
-    metrics: dict[str, Any] = {
-        "dataset": dataset_name,
-        "reading": dict(reading or {}),
-        "split_at": split_at,
-        "recipe": recipe.recipe,
-        "seed": recipe.seed,
-        "refit": refit,
-        "users": len(data.user_ids),
-        "items": len(data.item_ids),
-        "interactions": sum(len(splits[name]) for name in SPLITS),
-        "evaluated_users": len(data.holdout.users),
-        "users_are_histories": COLLABORATIVE_MODELS[recipe.collaborative.model].users_are_histories,
-        "validation": validation,
-        "epochs": selection.epochs,
-        "curves": selection.curves,
-        "codes": selection.codes,
-        "seconds": {SELECTION: selection.seconds},
-    }
-    if refit:
-        final = _TrainingRun(
-            repository, REFIT, repository.folder, selection.resolved, log, epochs=selection.epochs, item_vectors=vectors
-        )
-        metrics["test"] = final.complete(index_splits(splits, "test"))
-        metrics["codes"] = final.codes
-        metrics["seconds"][REFIT] = final.seconds
-    selection.resolved.save(repository.parts.recipe)
-    _write_json(repository.parts.metrics, metrics)
-    write_model_card(repository)
+    with space_named(repository.folder, "finished stages are kept"), exclusive(repository.folder):
+        _claim(repository, splits, recipe, refit, vectors)
+        repository.sweep()
+        _save_splits(repository, splits)
+        place = repository.selection if refit else repository.folder
+        selection = _TrainingRun(repository, SELECTION, place, recipe, log, item_vectors=vectors)
+        validation = selection.complete(data)
+        metrics: dict[str, Any] = {
+            "dataset": dataset_name,
+            "reading": dict(reading or {}),
+            "split_at": split_at,
+            "recipe": recipe.recipe,
+            "seed": recipe.seed,
+            "refit": refit,
+            "users": len(data.user_ids),
+            "items": len(data.item_ids),
+            "interactions": sum(len(splits[name]) for name in SPLITS),
+            "evaluated_users": len(data.holdout.users),
+            "users_are_histories": COLLABORATIVE_MODELS[recipe.collaborative.model].users_are_histories,
+            "validation": validation,
+            "epochs": selection.epochs,
+            "curves": selection.curves,
+            "codes": selection.codes,
+            "seconds": {SELECTION: selection.seconds},
+        }
+        if refit:
+            final = _TrainingRun(
+                repository,
+                REFIT,
+                repository.folder,
+                selection.resolved,
+                log,
+                epochs=selection.epochs,
+                item_vectors=vectors,
+            )
+            metrics["test"] = final.complete(index_splits(splits, "test"))
+            metrics["codes"] = final.codes
+            metrics["seconds"][REFIT] = final.seconds
+        selection.resolved.save(repository.parts.recipe)
+        _write_json(repository.parts.metrics, metrics)
+        write_model_card(repository)
     if item_vectors is not None:
         _add_cold_start(repository, item_vectors)
     return repository
@@ -141,7 +152,8 @@ def train(
 
 def forecast(splits: DatasetDict, recipe: Recipe) -> str:
     """The most training steps of each stage, in words."""
-    settings, lengths = recipe.collaborative, np.unique(splits["train"]["user_id"], return_counts=True)[1]
+    settings = recipe.collaborative
+    lengths = pc.value_counts(splits["train"].with_format("arrow")[:]["user_id"]).field("counts").to_numpy()
     histories = COLLABORATIVE_MODELS[settings.model].users_are_histories
     steps = {
         settings.model: step_counts(settings, int((lengths > 1).sum() if histories else lengths.sum()))[1],
@@ -250,19 +262,18 @@ class _TrainingRun:
         return self.record[EVALUATION]["metrics"]
 
     def _stage(self, name: str, run: Callable[[Path], Outcome]) -> None:
+        checkpoints = self.checkpoints / name
         if name in self.record:
             self.log(f"{self.name}: {name} is finished already")
-            return
-        started = time.monotonic()
-        checkpoints = self.checkpoints / name
-        with space_named(self.parts.path, "finished stages are kept"):
+        else:
+            started = time.monotonic()
             outcome = run(checkpoints)
-        make_readable(self.parts.path)
-        outcome["seconds"] = round(time.monotonic() - started, 1)
-        self.record[name] = outcome
-        _write_json(self.record_path, self.record)
+            make_readable(self.parts.path)
+            outcome["seconds"] = round(time.monotonic() - started, 1)
+            self.record[name] = outcome
+            _write_json(self.record_path, self.record)
+            self.log(f"{self.name}: {name} took {outcome['seconds']:.0f} s")
         shutil.rmtree(checkpoints, ignore_errors=True)
-        self.log(f"{self.name}: {name} took {outcome['seconds']:.0f} s")
 
     def _collaborative_stages(self, data: IndexedSplits, holdout: Holdout | None) -> None:
         """Trains the collaborative model, or one for each half-life to choose from."""

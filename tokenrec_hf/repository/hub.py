@@ -30,7 +30,7 @@ from ..models.modeling_collaborative import save_collaborative
 from ..models.recommender import load_history_encoder
 from ..models.tokenization_tokenrec import TokenRecTokenizer
 from .card import write_model_card
-from .repository import PUSHED, Repository, exclusive
+from .repository import PUSHED, Repository, exclusive, space_named
 from .update import without_users
 
 # Answers for an Inference Endpoint; only the Hub needs it.
@@ -96,7 +96,8 @@ def push(
         shutil.rmtree(path)
     # Beside the files, where the next push or change finds what a killed process leaves, because it may hold users.
     with (
-        tempfile.TemporaryDirectory(prefix=PUSHED, dir=repository.folder) as temporary,
+        space_named(repository.folder, "nothing was uploaded"),
+        tempfile.TemporaryDirectory(prefix=PUSHED, dir=repository.folder, ignore_cleanup_errors=True) as temporary,
         exclusive(Path(temporary)),
         hub_errors(repo_id, revision),
     ):

@@ -373,6 +373,14 @@ class Repository:
         hidden = (PUSHED, STAGED)
         return found + [path for path in temporary if not path.relative_to(self.folder).parts[0].startswith(hidden)]
 
+    def sweep(self) -> None:
+        """Removes the leftovers; for those who have excluded other processes."""
+        for path in self.leftovers():
+            if path.is_symlink() or path.is_file():
+                path.unlink()
+            else:
+                shutil.rmtree(path)
+
     def dead_copies(self) -> list[Path]:
         """The copies for pushes that no process works on."""
         found = []
@@ -413,11 +421,7 @@ class Repository:
         """Completes a committed change, and removes an uncommitted one and the files of processes that have died."""
         if (self.folder / COMMITTED).is_dir():
             self._finish()
-        for path in self.leftovers():
-            if path.is_symlink() or path.is_file():
-                path.unlink()
-            else:
-                shutil.rmtree(path)
+        self.sweep()
         self._sweep_stores()
 
     def _finish(self) -> None:

@@ -32,13 +32,15 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..data.collator import DataCollatorForGenerativeRetrieval, PromptDataset
 from ..data.interaction_matrix import InteractionMatrix
 from ..data.splits import Holdout
 from ..evaluation.metrics import embedding_ranks, evaluate_embeddings, user_ndcg
+from ..models.codes import read_json
 from ..models.configuration_tokenrec import FISMConfig
 from ..models.modeling_collaborative import COLLABORATIVE_MODELS, CollaborativeModel, FISMModel
 from ..models.modeling_mq_tokenizer import MQTokenizerModel
@@ -60,6 +62,8 @@ CHECK_EVERY = 50
 # Weights of T5's part beside the collaborative vectors that are tried on validation besides 0, with at most so many users.
 HISTORY_WEIGHTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0)
 WEIGHING_USERS = 4096
+# The files without which a training does not continue as it would have.
+_CHECKPOINT = {SAFE_WEIGHTS_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, "rng_state.pth", TRAINER_STATE_NAME}
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
@@ -127,6 +131,16 @@ class StopAt(TrainerCallback):
         if control.should_training_stop and not args.load_best_model_at_end:
             # From a checkpoint of the last step, Trainer would continue with one step too many.
             control.should_save = False
+
+
+class KnowBest(TrainerCallback):
+    """Finds the best checkpoint of an interrupted training in its folder, which may have been moved since."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: object, **__: object) -> None:
+        """Replaces the path that the last checkpoint recorded."""
+        if state.best_global_step:
+            best = Path(cast(str, args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+            state.best_model_checkpoint = str(best)
 
 
 class Progress(TrainerCallback):
@@ -408,7 +422,7 @@ def _fit(
     """Trains a model with `Trainer`; see the stages for the arguments."""
     steps_per_epoch, most = step_counts(settings, len(dataset))
     chosen, evaluates, selects = {"seed": seed, **settings.training}, evaluation is not None, False
-    callbacks: list[TrainerCallback] = [Progress(name, shown)]
+    callbacks: list[TrainerCallback] = [Progress(name, shown), KnowBest()]
     if not isinstance(dataset, VectorDataset):
         callbacks.append(SetEpoch(dataset))
     if isinstance(settings, SelectedStageSettings):
@@ -486,10 +500,20 @@ def _examples_per_step(settings: StageSettings) -> int:
 
 
 def _last_whole_checkpoint(folder: Path) -> str | None:
-    """The last checkpoint that was written to its end; checkpoints that a crash cut off are removed."""
+    """The last checkpoint that is whole; those that a crash cut off, while written or removed, are removed."""
     while folder.is_dir() and (last := get_last_checkpoint(str(folder))) is not None:
-        # Trainer writes its state last.
-        if (Path(last) / TRAINER_STATE_NAME).is_file():
+        if _is_whole(Path(last)):
             return last
         shutil.rmtree(last)
     return None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    if not {path.name for path in checkpoint.iterdir()} >= _CHECKPOINT:
+        return False
+    try:
+        # Trainer writes its state last.
+        read_json(checkpoint / TRAINER_STATE_NAME)
+    except ValueError:
+        return False
+    return True
