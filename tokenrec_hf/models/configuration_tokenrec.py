@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,21 @@ from transformers import PreTrainedConfig, T5Config
 
 # Beyond these a configuration is damaged; a model of it would fill any memory.
 MOST_WIDTH, MOST_LAYERS, MOST_NUMBERS = 1 << 20, 1 << 10, 1 << 36
+
+
+class Loader:
+    """Part of all models. One thread at a time loads a model, because transformers replaces methods of all models meanwhile."""
+
+    loaded_revision: str | None = None
+    _loading = threading.RLock()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Loads the model as [`~transformers.PreTrainedModel.from_pretrained`] does and records the revision."""
+        with cls._loading:
+            loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+        (loaded[0] if isinstance(loaded, tuple) else loaded).loaded_revision = kwargs.get("revision")
+        return loaded
 
 
 def _require(config: PreTrainedConfig, allowed: str, holds: Callable[[Any], bool], *names: str) -> None:

@@ -25,7 +25,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .codes import STORE_FOLDER, IdIndex, current, load_indexes, read_json, read_whole, save_indexes
-from .configuration_tokenrec import CollaborativeConfig, FISMConfig, LightGCNConfig, MatrixFactorizationConfig
+from .configuration_tokenrec import CollaborativeConfig, FISMConfig, LightGCNConfig, Loader, MatrixFactorizationConfig
 
 if TYPE_CHECKING:
     from typing import Self
@@ -57,7 +57,7 @@ class CollaborativeOutput(ModelOutput):
     user_embeds: torch.Tensor | None = None
 
 
-class CollaborativeModel(PreTrainedModel):
+class CollaborativeModel(Loader, PreTrainedModel):
     """Base class of the collaborative models.
 
     A subclass sets `config_class` and defines `tables`, `representations` and a `forward` that returns

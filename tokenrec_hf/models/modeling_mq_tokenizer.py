@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from .configuration_tokenrec import MQTokenizerConfig
+from .configuration_tokenrec import Loader, MQTokenizerConfig
 
 ENCODE_CHUNK = 8192
 USAGE_DECAY = 0.95
@@ -54,7 +54,7 @@ class MLP(nn.Sequential):
         super().__init__(*layers[:-1])
 
 
-class MQTokenizerModel(PreTrainedModel):
+class MQTokenizerModel(Loader, PreTrainedModel):
     """Masked vector-quantised tokenizer of collaborative vectors.
 
     The mean and the scale of the training vectors are part of the model. `training.initialization.prepare_mq_tokenizer` sets

@@ -9,7 +9,7 @@ store and are bound to the model for training; they are not in its checkpoint. T
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from transformers import initialization as init
 from transformers.models.t5.modeling_t5 import T5PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .configuration_tokenrec import T5GenerativeRetrievalConfig
+from .configuration_tokenrec import Loader, T5GenerativeRetrievalConfig
 
 # Prompts of up to this number of tokens are encoded together.
 SHORT_PROMPT = 32
@@ -133,7 +133,7 @@ class ProjectionLinear(nn.Linear):
     """A linear layer of the projection; a class of its own, because T5's `_init_weights` would give `nn.Linear` the std 1."""
 
 
-class T5ForGenerativeRetrieval(T5PreTrainedModel):
+class T5ForGenerativeRetrieval(Loader, T5PreTrainedModel):
     """A T5 backbone, a projection and a ranking loss on item vectors.
 
     With `"history"` pooling there is no projection. The encoder reads the words of a prompt. The decoder reads its items, one
@@ -160,8 +160,6 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
     # The bound items of each token, see `_CodeSums`.
     items_of_tokens: tuple[torch.Tensor, torch.Tensor] | None = None
     user_codewords: torch.Tensor
-    # The revision given to `from_pretrained`, from which the pipeline loads the store too.
-    loaded_revision: str | None = None
     # Trainer passes `forward` the number of positives in all batches of a step.
     accepts_loss_kwargs = True
     _keys_to_ignore_on_load_unexpected = [
@@ -188,14 +186,6 @@ class T5ForGenerativeRetrieval(T5PreTrainedModel):
             self.projection = nn.Sequential(*layers, ProjectionLinear(width, config.embedding_dim))
         self.register_buffer("item_embeddings", torch.zeros(0, config.embedding_dim), persistent=False)
         self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Loads the model as [`~transformers.PreTrainedModel.from_pretrained`] does and records the revision."""
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.loaded_revision = kwargs.get("revision")
-        return loaded
 
     def bind_items(self, vectors: torch.Tensor, token_ids: torch.Tensor | np.ndarray | None = None) -> None:
         """Sets the items that the loss compares queries with; they are never saved.

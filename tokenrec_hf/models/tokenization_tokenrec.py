@@ -14,6 +14,7 @@ import re
 import threading
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -451,8 +452,7 @@ class TokenRecTokenizer(TokenizersBackend):
                 # A name within the last id is part of that id.
                 if after - len("user_") < end:
                     continue
-                entity = found[kind][run]
-                if entity is None:
+                if (entity := found[kind][run]) is None:
                     if self.on_unknown == "error" and (name := run.rstrip("".join(filter(_may_follow, run)))):
                         raise KeyError(
                             f"the text names {kind} {name!r:.100}, which is unknown to this tokenizer; add it with `tokenrec add`, give "
@@ -513,8 +513,8 @@ class TokenRecTokenizer(TokenizersBackend):
         """The ids that words name by their codes, where that is allowed."""
         found = self._vocabularies[kind].pattern.findall("\n".join(words)) if self.allow_code_text else []
         table = self._tables[kind]
-        codes = np.array(found, dtype=np.int64).reshape(len(found), table.codes.shape[1]) - 1
-        return table.index.ids([row for code in codes for row in np.flatnonzero((table.codes == code).all(axis=1))])
+        rows = (np.flatnonzero((table.codes == np.array(one, dtype=np.int64) - 1).all(axis=1)) for one in found)
+        return list(chain.from_iterable(map(table.index.ids, rows)))
 
     def _add_tokens(self, *args: Any, **kwargs: Any) -> int:
         # A new token changes how words are split.
@@ -561,19 +561,13 @@ class _TextEncoding(BatchEncoding):
     """A `BatchEncoding` of which the backend's view (`tokens()`, `word_ids()`, offsets) is made when it is first asked for."""
 
     def __init__(self, data: dict[str, Any], tensor_type: str | None, by_backend: Callable[[], BatchEncoding]):
-        self._made: Any = None
         super().__init__(data, tensor_type=tensor_type)
         self._by_backend = by_backend
+        del self._encodings
 
-    @property
-    def _encodings(self) -> Any:
-        if self._made is None:
-            self._made = self._by_backend().encodings
-        return self._made
-
-    @_encodings.setter
-    def _encodings(self, value: Any) -> None:
-        self._made = value
+    @cached_property
+    def _encodings(self) -> Any:  # type: ignore[override]
+        return self._by_backend().encodings
 
     def __reduce__(self) -> tuple:
         return BatchEncoding, (self.data, self._encodings)

@@ -233,22 +233,23 @@ class Repository:
             FileNotFoundError: the folder holds no trained repository.
             ValueError: a file is damaged.
         """
-        model, tokenizer, store, metrics, additions, run = (
-            read_json(path) if path.is_file() else {}
+        metrics, run = (read_json(path) if path.is_file() else {} for path in (self.parts.metrics, self.record("run")))
+        finished = bool(metrics) or not run
+        model, tokenizer, store, additions = (
+            # A training that is interrupted leaves parts of files.
+            read_json(path) if finished and path.is_file() else {}
             for path in (
                 self.folder / "config.json",
                 self.folder / "tokenizer_config.json",
                 current(self.parts.store) / MANIFEST,
-                self.parts.metrics,
                 current(self.parts.additions),
-                self.record("run"),
             )
         )
         if not run and "codebooks" not in tokenizer:
             raise FileNotFoundError(
                 f"{self.folder} is no trained repository; give the --output_dir of `tokenrec train`."
             )
-        recipe, finished = run.get("recipe", {}), bool(metrics) or not run
+        recipe = run.get("recipe", {})
         document = {
             "finished": finished,
             "dataset": metrics.get("dataset"),
