@@ -9,7 +9,7 @@ store and are bound to the model for training; they are not in its checkpoint. T
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
