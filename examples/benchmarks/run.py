@@ -29,6 +29,7 @@ NAMES = (
     "tokens",
     "training",
     "ranking",
+    "recommending",
     "search",
     "store",
     "code_table",
