@@ -1,7 +1,5 @@
 """Configurations of the collaborative models, the MQ-Tokenizers and T5: sizes, losses and regularisation of TokenRec."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
