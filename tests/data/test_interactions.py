@@ -404,7 +404,7 @@ def test_a_folder_gives_the_whole_sequences_of_test_txt(write):
 
 
 def test_train_txt_alone_is_enough(write):
-    folder = write("set/train.txt", "a x y z\nb y\n\n").parent
+    folder = write("set/train.txt", "\ufeffa x y z\nb y\n\n").parent
     assert tuples(load_interactions(folder)) == [("a", "x"), ("a", "y"), ("a", "z"), ("b", "y")]
 
 

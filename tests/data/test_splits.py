@@ -1,3 +1,5 @@
+import re
+
 import pytest
 from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
@@ -53,6 +55,7 @@ def test_ids_that_are_not_stripped_are_refused():
 def test_a_fingerprint_does_not_depend_on_how_many_ids_are_read_at_once(block, monkeypatch):
     ids = Dataset.from_dict({"user_id": ["a", "bb", "c", "d", "é"]})["user_id"]
     known = fingerprint(ids, ["x"])
+    assert re.fullmatch("[0-9a-f]{16}", known)
     monkeypatch.setattr(splits_module, "BLOCK", block)
     assert fingerprint(ids, ["x"]) == known
     assert len({known, fingerprint(["a", "bb", "c", "d"], ["é", "x"]), fingerprint(["a", "bbc", "d", "é"], ["x"])}) == 3
@@ -98,7 +101,8 @@ def test_a_date_is_found_in_times_of_any_unit(unit):
     ("at", "says"),
     [
         ("soon", "at is 'soon'; it must be a date such as 2024-05-17 or a share between 0 and 1"),
-        ("1.5", "at is 1.5; it must be a date"),
+        ("0", "at is 0; it must be a date"),
+        ("1.0", "at is 1.0; it must be a date"),
         ("2024-05-01", "the timestamps are no times since 1970, so 2024-05-01 cannot be found"),
     ],
 )

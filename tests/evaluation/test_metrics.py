@@ -193,6 +193,7 @@ def test_half_precision_and_gradients_are_accepted():
         (torch.rand(1, 3), [-1], None, "targets names an item outside 0..2"),
         (torch.rand(1, 3), [0], ([0], [5]), "seen names an item outside 0..2"),
         (torch.rand(1, 3), [0], ([0, 0], [1]), "seen has 2 rows but 1 items"),
+        (torch.rand(1, 3), [0], ([0], [1, 2]), "seen has 1 rows but 2 items"),
     ],
 )
 def test_refused_scores_say_why(scores, targets, seen, message):

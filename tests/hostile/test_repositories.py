@@ -458,6 +458,18 @@ TABLE = [
         "code tokens",
     ),
     (load_model, "a T5 without layers of positive size", setting("config.json", ["d_model"], -1), "config.json"),
+    (
+        load_model,
+        "a T5 of half a dimension",
+        setting("config.json", ["d_model"], 2.5),
+        "'d_model' expected int, got float",
+    ),
+    (
+        load_model,
+        "a text for a number",
+        setting("config.json", ["embedding_dim"], "64"),
+        "'embedding_dim' expected int",
+    ),
     (load_model, "a T5 that fills the memory", setting("config.json", ["vocab_size"], HUGE), "config.json"),
     (load_model, "a T5 of very many layers", setting("config.json", ["num_layers"], 10**7), "config.json"),
     (load_model, "very many vectors", setting("config.json", ["embedding_dim"], HUGE), "config.json"),

@@ -64,6 +64,14 @@ def test_metadata_say_what_was_measured(repository, metrics):
     assert model_index_to_eval_results(index) == ("demo", data.eval_results)
 
 
+def test_a_backbone_of_the_hub_is_the_base_model(repository):
+    path = repository / "recipe.yaml"
+    scratch = path.read_text()
+    for backbone, base in ((None, None), ("google-t5/t5-small", "google-t5/t5-small"), (str(repository), None)):
+        path.write_text(scratch.replace("backbone: null", f"backbone: {backbone or 'null'}"))
+        assert ModelCard(model_card(Repository(repository))).data.base_model == base
+
+
 def test_no_number_comes_from_nowhere(repository, metrics):
     body = model_card(Repository(repository), "tester/demo").split("---\n", 2)[2]
     body = re.sub(r"```.*?```|`[^`]*`|\(https?://[^)]*\)", "", body, flags=re.DOTALL)

@@ -174,7 +174,7 @@ def timestamp_unit(timestamp: float) -> int | None:
 def encode_column(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
     """Each value as a number, int64 `[n]`, and the distinct values in order of first appearance."""
     encoded = column.dictionary_encode("encode").unify_dictionaries().combine_chunks()
-    return encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64), encoded.dictionary
+    return encoded.indices.to_numpy().astype(np.int64), encoded.dictionary
 
 
 def time_order(users: np.ndarray, timestamps: np.ndarray | None) -> np.ndarray:

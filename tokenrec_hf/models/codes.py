@@ -349,10 +349,13 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
 @contextmanager
 def damage_named(path: str | os.PathLike, advice: str) -> Iterator[None]:
     """Turns an error about the content of a file into a ValueError that names the file and says what to do."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    wrong = (SafetensorError, LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError)
     try:
         yield
-    except (SafetensorError, LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as flaw:
-        raise ValueError(f"{path} is damaged ({flaw}); {advice}.") from flaw
+    except (*wrong, StrictDataclassError) as flaw:
+        raise ValueError(f"{path} is damaged ({' '.join(str(flaw).split())}); {advice}.") from flaw
 
 
 def _save_parts(parts: Mapping[str, Mapping[str, np.ndarray]], path: str | os.PathLike) -> None:

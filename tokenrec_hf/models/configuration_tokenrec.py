@@ -1,7 +1,6 @@
 """Configurations of the collaborative models, the MQ-Tokenizers and T5: sizes, losses and regularisation of TokenRec."""
 
-from __future__ import annotations
-
+# Annotations are not postponed, because `strict` checks the types of fields by them.
 import threading
 from collections.abc import Callable
 from typing import Any

@@ -480,7 +480,6 @@ def remove(repository: Repository, *, users: Sequence[str] = (), items: Sequence
             selection = type(repository)(repository.selection) if repository.selection.is_dir() else None
             if selection is not None and selection.parts.store.is_dir():
                 nested = RepositoryFolder(staged.path / selection.folder.relative_to(repository.folder))
-                nested.path.mkdir(parents=True)
                 _forget(selection, nested, EmbeddingStore.open(selection.parts.store), asked["user"])
         store.save_pretrained(staged.store)
     return {
