@@ -89,7 +89,7 @@ def change(recommender, folder, item, user):
 
 def test_no_call_of_many_threads_fails_beside_a_writer(folder):
     """The number of calls is in `TOKENREC_CALLS`."""
-    number, held, changes = int(os.environ.get("TOKENREC_CALLS", "500")), [], 0
+    number, held, changes = int(os.environ.get("TOKENREC_CALLS", "300")), [], 0
     recommender, stopped = Recommender.from_pretrained(folder), threading.Event()
     calls = cycle(readers(recommender, folder))
 

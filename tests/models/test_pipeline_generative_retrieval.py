@@ -283,3 +283,16 @@ def test_all_bad_requests_of_a_list_are_named_at_once(recommend):
     with pytest.raises(KeyError) as caught:
         recommend([{"user": "u001"}, {"user": "nobody"}, {"history": ["gone"]}])
     assert "user 'nobody' is unknown (request 1); item 'gone' is unknown (request 2); " in caught.value.args[0]
+
+
+def test_code_tokens_in_a_prompt_name_nobody_unless_they_are_allowed(recommend, recommender, trained_repository):
+    codes = recommender.tokenizer.codes("user")
+    own = [row for row in range(20) if (codes == codes[row]).all(axis=1).sum() == 1]
+    text = f"What should user_{recommender.tokenizer.ids('user')[own[0]]} try next?"
+    coded = recommend.tokenizer.decode(tokens_in(recommend, text)[:-1], resolve_ids=False)
+    with pytest.raises(ValueError, match="names no user and no item"):
+        recommend(coded)
+    allowed = pipeline(TASK, model=str(trained_repository), device="cpu")
+    allowed.tokenizer.allow_code_text = True
+    # What the user has seen is left out, as if the user were named.
+    assert allowed(coded, top_k=50) == recommend(text, top_k=50)
