@@ -208,6 +208,13 @@ def test_what_was_dropped_is_counted_by_reason(tmp_path):
     assert options.given() == {"item_column": "thing", "min_rating": 2, "drop_incomplete": True, "k_core": 2}
 
 
+def test_other_events_are_counted_apart(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("user_id,item_id,event\nu,a,buy\nu,b,view\n,c,view\n")
+    _, report = read_interactions(path, ReadingOptions(events=["buy"]))
+    assert report.dropped == {"of other events": 2}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
