@@ -175,6 +175,12 @@ def test_ids_in_latin_1_are_read_and_said_to_be(tmp_path, caplog):
     assert "a.csv is not UTF-8 text and is read as Latin-1" in caplog.text
 
 
+def test_a_column_that_is_not_needed_may_be_in_another_encoding(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes("user_id,item_id,title\nZoë,café,".encode() + "Café\n".encode("latin-1"))
+    assert load_interactions(path)["user_id"][:] == ["Zoë"]
+
+
 def test_what_was_found_is_said(tmp_path, caplog):
     path = tmp_path / "ratings.dat"
     path.write_text(lines("::", header=None))

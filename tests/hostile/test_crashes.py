@@ -376,7 +376,8 @@ def test_files_have_the_permissions_of_the_umask(base, tmp_path):
         for change, _ in CHANGES.values():
             change(folder)
     finally:
-        os.umask(before)
+        kept = os.umask(before)
+    assert kept == 0o027
     changed = [path for path in folder.rglob("*") if path.is_file() and path.stat().st_nlink == 1]
     assert {"codes.safetensors", "store.json", "model.safetensors", "train.parquet"} <= {path.name for path in changed}
     assert {f"{path.stat().st_mode & 0o777:o}" for path in changed} == {"640"}
