@@ -4,6 +4,7 @@ import pytest
 from huggingface_hub.errors import StrictDataclassError
 
 from tokenrec_hf.models.configuration_tokenrec import (
+    CollaborativeConfig,
     FISMConfig,
     LightGCNConfig,
     MatrixFactorizationConfig,
@@ -17,6 +18,7 @@ from tokenrec_hf.models.modeling_mq_tokenizer import MQTokenizerModel
 @pytest.mark.parametrize(
     ("config_class", "settings"),
     [
+        (CollaborativeConfig, {"embedding_dim": 2.5}),
         (MatrixFactorizationConfig, {"l2_weight": "much"}),
         (LightGCNConfig, {"num_layers": 2.5}),
         (FISMConfig, {"half_life": True}),
