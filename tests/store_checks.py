@@ -159,7 +159,8 @@ class AgainstDictionaries(RuleBasedStateMachine):
             assert self.store.count(kind) == len(model)
             assert self.store.vectors(kind).tolist() == [list(row) for row in model.values()]
             backwards = list(model)[::-1]
-            assert self.store.get(kind, backwards).tolist() == [list(model[one]) for one in backwards]
+            found = self.store.get(kind, backwards)
+            assert found.dtype == torch.float32 and found.tolist() == [list(model[one]) for one in backwards]
             assert self.rows(kind, [*backwards, "absent"]).tolist() == [*range(len(model))][::-1] + [-1]
         users = [*self.model["user"], "absent"]
         assert self.store.seen(users) == [self.seen.get(user, []) for user in users]

@@ -429,6 +429,12 @@ def test_an_error_in_a_folder_is_named(write, tmp_path, train, test, sentence):
         load_interactions(tmp_path)
 
 
+def test_a_folder_in_another_encoding_is_refused(tmp_path):
+    (tmp_path / "train.txt").write_bytes("1 é\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"train\.txt is not UTF-8 text"):
+        load_interactions(tmp_path)
+
+
 # Bad input -----------------------------------------------------------------------------------------------------------
 
 

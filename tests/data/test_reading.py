@@ -175,6 +175,12 @@ def test_ids_in_latin_1_are_read_and_said_to_be(tmp_path, caplog):
     assert "a.csv is not UTF-8 text and is read as Latin-1" in caplog.text
 
 
+def test_a_column_that_is_not_needed_may_be_in_another_encoding(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes("user_id,item_id,title\nZoë,café,".encode() + "Café\n".encode("latin-1"))
+    assert load_interactions(path)["user_id"][:] == ["Zoë"]
+
+
 def test_what_was_found_is_said(tmp_path, caplog):
     path = tmp_path / "ratings.dat"
     path.write_text(lines("::", header=None))
@@ -206,6 +212,13 @@ def test_what_was_dropped_is_counted_by_reason(tmp_path):
         "dropped; 2 users, 2 items and 4 interactions are kept"
     ) in str(report)
     assert options.given() == {"item_column": "thing", "min_rating": 2, "drop_incomplete": True, "k_core": 2}
+
+
+def test_other_events_are_counted_apart(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("user_id,item_id,event\nu,a,buy\nu,b,view\n,c,view\n")
+    _, report = read_interactions(path, ReadingOptions(events=["buy"]))
+    assert report.dropped == {"of other events": 2}
 
 
 @pytest.mark.parametrize(

@@ -478,7 +478,8 @@ def test_files_have_the_permissions_of_the_umask(before, tmp_path):
         for name in REPOSITORY_CHANGES:
             CHANGES[name][0](folder)
     finally:
-        os.umask(former)
+        kept = os.umask(former)
+    assert kept == 0o027
     changed = [path for path in folder.rglob("*") if path.is_file() and path.stat().st_nlink == 1]
     assert {"codes.safetensors", "store.json", "model.safetensors", "train.parquet"} <= {path.name for path in changed}
     assert {f"{path.stat().st_mode & 0o777:o}" for path in changed} == {"640"}

@@ -219,6 +219,16 @@ def test_a_vector_from_elsewhere_is_found(repository):
     assert set(failed) <= {("refit", "vectors"), ("refit", "codes")}
 
 
+def test_vectors_may_be_stored_in_another_order_than_the_model_has(repository):
+    def move_to_the_end(store):
+        vector = store.get("item", ["f010"])
+        store.delete("item", ["f010"])
+        store.upsert("item", ["f010"], vector)
+
+    change_store(repository, move_to_the_end)
+    assert "1300 users and items" in outcomes(repository, True)["refit", "vectors"]
+
+
 def test_a_vector_that_training_went_on_with_is_found(repository):
     store = EmbeddingStore.open(repository)
     vectors = store.vectors("user") * 1.01

@@ -269,6 +269,16 @@ def test_an_error_is_named_and_changes_nothing(repository, arguments, message):
     assert contents(repository) == before
 
 
+def test_nothing_is_added_to_a_store_of_another_mq_tokenizer(repository):
+    store = EmbeddingStore.open(repository)
+    store.space_ids["item"] = "0123456789abcdef"
+    store.save_pretrained(repository / "store")
+    before = contents(repository)
+    with pytest.raises(ValueError, match="0123456789abcdef"):
+        Repository(repository).add(items=NewVectors(["a"], torch.ones(1, 16)))
+    assert contents(repository) == before
+
+
 def test_an_error_after_the_store_has_changed_changes_nothing(repository, monkeypatch):
     before = contents(repository)
 

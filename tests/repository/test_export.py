@@ -52,6 +52,11 @@ def test_an_error_leaves_the_former_file(recommender, tmp_path):
         export_recommendations(recommender, tmp_path / "out.xlsx")
 
 
+def test_a_user_gets_ten_items_by_default(recommender, tmp_path):
+    export_recommendations(recommender, tmp_path / "out.csv", ["u001"])
+    assert len(pd.read_csv(tmp_path / "out.csv")) == 10
+
+
 def test_no_users_are_a_table_without_rows(recommender, tmp_path):
     assert export_recommendations(recommender, tmp_path / "out.parquet", []) == (0, 0)
     assert len(pd.read_parquet(tmp_path / "out.parquet")) == 0

@@ -213,8 +213,9 @@ def test_revisions_are_branches(hub, repository):
 
 def test_a_private_repository_needs_a_token(hub, repository):
     Repository(repository).push_to_hub(NAME, private=True)
-    with pytest.raises(FileNotFoundError, match="no repository of that name that your token may read"):
-        fetch_repository(NAME, token=False)
+    for read in (part.from_pretrained for part in (Recommender, Repository, EmbeddingStore)):
+        with pytest.raises(FileNotFoundError, match="no repository of that name that your token may read"):
+            read(NAME, token=False)
     assert Recommender.from_pretrained(NAME).store.count("item")
 
 

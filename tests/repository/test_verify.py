@@ -10,6 +10,7 @@ from tiny_repository import DIM, write_tiny_repository
 
 from tokenrec_hf import EmbeddingStore, NewVectors, Recommender, Repository, TokenRecTokenizer
 from tokenrec_hf.cli.app import main
+from tokenrec_hf.models.codes import IdIndex, load_indexes, save_indexes
 from tokenrec_hf.repository.repository import PUSHED, exclusive
 
 
@@ -61,6 +62,12 @@ def forget_a_user(folder):
     store.save_pretrained(folder / "store")
 
 
+def change_item_ids(folder, change):
+    path = folder / "collaborative" / "ids.safetensors"
+    ids = load_indexes(path)
+    save_indexes({**ids, "item": IdIndex(change(ids["item"].ids()), "item")}, path)
+
+
 DAMAGE = [
     ("store", lambda f: flip(next((f / "store").glob("users-*"))), "the content of users-.* is not the saved one"),
     ("mq_user", lambda f: (f / "mq_user" / "config.json").write_text("{"), r"mq_user/config.json is damaged"),
@@ -70,6 +77,8 @@ DAMAGE = [
         lambda f: (f / "collaborative" / "ids.safetensors").write_bytes(b""),
         "ids.safetensors is damaged",
     ),
+    ("collaborative", lambda f: change_item_ids(f, lambda ids: [*ids, "more"]), r"has (\d+) item ids for (?!\1)"),
+    ("collaborative", lambda f: change_item_ids(f, lambda ids: ids[1:]), r"has (\d+) item ids for (?!\1)"),
     ("settings", lambda f: (f / "metrics.json").write_text("["), "metrics.json is damaged"),
     ("settings", lambda f: (f / "recipe.yaml").write_text("seed: many"), "recipe.yaml.*seed"),
     ("codes", lambda f: flip(f / "codes.safetensors"), "codes.safetensors is damaged|are not those of the vectors"),

@@ -401,8 +401,9 @@ def test_selection_reports_the_ranking_with_the_chosen_weight(run_stage, data, t
     assert result.metrics["ndcg@20"] == pytest.approx(found["ndcg@20"])
 
 
-def test_statistics_of_the_codes_are_logged_while_the_mq_tokenizer_trains(run_stage, vectors, tmp_path):
+def test_statistics_of_the_codes_are_logged_while_the_mq_tokenizer_trains(run_stage, vectors, tmp_path, capsys):
     result = run_stage("mq", tmp_path)
+    assert not capsys.readouterr().out
     for name, value in result.model.statistics(vectors).items():
         assert result.metrics[name] == value
     log = json.loads((tmp_path / f"checkpoint-{checkpoints(tmp_path)[-1]}" / "trainer_state.json").read_text())

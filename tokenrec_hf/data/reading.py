@@ -45,7 +45,7 @@ _ALIASES = {
     "event": ("event", "eventtype", "behavior", "behaviour", "behaviortype", "action", "actiontype"),
 }
 _DELIMITERS = {".csv": ",", ".tsv": "\t", ".inter": "\t"}
-# Separators that are looked for, where the file extension does not tell or is wrong.
+# Separators that are looked for, where the file extension does not tell or is wrong. Of equally good ones the first is taken.
 _SEPARATORS = ("::", "\t", ";", "|", ",", " ")
 _NOT_TEXT = (".xlsx", ".xls", ".pkl", ".pickle", ".npy", ".npz", ".feather", ".arrow", ".db", ".sqlite", ".h5", ".hdf5")
 _ENCODINGS = {"utf-8-sig": "UTF-8", "utf-16": "UTF-16", "latin-1": "Latin-1"}
@@ -260,7 +260,7 @@ def _layout(raw: RawFile, asked: Mapping[str, str | None]) -> _Layout:
     delimiter = usual if usual and _fields(lines, usual) else None
     if delimiter is None:
         possible = {one: fields for one in _SEPARATORS if (fields := _fields(lines, one))}
-        delimiter = max(possible, key=lambda one: (len(possible[one][0]), one != " "), default=None)
+        delimiter = max(possible, key=lambda one: len(possible[one][0]), default=None)
     if delimiter is None:
         first = next(csv.reader([lines[0]], delimiter=usual if usual and len(usual) == 1 else ","))
         if len(first) > 1:

@@ -73,7 +73,7 @@ class ItemKNN:
             common[rows, rows + start] = 0
             # Items without users have similarity 0; the minimum avoids 0 / 0.
             norms = torch.outer(lengths[start : start + len(common)], lengths) + shrinkage
-            nearest.append(stable_topk(common / norms.clamp(min=1e-9), min(neighbours, len(lengths))))
+            nearest.append(stable_topk(common / norms.clamp(min=1e-9), neighbours))
         items, values = (torch.cat(part) for part in zip(*nearest))  # [num_items, neighbours]
         columns = torch.arange(len(items))[:, None].expand_as(items)
         used = values > 0

@@ -805,7 +805,7 @@ def _search_part(
             chunk[excluded[here], unwanted[here] - start] = -torch.inf
         if allowed is not None:
             chunk.masked_fill_(~allowed[start:end], -torch.inf)
-        columns, values = _topk(chunk, min(top_k, end - start))
+        columns, values = _topk(chunk, top_k)
         if start:
             columns, values = torch.cat([rows, columns + start], dim=1), torch.cat([scores, values], dim=1)
         rows, scores = (part[:, :top_k] for part in _ordered(columns, values))
@@ -824,7 +824,7 @@ def stable_topk(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tenso
     Returns:
         Columns, int64 `[B, min(k, n)]`, and their scores. Columns of score `-inf` may be any.
     """
-    return _ordered(*_topk(scores, min(k, scores.shape[1])))
+    return _ordered(*_topk(scores, k))
 
 
 def unit_rows(vectors: torch.Tensor) -> torch.Tensor:
@@ -859,7 +859,7 @@ def _cosines(queries: torch.Tensor, vectors: torch.Tensor, factors: torch.Tensor
 
 
 def _topk(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Columns `[B, k]` and values of the k highest scores, of equal ones those of the lowest columns, in any order."""
+    """Columns `[B, k]`, or all if fewer, and values of the k highest scores, of equal ones the lowest columns, in any order."""
     width = scores.shape[1] // GROUP * GROUP
     if 4 * k * GROUP > width or scores.numel() <= ITEM_CHUNK:
         return _plain_topk(scores, k)

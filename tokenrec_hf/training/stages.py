@@ -417,7 +417,7 @@ def _fit(
     preprocess_logits: Callable[..., torch.Tensor] | None = None,
     eval_batch_size: int | None = None,
     epochs: float | None = None,
-    seed: int = 0,
+    seed: int,
 ) -> StageResult[Model]:
     """Trains a model with `Trainer`; see the stages for the arguments."""
     steps_per_epoch, most = step_counts(settings, len(dataset))
