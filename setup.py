@@ -11,8 +11,8 @@ EVALUATE = ["evaluate>=0.4.6"]
 FAISS = ["faiss-cpu>=1.12"]
 MILVUS = ["pymilvus>=3", "milvus-lite>=3.2"]
 BROWSER = ["playwright>=1.50"]
-COMPARE = ["implicit>=0.7.2"]
-PAPER = [*COMPARE, "matplotlib>=3.9", "scipy>=1.13"]
+COMPARE = ["implicit>=0.7.2", "scipy>=1.13", "threadpoolctl>=3.5"]
+PAPER = [*COMPARE, "matplotlib>=3.9"]
 DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=1"]
 TEST = [
     "pytest>=8",

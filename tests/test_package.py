@@ -104,7 +104,10 @@ DISTRIBUTIONS = {
     "milvus_lite": "milvus-lite",
     "yaml": "pyyaml",
 }
-OPTIONAL = {"evaluate", "faiss-cpu", "fastapi", "gradio", "milvus-lite", "pymilvus", "uvicorn"}
+OPTIONAL = {
+    *("evaluate", "faiss-cpu", "fastapi", "gradio", "implicit", "milvus-lite", "pymilvus", "scipy", "threadpoolctl"),
+    "uvicorn",
+}
 
 
 def test_every_module_that_is_imported_is_a_requirement():

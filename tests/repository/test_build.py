@@ -664,4 +664,7 @@ def test_the_forecast_counts_the_most_steps_of_each_stage(demo_splits, trained_r
     settings = tiny_recipe.changed(**{"retrieval.most_steps": 40, "mq_tokenizer.config.residual": True})
     assert "MQ-Tokenizers by k-means, T5 of at most 32 steps;" in forecast(demo_splits, settings)
     best = forecast(demo_splits, Recipe.load("best"))
+    assert forecast(demo_splits, tiny_recipe, NewVectors([], torch.empty(0, 2))).startswith(
+        "Training: MQ-Tokenizers of 300"
+    )
     assert "fism of at most 640 steps for each of 2 half-lives, MQ-Tokenizers by k-means, T5 of at most 960" in best

@@ -13,6 +13,7 @@ from tokenrec_hf.data.splits import Holdout, index_splits, leave_one_out
 from tokenrec_hf.evaluation.metrics import evaluate_embeddings
 from tokenrec_hf.models.configuration_tokenrec import T5GenerativeRetrievalConfig
 from tokenrec_hf.models.embedding_store import EmbeddingStore
+from tokenrec_hf.models.modeling_collaborative import FISMModel
 from tokenrec_hf.models.modeling_t5_retrieval import T5ForGenerativeRetrieval
 from tokenrec_hf.training import stages
 from tokenrec_hf.training.closed_forms import smooth_tables
@@ -360,6 +361,20 @@ def test_selection_reports_the_ranking_of_the_held_out_items(run_stage, data, tm
         gains.append(1 / np.log2(rank + 2) if rank < 20 else 0.0)
     assert result.metrics["ndcg@20"] == pytest.approx(np.mean(gains))
     assert not any(name.startswith("eval_") or "runtime" in name for name in result.metrics)
+
+
+def test_an_evaluation_scores_no_items_for_all_users_at_once(data, tmp_path, monkeypatch):
+    given = {True: 0, False: 0}
+
+    def forward(self, labels=None, _forward=FISMModel.forward, **inputs):
+        assert self.training or labels is None, "the loss of an evaluation is that of all users and items"
+        given[self.training] += 1
+        return _forward(self, labels=labels, **inputs)
+
+    monkeypatch.setattr(FISMModel, "forward", forward)
+    settings = changed(COLLABORATIVE, model="fism", config={"embedding_dim": 8})
+    result = train_collaborative(data.interactions, settings, tmp_path, holdout=data.holdout)
+    assert all(given.values()) and "ndcg@20" in result.metrics
 
 
 @pytest.mark.parametrize("users", [4096, 8])

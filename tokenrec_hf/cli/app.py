@@ -257,7 +257,7 @@ def train(
     splits, report = _read_splits(dataset, {**reading, "k_core": k_core}, split, at)
     from ..repository import build
 
-    report["summary"] += f" {build.forecast(splits, loaded)}"
+    report["summary"] += f" {build.forecast(splits, loaded, vectors)}"
     if dry_run:
         return {"dataset": name, **report}
     note(report["summary"])

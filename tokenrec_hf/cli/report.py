@@ -30,8 +30,8 @@ def report(repository: Repository, name: str) -> str:
         repository: a finished repository. Without its training data, as from the Hub, the page has what `metrics.json` has.
         name: the heading.
     """
-    metrics = repository.metrics
-    parts = training(Showcase(repository.recommender()), metrics)
+    showcase, metrics = Showcase(repository.recommender()), repository.metrics
+    parts = training(showcase, metrics)
     if repository.interactions.is_dir():
         parts += _evaluation(repository.evaluate("test" if metrics["refit"] else "validation"))
     if (path := repository.record(COMPARISON)).is_file():

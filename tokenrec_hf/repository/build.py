@@ -150,19 +150,18 @@ def train(
     return repository
 
 
-def forecast(splits: DatasetDict, recipe: Recipe) -> str:
-    """The most training steps of each stage, in words."""
-    settings = recipe.collaborative
+def forecast(splits: DatasetDict, recipe: Recipe, item_vectors: NewVectors | None = None) -> str:
+    """The most training steps of each stage, in words; arguments as in [`train`]."""
+    settings, stages = recipe.collaborative, []
     lengths = pc.value_counts(splits["train"].with_format("arrow")[:]["user_id"]).field("counts").to_numpy()
-    histories = COLLABORATIVE_MODELS[settings.model].users_are_histories
-    steps = {
-        settings.model: step_counts(settings, int((lengths > 1).sum() if histories else lengths.sum()))[1],
-        "T5": step_counts(recipe.retrieval, len(lengths))[1],
-    }
-    stages = [f"{name} of at most {most:,} steps" for name, most in steps.items()]
-    stages[0] += f" for each of {len(HALF_LIVES)} half-lives" * (settings.config.get("half_life") == AUTO)
+    if item_vectors is None:
+        histories = COLLABORATIVE_MODELS[settings.model].users_are_histories
+        _, most = step_counts(settings, int((lengths > 1).sum() if histories else lengths.sum()))
+        tries = f" for each of {len(HALF_LIVES)} half-lives" * (settings.config.get("half_life") == AUTO)
+        stages.append(f"{settings.model} of at most {most:,} steps{tries}")
     codes = f"MQ-Tokenizers of {step_counts(recipe.mq_tokenizer, 1)[1]:,} steps"
-    stages.insert(1, "MQ-Tokenizers by k-means" if recipe.mq_tokenizer.config.get("residual") else codes)
+    stages.append("MQ-Tokenizers by k-means" if recipe.mq_tokenizer.config.get("residual") else codes)
+    stages.append(f"T5 of at most {step_counts(recipe.retrieval, len(lengths))[1]:,} steps")
     return (
         f"Training: {', '.join(stages)}; steps end when validation no longer improves, so the time depends on the data."
     )

@@ -85,7 +85,7 @@ class StageResult(Generic[Model]):
 
 
 class _Trainer(Trainer):
-    """A `Trainer` that makes batches of prompts of similar length."""
+    """A `Trainer` that makes batches of prompts of similar length, and evaluates a collaborative model by its vectors alone."""
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset, collator = self.train_dataset if train_dataset is None else train_dataset, self.data_collator
@@ -94,6 +94,13 @@ class _Trainer(Trainer):
         users = cast(PromptDataset, dataset).users
         lengths = partial(collator.prompt_lengths, users)
         return LengthGroupedSampler(lengths, len(users), self.args.train_batch_size, self.args.seed)
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
+        """A loss over all items would take the scores of all users and items at once, 2 GB for Amazon Beauty."""
+        if not isinstance(model, CollaborativeModel):
+            return super().prediction_step(model, inputs, *args, **kwargs)
+        _, vectors, _ = super().prediction_step(model, {"user_ids": inputs["user_ids"]}, *args, **kwargs)
+        return None, vectors, inputs["labels"]
 
 
 class SetEpoch(TrainerCallback):
