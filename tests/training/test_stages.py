@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from tokenrec_hf.data.collator import DataCollatorForGenerativeRetrieval, PromptDataset
@@ -334,6 +335,26 @@ def test_early_stopping_goes_on_counting_after_an_interruption(
     result = run_stage("lightgcn", tmp_path, patience=3, holdout=data.holdout)
     assert seen == [0.1, 0.3, 0.2, 0.29, 0.25]
     assert result.epochs == 1.0
+
+
+def test_a_folder_that_was_moved_still_has_its_best_checkpoint(
+    run_stage, data, scripted_metrics, tmp_path, monkeypatch
+):
+    """The training ended early, behind a checkpoint which is not the best, and which recorded where the best was."""
+    seen = scripted_metrics([0.1, 0.3, 0.2, 0.3, 0.25, 0.25, 0.9])
+    with monkeypatch.context() as patch, pytest.raises(PowerCut):
+        patch.setattr(stages._Trainer, "_load_best_model", lambda self: throw(PowerCut()))
+        run_stage("lightgcn", tmp_path / "here", patience=3, holdout=data.holdout)
+    best = load_file(tmp_path / "here" / "checkpoint-4" / "model.safetensors")
+    (tmp_path / "here").rename(tmp_path / "there")
+    result = run_stage("lightgcn", tmp_path / "there", patience=3, holdout=data.holdout)
+    # It ends at the same evaluation again.
+    assert len(seen) == 6 and result.epochs == 1.0
+    assert_equal_weights(weights(result), best)
+
+
+def throw(error):
+    raise error
 
 
 @pytest.mark.parametrize("stage", ["lightgcn", "retrieval"])

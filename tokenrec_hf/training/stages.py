@@ -139,6 +139,11 @@ class StopAt(TrainerCallback):
             # From a checkpoint of the last step, Trainer would continue with one step too many.
             control.should_save = False
 
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Saves nothing where early stopping ends training: from there, too, Trainer would continue."""
+        if control.should_training_stop and state.global_step < state.max_steps:
+            control.should_save = False
+
 
 class KnowBest(TrainerCallback):
     """Finds the best checkpoint of an interrupted training in its folder, which may have been moved since."""
