@@ -58,7 +58,7 @@ def test_a_file_system_without_links_will_do(repository, monkeypatch):
     monkeypatch.setattr(os, "link", refused)
     with Repository(repository).change() as staged:
         change(staged)
-    assert state(repository) == "yes"
+    assert state(repository) == "yes" and (repository / "codes").read_text() == "new"
 
 
 def test_an_error_changes_nothing(repository):
