@@ -31,6 +31,10 @@ def test_settings_of_another_type_are_named(config_class, settings):
         config_class(**settings)
 
 
+def test_the_projection_is_twice_as_wide_as_t5_by_default():
+    assert T5GenerativeRetrievalConfig(d_model=8).projection_dim == 16
+
+
 @pytest.mark.parametrize(
     ("model_class", "config"),
     [

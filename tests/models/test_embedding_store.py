@@ -463,7 +463,9 @@ def test_a_store_that_was_opened_does_not_change_its_files(store, tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_what_is_given_to_a_store_stays_the_callers(store):
+@pytest.mark.parametrize("empty", [False, True])
+def test_what_is_given_to_a_store_stays_the_callers(store, empty):
+    store = EmbeddingStore(DIM) if empty else store
     given = torch.ones(2, DIM)
     store.upsert("item", ["a", "b"], given)
     given.zero_()

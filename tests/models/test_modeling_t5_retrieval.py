@@ -601,6 +601,10 @@ def test_padding_and_company_change_no_query_of_a_history(histories, left):
     assert torch.allclose(model.encode_by_length(**histories), queries, atol=1e-5)
     for row, (ids, mask) in enumerate(zip(*histories.values())):
         assert torch.allclose(model.encode_queries(ids[mask.bool()][None])[0], queries[row], atol=1e-5)
+    # A wording of fewer words than those beside it.
+    ids, mask = histories["input_ids"], histories["attention_mask"].clone()
+    mask[0, 0] = 0
+    assert torch.allclose(model.encode_queries(ids, mask)[0], model.encode_queries(ids[:1], mask[:1])[0], atol=1e-5)
 
 
 def test_a_history_costs_one_position_per_item(histories):

@@ -229,6 +229,7 @@ def test_a_store_can_be_given_and_must_belong_to_the_model(trained_repository, r
 
 def test_saved_again_it_is_the_same_pipeline(recommend, requests, tmp_path):
     recommend.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "pipeline_generative_retrieval.py").is_file()
     again = pipeline(TASK, model=str(tmp_path / "again"), device="cpu")
     assert isinstance(again, GenerativeRetrievalPipeline)
     assert again(requests) == recommend(requests)

@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from repository_checks import check_codes, contents, interactions
+from tiny_repository import write_tiny_repository
 
 from tokenrec_hf import EmbeddingStore, NewVectors, Recommender, Repository, TokenRecTokenizer
 from tokenrec_hf.models.codes import load_indexes
@@ -95,3 +96,10 @@ def test_ids_that_only_some_of_the_files_know_are_removed_from_these(repository)
     assert user not in TokenRecTokenizer.from_pretrained(repository).ids("user")
     for path in (repository / "training" / "interactions").glob("*.parquet"):
         assert user not in pq.read_table(path)["user_id"].to_pylist()
+
+
+def test_users_are_deleted_where_there_was_no_refit(tmp_path):
+    write_tiny_repository(tmp_path / "tiny")
+    shutil.rmtree(tmp_path / "tiny" / "training" / "selection")
+    assert Repository(tmp_path / "tiny").remove(users=["u0"])["users"] == 1
+    assert all(check.passed for check in Repository(tmp_path / "tiny").verify())

@@ -1,3 +1,4 @@
+import os
 import threading
 
 import pytest
@@ -48,6 +49,16 @@ def test_a_change_happens_whole_and_leaves_nothing_behind(repository):
         ".update.lock", "codes", "inner", "store", "weights"
     ]  # fmt: skip
     assert (repository / "weights").read_text() == "untouched"
+
+
+def test_a_file_system_without_links_will_do(repository, monkeypatch):
+    def refused(*_):
+        raise OSError("no links here")
+
+    monkeypatch.setattr(os, "link", refused)
+    with Repository(repository).change() as staged:
+        change(staged)
+    assert state(repository) == "yes" and (repository / "codes").read_text() == "new"
 
 
 def test_an_error_changes_nothing(repository):

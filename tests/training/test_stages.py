@@ -115,7 +115,7 @@ def run_stage(data, vectors, tokenizer):
         settings = changed(COLLABORATIVE, model=model, patience=patience)
         return train_collaborative(data.interactions, settings, folder, seed=1, **options)
 
-    def retrieval(folder, patience=100, settings=RETRIEVAL, pooling="decoder", **options):
+    def retrieval(folder, patience=100, settings=RETRIEVAL, pooling="decoder", weight=1.0, **options):
         set_seed(3)
         config = T5GenerativeRetrievalConfig(
             vocab_size=len(tokenizer),
@@ -130,6 +130,7 @@ def run_stage(data, vectors, tokenizer):
             pooling=pooling,
             loss_type="softmax",
             temperature=0.1,
+            history_weight=weight,
             pad_token_id=tokenizer.pad_token_id,
             entity_tokens=entity_tokens(tokenizer),
         )
@@ -437,12 +438,17 @@ def test_selection_reports_the_ranking_with_the_chosen_weight(run_stage, data, t
     assert result.metrics["ndcg@20"] == pytest.approx(found["ndcg@20"])
 
 
+def test_without_selection_the_weight_stays_as_it_is(run_stage, tmp_path):
+    assert run_stage("history", tmp_path, weight=0.5, epochs=1).model.config.history_weight == 0.5
+
+
 def test_statistics_of_the_codes_are_logged_while_the_mq_tokenizer_trains(run_stage, vectors, tmp_path, capsys):
     result = run_stage("mq", tmp_path)
     assert not capsys.readouterr().out
     for name, value in result.model.statistics(vectors).items():
         assert result.metrics[name] == value
-    log = json.loads((tmp_path / f"checkpoint-{checkpoints(tmp_path)[-1]}" / "trainer_state.json").read_text())
+    [last] = checkpoints(tmp_path)
+    log = json.loads((tmp_path / f"checkpoint-{last}" / "trainer_state.json").read_text())
     logged = [entry for entry in log["log_history"] if "eval_usage" in entry]
     assert [entry["step"] for entry in logged] == [3, 6, 9, 12, 15]
     for entry in logged:
