@@ -22,8 +22,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from .prompts import SPACE
+
 MAX_ID_LENGTH = 256
-SPACE = "␣"  # stands for a space within an id where a text names it
 # Control and format characters (categories Cc and Cf) and white space but the space, which cannot be seen; half of a surrogate pair.
 _NOT_IN_IDS = (
     rf"{SPACE}\x00-\x1f\x7f-\xa0\xad\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u1680\u180e\u2000-\u200f\u2028-\u202f"

@@ -10,8 +10,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .codes import SPACE
-
+SPACE = "␣"  # stands for a space within an id where a text names it
 _PLACEHOLDER = re.compile(r"\{user\}|\{history\}")
 
 

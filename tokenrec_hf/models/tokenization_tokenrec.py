@@ -23,8 +23,8 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import BatchEncoding, TokenizersBackend
 
-from .codes import MAX_ID_LENGTH, MQ_FOLDERS, SPACE, CodeTable, IdIndex, check_ids, load_tables, read_json, save_tables
-from .prompts import PromptTemplate
+from .codes import MAX_ID_LENGTH, MQ_FOLDERS, CodeTable, IdIndex, check_ids, load_tables, read_json, save_tables
+from .prompts import SPACE, PromptTemplate
 
 if TYPE_CHECKING:
     import torch
