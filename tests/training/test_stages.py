@@ -338,10 +338,10 @@ def test_early_stopping_goes_on_counting_after_an_interruption(
     assert result.epochs == 1.0
 
 
-def test_a_folder_that_was_moved_still_has_its_best_checkpoint(
+def test_a_training_that_ended_early_and_was_cut_off_there_ends_the_same_in_a_moved_folder(
     run_stage, data, scripted_metrics, tmp_path, monkeypatch
 ):
-    """The training ended early, behind a checkpoint which is not the best, and which recorded where the best was."""
+    """It was cut off before the best checkpoint, which is not the last, was loaded."""
     seen = scripted_metrics([0.1, 0.3, 0.2, 0.3, 0.25, 0.25, 0.9])
     with monkeypatch.context() as patch, pytest.raises(PowerCut):
         patch.setattr(stages._Trainer, "_load_best_model", lambda self: throw(PowerCut()))
