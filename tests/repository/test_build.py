@@ -220,6 +220,12 @@ def test_a_repository_without_interactions_says_so(tmp_path):
         Repository(tmp_path).splits()
 
 
+def test_vectors_of_the_refit_are_not_evaluated_on_validation_items(trained_repository):
+    store = EmbeddingStore.open(trained_repository)
+    with pytest.raises(ValueError, match="holds the vectors of the refit; evaluate it on the test split"):
+        Repository(trained_repository).evaluate("validation", store=store)
+
+
 def test_one_seed_gives_one_result(trained, splits, recipe, tmp_path):
     again = train(splits, recipe, tmp_path, dataset_name="small").metrics
     assert without_seconds(again) == without_seconds(trained.metrics)
