@@ -196,8 +196,6 @@ def test_metrics_say_what_was_measured(trained, splits, recipe):
     assert all(epochs in (1, 2, 3) for epochs in metrics["epochs"].values())
     assert set(metrics["codes"]) == {"user", "item"}
     assert set(metrics["codes"]["item"]) >= {"usage", "perplexity", "collision_rate", "reconstruction_error"}
-    selected = json.loads(trained.record("selection").read_text())
-    assert all("ndcg@20" in selected[stage]["metrics"] for stage in metrics["epochs"])
     stages_run = {"collaborative", "mq_user", "mq_item", "retrieval", "evaluation"}
     assert {run: set(seconds) for run, seconds in metrics["seconds"].items()} == {
         "selection": stages_run,
