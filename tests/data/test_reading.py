@@ -181,6 +181,13 @@ def test_a_column_that_is_not_needed_may_be_in_another_encoding(tmp_path):
     assert load_interactions(path)["user_id"][:] == ["Zoë"]
 
 
+def test_json_in_another_encoding_is_refused(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('{"user_id": "Zoë", "item_id": "tea"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a\.jsonl is not UTF-8 text"):
+        load_interactions(path)
+
+
 def test_what_was_found_is_said(tmp_path, caplog):
     path = tmp_path / "ratings.dat"
     path.write_text(lines("::", header=None))

@@ -469,3 +469,8 @@ def test_nothing_is_popular_without_users(parts, own_store):
 def test_another_treatment_of_the_unknown_is_refused(recommender):
     with pytest.raises(ValueError, match="on_unknown is 'drop'; it must be one of 'error', 'skip', 'popular'"):
         recommender.recommend(["ann"], on_unknown="drop")
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no folder .*nothing; train one with `tokenrec train"):
+        check_repository(tmp_path / "nothing")

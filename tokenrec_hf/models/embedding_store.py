@@ -899,7 +899,7 @@ def _ordered(columns: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor,
 def check_vectors(
     embedding_dim: int, kind: str, ids: Sequence[str], vectors: Vectors
 ) -> tuple[list[str], torch.Tensor]:
-    """Unique ids and their vectors, float32 `[n, d]` in memory of their own; of a repeated id the last vector counts.
+    """Unique ids and their vectors, float32 `[n, d]`, perhaps the memory given; of a repeated id the last vector counts.
 
     Raises:
         ValueError: an id, the shape or the length is wrong, or a vector holds NaN or an infinity.
@@ -915,7 +915,7 @@ def check_vectors(
     last = {name: row for row, name in enumerate(names)}
     if len(last) < len(names):
         return list(last), matrix[list(last.values())]
-    return names, matrix.clone() if isinstance(vectors, torch.Tensor) else matrix
+    return names, matrix
 
 
 def check_search(
