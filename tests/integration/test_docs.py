@@ -9,6 +9,7 @@ import pytest
 import typer
 
 from tokenrec_hf.cli import app as cli
+from tokenrec_hf.cli.arguments import repeat_options
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -35,7 +36,7 @@ def command_lines():
 def test_a_command_of_the_docs_is_one_that_tokenrec_takes(command):
     name, *arguments = shlex.split(command)[1:]
     parsed = typer.main.get_command(cli.app).commands[name]
-    parsed.make_context(name, cli._repeat_options([name, *arguments], parsed)[1:])
+    parsed.make_context(name, repeat_options([name, *arguments], parsed)[1:])
 
 
 def python_blocks():
