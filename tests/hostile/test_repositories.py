@@ -507,6 +507,18 @@ TABLE += [
         "num_codebooks",
     ),
     (
+        lambda folder: MQTokenizerModel.from_pretrained(folder / "mq_item"),
+        "an MQ-Tokenizer of a fraction of a codebook",
+        setting("mq_item/config.json", ["num_codebooks"], 2.5),
+        "num_codebooks",
+    ),
+    (
+        lambda folder: load_collaborative(folder / "collaborative"),
+        "a collaborative model of a size in words",
+        setting("collaborative/config.json", ["embedding_dim"], "eight"),
+        "embedding_dim",
+    ),
+    (
         lambda folder: load_collaborative(folder / "collaborative"),
         "a collaborative model of an unknown kind",
         setting("collaborative/config.json", ["model_type"], "os"),

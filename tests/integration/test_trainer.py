@@ -97,7 +97,7 @@ def test_the_store_follows_a_t5_that_reads_histories(example, fism_repository, t
 def test_the_example_trains_logs_stops_early_and_writes_the_best_model_as_a_repository(trained_repository, tmp_path):
     pytest.importorskip("tensorboard")
     output = tmp_path / "tuned"
-    options = ("--per_device_train_batch_size", 16, "--learning_rate", 0.001, "--num_train_epochs", 9)
+    options = ("--per_device_train_batch_size", 16, "--learning_rate", 0.1, "--num_train_epochs", 9)
     options += ("--eval_strategy", "epoch", "--save_strategy", "epoch", "--load_best_model_at_end", "--patience", 1)
     options += ("--report_to", "tensorboard")
     finished = subprocess.run(command(trained_repository, output, *options), capture_output=True, text=True)

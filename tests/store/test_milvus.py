@@ -283,7 +283,7 @@ def test_what_is_refused_changes_nothing(backend):
     store = filled(backend.make())
     before = everything(store)
     for call in (
-        lambda: store.upsert("item", ["new", "a b"], torch.ones(2, DIM)),
+        lambda: store.upsert("item", ["new", "a\nb"], torch.ones(2, DIM)),
         lambda: store.upsert("item", ["new"], torch.ones(1, DIM + 1)),
         lambda: store.upsert("item", ["new", "i0"], torch.tensor([[1.0] * DIM, [torch.nan] * DIM])),
         lambda: store.set_metadata(["i0", "new"], [{"a": 1}, {"a": 1}]),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, T5Config
 
 # Beyond these a configuration is damaged; a model of it would fill any memory.
@@ -20,9 +21,19 @@ class Loader:
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Loads the model as [`~transformers.PreTrainedModel.from_pretrained`] does and records the revision."""
-        with cls._loading:
-            loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+        """Loads the model as [`~transformers.PreTrainedModel.from_pretrained`] does and records the revision.
+
+        Raises:
+            ValueError: a field of its configuration is damaged.
+        """
+        try:
+            with cls._loading:
+                loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+        except StrictDataclassError as flaw:
+            name, reason = next(iter(args), cls.__name__), " ".join(str(flaw).split())
+            raise ValueError(
+                f"the configuration of {name} is damaged ({reason}); restore it from a copy or train again."
+            ) from flaw
         (loaded[0] if isinstance(loaded, tuple) else loaded).loaded_revision = kwargs.get("revision")
         return loaded
 
