@@ -338,3 +338,12 @@ def test_the_models_import_siblings_in_the_only_form_that_the_hub_loader_copies(
 
 def test_no_sub_folder_lies_among_the_models():
     assert [path for path in (PACKAGE / "models").iterdir() if path.is_dir() and path.name != "__pycache__"] == []
+
+
+@pytest.mark.parametrize("name", ["collaborative", "store", "mq_user", "mq_item"])
+def test_one_module_knows_the_name_of_a_part_of_a_repository(name):
+    def writes(path):
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        return any(isinstance(node, ast.Constant) and node.value == name for node in nodes)
+
+    assert [path.name for path in PACKAGE.rglob("*.py") if writes(path)] == ["codes.py"]

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..evaluation.variants import LABELS, SHOWN
+from ..models.codes import COLLABORATIVE, MQ_FOLDERS
+from ..repository.repository import RETRIEVAL
 
 if TYPE_CHECKING:
     from .showcase import Showcase
@@ -16,10 +18,9 @@ if TYPE_CHECKING:
 # The drawing of a curve.
 WIDTH, HEIGHT, MARGIN = 640, 220, 24
 STAGES = {
-    "collaborative": "collaborative model",
-    "mq_user": "MQ-Tokenizer of users",
-    "mq_item": "MQ-Tokenizer of items",
-    "retrieval": "T5",
+    COLLABORATIVE: "collaborative model",
+    **{folder: f"MQ-Tokenizer of {kind}s" for kind, folder in MQ_FOLDERS.items()},
+    RETRIEVAL: "T5",
 }
 # Colours that the colour-blind tell apart; the marks of the map differ in shape too.
 STYLE = """

@@ -16,6 +16,7 @@ from ..models.codes import (
     COLLABORATIVE,
     COMMITTED,
     MQ_FOLDERS,
+    STORE_FOLDER,
     RepositoryFolder,
     check_repository,
     current,
@@ -123,7 +124,7 @@ def _parts(run: str, parts: RepositoryFolder) -> list[Check]:
         models[COLLABORATIVE] = lambda: _collaborative(parts)
     return [
         *(Check(run, name, *_found(check)) for name, check in models.items()),
-        Check(run, "store", *_found(lambda: _store(parts))),
+        Check(run, STORE_FOLDER, *_found(lambda: _store(parts))),
         Check(run, "codes", *_decided(lambda: _codes(parts))),
     ]
 
