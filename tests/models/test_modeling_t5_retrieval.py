@@ -645,6 +645,13 @@ def test_a_model_that_reads_histories_is_saved_with_its_users_codewords(historie
     assert loaded.config.query_dim == DIM + 16
 
 
+def test_bound_items_follow_the_model_to_another_device_and_are_not_saved():
+    model = reading_history()
+    assert not {name for name in model.state_dict() if "item" in name or "offsets" in name}
+    moved = model.to("meta")
+    assert {one.device.type for one in (moved.item_embeddings, moved.item_tokens, *moved.buffers())} == {"meta"}
+
+
 def test_training_leaves_the_codewords_of_users_as_they_are(histories):
     """DDP hangs on a weight without gradient."""
     model = reading_history().train()

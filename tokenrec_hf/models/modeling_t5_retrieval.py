@@ -156,9 +156,10 @@ class T5ForGenerativeRetrieval(Loader, T5PreTrainedModel):
     config: T5GenerativeRetrievalConfig
     base_model_prefix = "transformer"
     item_embeddings: torch.Tensor
-    item_tokens: torch.Tensor | None = None
-    # The bound items of each token, see `_CodeSums`.
-    items_of_tokens: tuple[torch.Tensor, torch.Tensor] | None = None
+    item_tokens: torch.Tensor | None
+    # The bound items of each token, and where they begin, see `_CodeSums`.
+    items_of_tokens: torch.Tensor | None
+    token_offsets: torch.Tensor | None
     user_codewords: torch.Tensor
     # Trainer passes `forward` the number of positives in all batches of a step.
     accepts_loss_kwargs = True
@@ -185,6 +186,8 @@ class T5ForGenerativeRetrieval(Loader, T5PreTrainedModel):
                 layers += [ProjectionLinear(size, width), nn.ReLU(), nn.Dropout(config.dropout_rate)]
             self.projection = nn.Sequential(*layers, ProjectionLinear(width, config.embedding_dim))
         self.register_buffer("item_embeddings", torch.zeros(0, config.embedding_dim), persistent=False)
+        for name in ("item_tokens", "items_of_tokens", "token_offsets"):
+            self.register_buffer(name, None, persistent=False)
         self.post_init()
 
     def bind_items(self, vectors: torch.Tensor, token_ids: torch.Tensor | np.ndarray | None = None) -> None:
@@ -209,13 +212,13 @@ class T5ForGenerativeRetrieval(Loader, T5PreTrainedModel):
         if self.config.pooling == "history" and (token_ids is None or len(token_ids) != len(vectors)):
             raise ValueError("history pooling needs the code tokens of each item; give bind_items the token_ids too.")
         self.item_embeddings = F.normalize(vectors[:, :d].detach().to(self.device, torch.float32), dim=-1)
-        self.item_tokens = self.items_of_tokens = None
+        self.item_tokens = self.items_of_tokens = self.token_offsets = None
         if token_ids is not None:
             self.item_tokens = torch.as_tensor(token_ids).to(self.device)
             tokens, order = self.item_tokens.flatten().sort(stable=True)
+            self.items_of_tokens = order // self.item_tokens.shape[1]
             vocabulary = torch.arange(self._embeddings.num_embeddings, device=self.device)
-            offsets = torch.searchsorted(tokens, vocabulary)
-            self.items_of_tokens = order // self.item_tokens.shape[1], offsets
+            self.token_offsets = torch.searchsorted(tokens, vocabulary)
 
     @torch.no_grad()
     def item_vectors(self, vectors: torch.Tensor, token_ids: torch.Tensor | np.ndarray) -> torch.Tensor:
@@ -254,8 +257,8 @@ class T5ForGenerativeRetrieval(Loader, T5PreTrainedModel):
         embed = self._embeddings
         if type(embed) is not nn.Embedding:  # An adapter.
             summed = embed(tokens).sum(dim=1)
-        elif tokens is self.item_tokens and self.items_of_tokens is not None:
-            summed = _CodeSums.apply(embed.weight, tokens, *self.items_of_tokens)
+        elif tokens is self.item_tokens:
+            summed = _CodeSums.apply(embed.weight, tokens, self.items_of_tokens, self.token_offsets)
         else:
             # A bag needs a ninth of the time of a sum, and no memory for its summands.
             summed = F.embedding_bag(tokens, embed.weight, mode="sum")
