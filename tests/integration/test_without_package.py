@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -118,14 +119,16 @@ def test_a_stranger_who_trusts_a_folder_gets_the_same_recommendations(stranger, 
 
 
 def test_a_stranger_gets_the_same_recommendations_from_the_hub(stranger, hub, trained_repository, local, tmp_path):
-    Repository(trained_repository).push_to_hub("tester/demo", private=True, include_users=True)
+    Repository(shutil.copytree(trained_repository, tmp_path / "own")).push_to_hub(
+        "tester/demo", private=True, include_users=True
+    )
     requests = json.dumps(local["requests"])
     printed = stranger(RECOMMEND, "tester/demo", requests, BATCH, **hub.environment(tmp_path / "cache"))
     assert printed == {name: local[name] for name in ("tokens", "queries", "found")}
 
 
 def test_a_stranger_gets_for_a_history_what_its_user_gets_here(stranger, hub, fism_repository, tmp_path):
-    Repository(fism_repository).push_to_hub("tester/histories")
+    Repository(shutil.copytree(fism_repository, tmp_path / "own")).push_to_hub("tester/histories")
     here = Recommender.from_pretrained(fism_repository)
     users = here.store.ids("user")[:4]
     requests = json.dumps([{"history": seen} for seen in here.store.seen(users)])

@@ -1,6 +1,7 @@
 """The handler of a pushed repository, as an Inference Endpoint calls it."""
 
 import runpy
+import shutil
 
 import pytest
 
@@ -11,8 +12,8 @@ NAME = "tester/served"
 
 
 @pytest.fixture
-def handler(hub, trained_repository):
-    Repository(trained_repository).push_to_hub(NAME, include_users=True)
+def handler(hub, trained_repository, tmp_path):
+    Repository(shutil.copytree(trained_repository, tmp_path / "own")).push_to_hub(NAME, include_users=True)
     folder = fetch_repository(NAME)
     return runpy.run_path(str(folder / "handler.py"))["EndpointHandler"](str(folder))
 

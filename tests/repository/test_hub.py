@@ -142,8 +142,8 @@ def test_a_repository_without_users_recommends_to_histories(hub, repository):
     assert folder.is_dir()
 
 
-def test_the_item_side_of_fism_is_pushed_without_histories(hub, fism_repository):
-    Repository(fism_repository).push_to_hub(NAME)
+def test_the_item_side_of_fism_is_pushed_without_histories(hub, fism_repository, tmp_path):
+    Repository(shutil.copytree(fism_repository, tmp_path / "own")).push_to_hub(NAME)
     here = EmbeddingStore.open(fism_repository)
     users = here.ids("user")
     for path, content in hub.files(NAME).items():
