@@ -127,6 +127,13 @@ def test_text_that_is_not_utf_8_is_refused(tmp_path):
         load_indexes(tmp_path / "ids.safetensors")
 
 
+@pytest.mark.parametrize("text", ["ab ", " ab", "a\tb"])
+def test_ids_that_are_read_have_spaces_between_only(text):
+    arrays = {**IdIndex(["x", "a b"]).arrays(), "blob": np.frombuffer(b"x" + text.encode(), dtype=np.uint8)}
+    with pytest.raises(ValueError, match="begins or ends with a space|contains the character"):
+        IdIndex.from_arrays(arrays)
+
+
 def test_looking_ids_up_does_not_change_what_is_pickled():
     index = IdIndex.from_arrays(IdIndex(["a", "日本"]).arrays())
     before = pickle.dumps(index)

@@ -119,7 +119,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss += (total.log() + largest).sum()
             logits.mul_(1 / total).scatter_add_(1, target, logits.new_full(target.shape, -1))
             torch.mm(logits, y, out=grad)
-            y_grad.addmm_(logits.T, rows)
+            if ctx.needs_input_grad[1]:
+                y_grad.addmm_(logits.T, rows)
         ctx.save_for_backward(x_grad, y_grad)
         return loss
 
