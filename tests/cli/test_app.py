@@ -528,12 +528,12 @@ def test_evaluation_shows_every_metric(capsys, trained_repository):
 def test_a_comparison_is_a_table_of_intervals(capsys, csv):
     names = ("--user_column", "person", "--item_column", "movie")
     found = document(capsys, "compare", "--dataset", csv, *names)
-    assert found["repository"] is None and len(found["methods"]) == 5
+    assert found["repository"] is None and len(found["methods"]) == 6
     status, out, err = run(capsys, "compare", "--dataset", csv, *names)
     assert status == 0 and "30 rows; 5 users" in err
     assert f"interval of the difference to {COMPARED[found['reference']]}" in out
     shown = {line.split()[0] for line in out.splitlines() if line}
-    assert {"popularity", "ItemKNN", "EASE", "iALS", "LightGCN"} <= shown
+    assert {"popularity", "ItemKNN", "EASE", "iALS", "LightGCN", "SASRec"} <= shown
 
 
 @pytest.mark.parametrize(

@@ -323,9 +323,9 @@ def compare(
     *,
     reading: dict[str, Any],
 ) -> Document:
-    """Compare popularity, ItemKNN, EASE, iALS and LightGCN, and a trained repository on its own test items.
+    """Compare popularity, ItemKNN, EASE, iALS, LightGCN and SASRec, and a trained repository on its own test items.
 
-    The baselines are tuned on validation; LightGCN takes minutes. Differences have 95 % intervals by a paired bootstrap over users.
+    The baselines are tuned on validation; LightGCN and SASRec take minutes. Differences have 95 % intervals by a paired bootstrap over users.
     """
     if (repository is None) == (dataset is None):
         raise UsageError("give either a repository, whose data are compared on, or --dataset for the baselines alone.")
