@@ -297,8 +297,14 @@ def test_a_dry_run_shows_what_would_be_trained_on_and_writes_nothing(capsys, csv
     assert found["splits"] == {"train": 5, "validation": 5, "test": 5}
     assert found["format"]["columns"] == {"user": "person", "item": "movie", "rating": "stars", "timestamp": "when"}
     status, out, err = run(capsys, *argv, "--dry-run", "--split", "temporal", "--at", "0.5")
-    assert (status, err) == (0, "") and out == found["summary"] + "\n"
-    assert "a test item of each of 5 users, 5 later interactions left out. Training: fism of at most" in out
+    assert (status, err) == (0, "") and found["summary"] in out
+    assert (
+        "a test item of each of 5 users, 5 later interactions left out.\n\ncollaborative vectors (fism): at most" in out
+    )
+    assert [line for line in out.splitlines() if line.endswith("GB of memory")] == [
+        one["summary"] for one in found["stages"]
+    ]
+    assert len(found["stages"]) == 4
     assert not (tmp_path / "out").exists()
 
 

@@ -256,11 +256,13 @@ def train(
     vectors = None if item_vectors is None else _item_vectors(item_vectors)
     splits, report = _read_splits(dataset, {**reading, "k_core": k_core}, split, at)
     from ..repository import build
+    from ..repository.forecast import forecast
 
-    report["summary"] += f" {build.forecast(splits, loaded, vectors)}"
+    stages = forecast(splits, loaded, vectors)
     if dry_run:
-        return {"dataset": name, **report}
-    note(report["summary"])
+        return {"dataset": name, **report, "stages": [{**asdict(stage), "summary": str(stage)} for stage in stages]}
+    for line in (report["summary"], *stages):
+        note(str(line))
     trained = build.train(
         splits,
         loaded,
