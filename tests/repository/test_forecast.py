@@ -41,5 +41,6 @@ def test_memory_grows_with_items_and_histories():
 
 
 def test_the_memory_of_a_checkpoint_is_not_foretold(demo_splits):
-    stage = forecast(demo_splits, Recipe.load("paper"))[2]
-    assert stage.memory is None and str(stage) == "T5: at most 8,000 steps"
+    t5, evaluation = forecast(demo_splits, Recipe.load("paper"))[2:]
+    assert t5.memory is None and str(t5) == "T5: at most 8,000 steps"
+    assert evaluation.memory is None and str(evaluation) == "evaluation"
