@@ -40,9 +40,9 @@ class Row:
 
     def cells(self) -> list[str]:
         """The cells of a Markdown table."""
-        theirs = "" if self.theirs is None else f"{self.theirs:.3g} {self.unit}"
+        ours, theirs = ("" if time is None else f"{_rounded(time)} {self.unit}" for time in (self.ours, self.theirs))
         ratio = "" if self.ratio is None else f"{self.ratio[1]:.2f} ({self.ratio[0]:.2f}-{self.ratio[2]:.2f})"
-        return [self.what, f"{self.ours:.3g} {self.unit}", self.peer, theirs, ratio, self.bar]
+        return [self.what, ours, self.peer, theirs, ratio, self.bar]
 
 
 def compare(
@@ -73,6 +73,10 @@ def compare(
         return Row(what, medians[0], unit, bar=bar)
     ratio = np.quantile(times[:, 1] / times[:, 0], [0.25, 0.5, 0.75]).tolist()
     return Row(what, medians[0], unit, peer, medians[1], ratio, bar)
+
+
+def _rounded(number: float) -> str:
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
 
 
 def _seconds(run: Callable[[], Any], repeats: int) -> float:

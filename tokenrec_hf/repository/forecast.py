@@ -12,6 +12,7 @@ import numpy as np
 from datasets import DatasetDict
 
 from ..data.splits import index_splits
+from ..evaluation.baselines import ROWS
 from ..models.configuration_tokenrec import MQTokenizerConfig, T5GenerativeRetrievalConfig
 from ..models.modeling_collaborative import COLLABORATIVE_MODELS, USER_CHUNK
 from ..training.recipe import AUTO, CollaborativeSettings, Recipe
@@ -23,8 +24,8 @@ from .update import NewVectors
 LIBRARIES, INTERACTION = 600_000_000, 100
 # Weights, gradients and the two moments of Adam.
 TRAINED = 4
-# Users ranked at once, and item rows of ItemKNN.
-RANKED, NEIGHBOUR_ROWS = 512, 1024
+# Users ranked at once.
+RANKED = 512
 # Tokens of words in the package's vocabulary.
 WORDS = 900
 
@@ -137,7 +138,7 @@ def _retrieval(recipe: Recipe, sizes: _Sizes) -> float:
 
 def _evaluation(recipe: Recipe, sizes: _Sizes) -> float:
     # ItemKNN's similarities of some items with all; before, a sparse matrix of those with common users.
-    rows = min(NEIGHBOUR_ROWS, sizes.items)
+    rows = min(ROWS, sizes.items)
     common = min(rows * sizes.items, int((sizes.lengths.astype(np.int64) ** 2).sum()) * rows / sizes.items)
     neighbours = 8 * rows * sizes.items + 10 * common
     return 4 * (sizes.users + sizes.items) * sizes.dim + max(neighbours, _reading(recipe, sizes))
