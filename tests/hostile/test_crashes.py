@@ -25,7 +25,7 @@ import torch
 from datasets import Dataset
 from huggingface_hub import HfApi
 from tiny_repository import DIM, TINY_TRAINING, USERS, tiny_splits, write_tiny_repository
-from transformers import AutoTokenizer
+from transformers import AutoModel, AutoTokenizer
 
 from tokenrec_hf import EmbeddingStore, NewVectors, Recipe, Recommender, Repository, train
 from tokenrec_hf.models.modeling_collaborative import load_collaborative
@@ -127,6 +127,7 @@ def remove_is_seen(folder):
         yield not EmbeddingStore.open(part).contains("user", ["u2"])[0]
         yield "u2" not in AutoTokenizer.from_pretrained(part).ids("user")
         yield "u2" not in load_collaborative(part / "collaborative")[1]["user"]
+        yield AutoModel.from_pretrained(part / "collaborative").config.num_users == len(USERS) - 1
     for split in Repository(folder).splits().values():
         yield "u2" not in split["user_id"]
     yield "u2" not in Recommender.from_pretrained(folder).tokenizer.ids("user")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_repository import DIM, ITEMS, USERS, write_tiny_repository
+from transformers import AutoModel
 
 from tokenrec_hf import EmbeddingStore, NewVectors, Recommender, Repository
 
@@ -73,7 +74,10 @@ def readers(recommender, folder):
         opened = EmbeddingStore.open(folder)
         assert opened.vectors("item").isfinite().all() and set(opened.ids("user")) >= set(USERS)
 
-    return [*6 * (recommend, encode, similar), open_store, open_repository]
+    def open_collaborative(number):
+        assert AutoModel.from_pretrained(folder / "collaborative").item_embeddings().isfinite().all()
+
+    return [*6 * (recommend, encode, similar), open_store, open_repository, open_collaborative]
 
 
 def change(recommender, folder, item, user):
