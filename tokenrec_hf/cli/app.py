@@ -41,6 +41,7 @@ from .arguments import (
     TopK,
     UsageError,
     Where,
+    name_options,
     read_limits,
     read_lines,
     read_settings,
@@ -94,8 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, KeyError, OSError, ImportError) as error:
         if os.environ.get("TOKENREC_DEBUG"):
             raise
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        note(f"tokenrec: error: {message}", style="red")
+        message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+        note(f"tokenrec: error: {message if command is None else name_options(message, command)}", style="red")
         return 1
     if status == 130:
         resumes = command is not None and command.name in ("quickstart", "train")

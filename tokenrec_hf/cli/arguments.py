@@ -103,6 +103,17 @@ def repeat_options(arguments: Sequence[str], command: TyperCommand) -> list[str]
     return result
 
 
+def name_options(message: str, command: TyperCommand) -> str:
+    """A message of the package with its arguments as options of a command: `item_column` becomes `--item_column`."""
+    # Names of one word are words of the language, too.
+    names = [re.escape(one.name) for one in command.params if "_" in (one.name or "")]
+    return re.sub(rf"(?<![\w'\"`/-])({'|'.join(names) or '(?!)'})(?![\w'\"`]|\.\w)(=)?", _option, message)
+
+
+def _option(found: re.Match) -> str:
+    return f"--{found[1]}{' ' if found[2] else ''}"
+
+
 def read_settings(arguments: Sequence[str]) -> dict[str, Scalar]:
     """`--a.b 1 --c=x --flag` as settings by dotted name; names without dots are fields of T5's `TrainingArguments`."""
     settings: dict[str, Scalar] = {}
