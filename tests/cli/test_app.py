@@ -422,7 +422,7 @@ def test_an_unknown_setting_in_a_file_is_named(capsys, tmp_path):
     [
         ("", "is empty"),
         ("user_id,item_id\n", "holds no interactions"),
-        ("user_id,film\n1,2\n", "has no item column"),
+        ("user_id,plot\n1,2\n", "has no item column"),
         ("user_id,item_id\n1,a\n1,b\n2,a\n", "no user has 3 interactions"),
     ],
 )
