@@ -16,6 +16,8 @@ from transformers import AutoModel
 from tokenrec_hf import EmbeddingStore, NewVectors, Recommender, Repository
 
 THREADS = 8
+# More than all items that the writer adds.
+MANY = 100_000
 
 
 @pytest.fixture
@@ -43,10 +45,10 @@ def readers(recommender, folder):
         return [row["item"] for row in recommendations[0] if row["item"] in ITEMS]
 
     def ask(user):
-        return known(recommender.recommend([user], top_k=50, exclude_seen=False))
+        return known(recommender.recommend([user], top_k=MANY, exclude_seen=False))
 
     def near(item):
-        return known(recommender.similar_items([item], top_k=50))
+        return known(recommender.similar_items([item], top_k=MANY))
 
     asked = {user: (ask(user), prompt(user)["input_ids"].tolist()) for user in USERS}
     alike = {item: near(item) for item in ITEMS}
@@ -68,7 +70,7 @@ def readers(recommender, folder):
     def open_repository(number):
         opened, user = Recommender.from_pretrained(folder), USERS[number % len(USERS)]
         assert set(opened.store.ids("item")) == set(opened.tokenizer.ids("item"))
-        assert known(opened.recommend([user], top_k=50, exclude_seen=False)) == asked[user][0]
+        assert known(opened.recommend([user], top_k=MANY, exclude_seen=False)) == asked[user][0]
 
     def open_store(number):
         opened = EmbeddingStore.open(folder)
