@@ -111,9 +111,9 @@ def test_an_option_with_several_values_is_repeated(arguments, expected):
 @pytest.mark.parametrize(
     ("command", "message", "expected"),
     [
-        ("recommend", "pass on_unknown='skip' or 'popular'.", "pass --on_unknown 'skip' or 'popular'."),
-        ("recommend", "top_k is 0; user u1 of top_k.csv", "--top_k is 0; user u1 of top_k.csv"),
-        ("train", "name it by item_column, or", "name it by --item_column, or"),
+        ("recommend", "pass on_unknown='skip' or 'popular'.", "pass --on-unknown='skip' or 'popular'."),
+        ("recommend", "top_k is 0; user u1 of top_k.csv", "--top-k is 0; user u1 of top_k.csv"),
+        ("train", "name it by item_column, or", "name it by --item-column, or"),
         ("train", "a/item_column: 'item_column' and `item_column`", "a/item_column: 'item_column' and `item_column`"),
         ("similar", "name it by item_column, or", "name it by item_column, or"),
     ],

@@ -165,7 +165,7 @@ def _variant(name: str) -> Any:
 
 @_command("tokenrec quickstart", show=output.show_quickstart)
 def quickstart(
-    output_dir: Annotated[str, Option("--output_dir", help="Folder to write.")] = "tokenrec-quickstart",
+    output_dir: Annotated[str, Option(help="Folder to write.")] = "tokenrec-quickstart",
 ) -> Document:
     """Train, evaluate and recommend on a small data set, offline, in a few minutes on two cores."""
     from ..data.interactions import load_interactions
@@ -200,10 +200,10 @@ def quickstart(
 
 
 @_command(
-    "tokenrec train --dataset ml-100k --output_dir out",
-    "tokenrec train --dataset ratings.csv --min_rating 4 --k_core 5 --output_dir out --learning_rate 1e-3",
-    "tokenrec train --dataset events.csv --event cart purchase --split temporal --at 2024-05-01 --output_dir out --dry_run",
-    "tokenrec train --dataset ratings.csv --output_dir out --mq_tokenizer.config.codebook_size 512",
+    "tokenrec train --dataset ml-100k --output-dir out",
+    "tokenrec train --dataset ratings.csv --min-rating 4 --k-core 5 --output-dir out --learning_rate 1e-3",
+    "tokenrec train --dataset events.csv --event cart purchase --split temporal --at 2024-05-01 --output-dir out --dry-run",
+    "tokenrec train --dataset ratings.csv --output-dir out --mq_tokenizer.config.codebook_size 512",
     show=output.show_train,
     context_settings={"ignore_unknown_options": True},
 )
@@ -215,7 +215,7 @@ def train(
             "Parquet file, or hf://datasets/organisation/name."
         ),
     ],
-    output_dir: Annotated[str, Option("--output_dir", help="Folder of the trained repository.")],
+    output_dir: Annotated[str, Option(help="Folder of the trained repository.")],
     recipe: Annotated[str, Option(help="Recipe: paper, best or quickstart.")] = "best",
     config: Annotated[str | None, Option(help="YAML file with the settings that differ from the recipe's.")] = None,
     seed: Annotated[int | None, Option(help="Seed of the recipe.")] = None,
@@ -223,13 +223,11 @@ def train(
     k_core: KCore = None,
     split: SplitBy = "leave_one_out",
     at: At = None,
-    dry_run: Annotated[bool, Option("--dry_run", help="Only show what would be trained on.")] = False,
-    item_metadata: Annotated[str | None, Option("--item_metadata", metavar="FILE", help=ITEM_METADATA)] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only show what would be trained on.")] = False,
+    item_metadata: Annotated[str | None, Option(metavar="FILE", help=ITEM_METADATA)] = None,
     item_vectors: Annotated[
         str | None,
-        Option(
-            "--item_vectors", metavar="FILE", help="Parquet file with own vectors of items, instead of learning them."
-        ),
+        Option(metavar="FILE", help="Parquet file with own vectors of items, instead of learning them."),
     ] = None,
     settings: Annotated[list[str] | None, Argument(metavar="--SETTING VALUE", help="Any other setting.")] = None,
     *,
@@ -309,7 +307,7 @@ def evaluate(
     return {"repository": repository, **opened.evaluate(split, given[0] if given else "tokenrec", _store(store))}
 
 
-@_command("tokenrec compare out", "tokenrec compare --dataset ratings.csv --min_rating 4", show=output.show_comparison)
+@_command("tokenrec compare out", "tokenrec compare --dataset ratings.csv --min-rating 4", show=output.show_comparison)
 def compare(
     repository: Annotated[
         str | None, Argument(metavar="REPOSITORY", help="Folder that `tokenrec train` wrote, with its data.")
@@ -455,7 +453,7 @@ def add(
     items: Annotated[str | None, Option(metavar="FILE", help="Parquet file with vectors of items.")] = None,
     interactions: Annotated[str | None, Option(help="New interactions, as `train --dataset` reads them.")] = None,
     retrain: Annotated[bool, Option("--retrain", help="Train the collaborative model further.")] = False,
-    item_metadata: Annotated[str | None, Option("--item_metadata", metavar="FILE", help=ITEM_METADATA)] = None,
+    item_metadata: Annotated[str | None, Option(metavar="FILE", help=ITEM_METADATA)] = None,
     *,
     reading: dict[str, Any],
 ) -> Document:
@@ -468,7 +466,7 @@ def add(
     """
     if not (users or items or interactions or item_metadata or retrain):
         raise UsageError(
-            "there is nothing to add; give --users, --items, --interactions, --item_metadata or --retrain."
+            "there is nothing to add; give --users, --items, --interactions, --item-metadata or --retrain."
         )
     opened = _open_local(repository)
     metadata = _item_metadata(item_metadata)
