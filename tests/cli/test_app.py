@@ -167,9 +167,15 @@ def test_info_and_missing_files_import_no_torch(trained_repository, tmp_path):
         ["push", missing, "org/name"],
         ["train", "--dataset", "demo", "--output-dir", missing, "--config", missing],
         ["train", "--dataset", missing, "--output-dir", missing],
+        ["train", "--dataset", "demo", "--output-dir", missing, "--item-vectors", missing],
+        ["train", "--dataset", "demo", "--output-dir", missing, "--item-metadata", missing],
+        ["compare", "--dataset", missing],
+        ["add", trained_repository, "--interactions", missing],
+        ["add", trained_repository, "--items", missing],
+        ["add", trained_repository, "--users", missing],
     )
-    assert statuses == [0, 0] + [1] * 9
-    assert "torch" not in imported
+    assert statuses == [0, 0] + [1] * 15
+    assert "torch" not in imported and "datasets" not in imported
 
 
 @pytest.mark.parametrize(

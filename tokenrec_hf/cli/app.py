@@ -241,6 +241,7 @@ def train(
     from ..training.recipe import Recipe, SettingError
 
     name = _dataset_name(dataset)
+    _check_files(item_metadata=item_metadata, item_vectors=item_vectors)
     given = {} if seed is None else {"seed": seed}
     given |= read_settings(settings or ())
     try:
@@ -251,7 +252,6 @@ def train(
             raise UsageError(str(error)) from None
         raise
     metadata = _item_metadata(item_metadata)
-    # Imports torch; other missing files have been reported by now.
     vectors = None if item_vectors is None else _item_vectors(item_vectors)
     splits, report = _read_splits(dataset, {**reading, "k_core": k_core}, split, at)
     from ..repository import build
@@ -336,6 +336,7 @@ def compare(
         _quiet()
         splits = opened.splits()
     else:
+        _dataset_name(str(dataset))
         splits, report = _read_splits(str(dataset), {**reading, "k_core": k_core}, split, at)
         note(report["summary"])
     from ..repository.comparison import compare
@@ -469,6 +470,9 @@ def add(
             "there is nothing to add; give --users, --items, --interactions, --item-metadata or --retrain."
         )
     opened = _open_local(repository)
+    _check_files(users=users, items=items, item_metadata=item_metadata)
+    if interactions:
+        _dataset_name(interactions)
     metadata = _item_metadata(item_metadata)
     from ..repository.update import read_vectors
 
@@ -693,18 +697,26 @@ def _item_vectors(path: str) -> NewVectors:
     return read_vectors(path, "item")
 
 
+def _check_files(**paths: str | None) -> None:
+    """Reports a missing file before anything is imported that takes seconds."""
+    for name, path in paths.items():
+        if path is not None and not Path(path).is_file():
+            raise FileNotFoundError(f"there is no file {path}; check --{name.replace('_', '-')}.")
+
+
 def _dataset_name(dataset: str) -> str:
-    """The name to record: without the local path, and with a slash for a folder, which may be named like a data set."""
-    from ..data.interactions import HUB, load_interactions
-    from ..data.named_datasets import DATA_SOURCES
+    """The name to record: without the local path, and with a slash for a folder, which may be named like a data set.
+
+    Raises:
+        FileNotFoundError: there is no such file and no such name.
+    """
+    from ..data.named_datasets import DATA_SOURCES, HUB, existing
 
     if dataset.startswith(HUB):
         return dataset.removeprefix(HUB)
     if dataset in ("demo", *DATA_SOURCES):
         return dataset
-    path = Path(dataset).expanduser().resolve()
-    if not path.exists():
-        load_interactions(dataset)  # It raises the error, which lists the known data sets.
+    path = existing(dataset).resolve()
     return path.name + "/" * path.is_dir()
 
 
