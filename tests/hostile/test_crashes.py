@@ -128,6 +128,7 @@ def remove_is_seen(folder):
         yield "u2" not in AutoTokenizer.from_pretrained(part).ids("user")
         yield "u2" not in load_collaborative(part / "collaborative")[1]["user"]
         yield AutoModel.from_pretrained(part / "collaborative").config.num_users == len(USERS) - 1
+        yield AutoModel.from_pretrained(part, subfolder="collaborative").config.num_users == len(USERS) - 1
     for split in Repository(folder).splits().values():
         yield "u2" not in split["user_id"]
     yield "u2" not in Recommender.from_pretrained(folder).tokenizer.ids("user")

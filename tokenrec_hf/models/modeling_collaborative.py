@@ -92,9 +92,11 @@ class CollaborativeModel(Loader, PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         """Loads a saved model; of a repository that is being changed, its former or its new state."""
         folder = pretrained_model_name_or_path
+        if is_local := os.path.isdir(folder):
+            folder = Path(folder, kwargs.pop("subfolder", ""))
 
         def load() -> Any:
-            place = current(folder) if os.path.isdir(folder) else folder
+            place = current(folder) if is_local else folder
             if isinstance(config, CollaborativeConfig) and (path := Path(place, "config.json")).is_file():
                 # An auto class has read the configuration earlier.
                 config.update({name: value for name, value in read_json(path).items() if name in COUNTS})
