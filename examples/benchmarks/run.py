@@ -1,6 +1,6 @@
 """The speed of the package, side by side with the usual ways, as one table.
 
-    pip install -c constraints.txt ".[bench]"
+    pip install -c constraints.txt ".[bench,serve]"
     OMP_NUM_THREADS=1 python examples/benchmarks/run.py [--only tokens search] [--json FILE] > docs/performance.md
 
 Each benchmark is a module of this folder with a function `rows`, and runs in a process of its own.
@@ -30,6 +30,7 @@ NAMES = (
     "training",
     "ranking",
     "recommending",
+    "serving",
     "search",
     "store",
     "code_table",

@@ -1,16 +1,12 @@
-"""`tokenrec serve` under load on loopback, and the CPU time of a cold `tokenrec recommend`.
+"""`tokenrec serve` under load on loopback, by wall clock, and a cold `tokenrec recommend`.
 
-    OMP_NUM_THREADS=1 python examples/benchmarks/serving.py tokenrec-quickstart
-
-Clients send one request after the other, each on its own connection, from a process of their own on the same machine. Each
-request recommends ten items to one user, or to 64. "CPU ms" is the CPU time of the service for a request: with other work on the
-machine, it tells more than the latencies. The CPU time of a cold `recommend` is compared with that of a process that
-imports torch and T5 and does nothing. About two minutes.
+Clients send one request after the other, each on its own connection, from one process on the same machine. Each request
+recommends ten items to one user, or to 64. The CPU time of the service for a request tells more than the latencies where other
+work runs on the machine. The repository has the sizes of recipe `best` and random weights, see `recommending`.
 """
 
 from __future__ import annotations
 
-import argparse
 import http.client
 import json
 import os
@@ -18,6 +14,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -25,47 +22,52 @@ from contextlib import contextmanager
 
 import numpy as np
 import psutil
+from measure import Row
+from recommending import untrained
 
-from tokenrec_hf import EmbeddingStore
+from tokenrec_hf.models.pipeline_generative_retrieval import GenerativeRetrievalPipeline
 
 CLIENTS, BATCHES = (1, 16), (1, 64)
+# Seconds of each load, and turns of the cold commands.
+SECONDS, TURNS = 15.0, 5
 TOKENREC = [sys.executable, "-m", "tokenrec_hf.cli.app"]
 IMPORTS = [sys.executable, "-c", "import torch; from transformers import T5ForConditionalGeneration"]
 
 
-def main() -> None:
-    """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("repository", help="folder that `tokenrec train` or `tokenrec quickstart` wrote")
-    parser.add_argument("--seconds", type=float, default=15, help="of each load")
-    parser.add_argument("--repeats", type=int, default=5, help="of the cold commands; the fastest counts")
-    arguments = parser.parse_args()
-    users = EmbeddingStore.open(arguments.repository).ids("user")
+def rows() -> list[Row]:
+    """A cold command beside the import of its libraries, and each load."""
+    recommender = untrained(history=31)
+    users = recommender.store.ids("user")
+    with tempfile.TemporaryDirectory() as folder:
+        GenerativeRetrievalPipeline(recommender.model, recommender.tokenizer, recommender.store).save_pretrained(folder)
+        return [cold(folder, users[0]), *loads(folder, users)]
 
-    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before the start")
-    print(
-        f"\n{'users a request':<18}{'clients':>8}{'requests/s':>12}{'users/s':>10}{'p50 ms':>9}{'p99 ms':>9}{'CPU ms':>9}"
-    )
-    with server(arguments.repository) as (process, port):
-        load(port, users, 1, 1, 3)  # The first requests are slower.
+
+def cold(repository: str, user: str) -> Row:
+    """The CPU time of `tokenrec recommend`, and of a process that imports torch and T5 and does nothing."""
+    commands = [*TOKENREC, "recommend", repository, "--user", user], IMPORTS
+    times = np.array([[cpu_seconds(command) for command in commands] for _ in range(TURNS)])
+    ours, theirs = np.median(times, axis=0).tolist()
+    ratio = np.quantile(times[:, 1] / times[:, 0], [0.25, 0.5, 0.75]).tolist()
+    # At most 1.15 times the imports.
+    return Row("cold `tokenrec recommend`", ours, "s", "import of torch and T5", theirs, ratio, "≥ 0.87")
+
+
+def loads(repository: str, users: list[str]) -> Iterator[Row]:
+    """Rate, latencies and CPU time of the requests of each number of clients and of users a request."""
+    with server(repository) as (process, port):
+        load(port, users, 1, 1, SECONDS / 5)  # The first requests are slower.
         for batch in BATCHES:
             for clients in CLIENTS:
                 before = sum(process.cpu_times()[:2])
-                took = load(port, users, batch, clients, arguments.seconds)
+                took = load(port, users, batch, clients, SECONDS)
                 cpu = (sum(process.cpu_times()[:2]) - before) / len(took) * 1000
-                rate = len(took) / arguments.seconds
-                p50, p99 = np.percentile(took, [50, 99]) * 1000
-                print(f"{batch:<18}{clients:>8}{rate:>12.0f}{rate * batch:>10.0f}{p50:>9.1f}{p99:>9.1f}{cpu:>9.1f}")
-
-    recommend = [*TOKENREC, "recommend", arguments.repository, "--user", users[0]]
-    ways = {"cold `tokenrec recommend`": recommend, "import of torch and T5": IMPORTS}
-    # Turns alternate, so that a busy moment hits both.
-    turns = [[cpu_seconds(command) for command in ways.values()] for _ in range(arguments.repeats)]
-    fastest = np.min(turns, axis=0)
-    print()
-    for name, one in zip(ways, fastest):
-        print(f"{name:<30}{one:>8.2f} s of CPU time")
-    print(f"ratio {fastest[0] / fastest[1]:.2f}")
+                p50, p99 = (np.percentile(took, [50, 99]) * 1000).tolist()
+                what = f"serve, {clients} client{'s' * (clients > 1)}, {batch} user{'s' * (batch > 1)} a request"
+                yield Row(f"{what}: requests", len(took) / SECONDS, "a second")
+                yield Row(f"{what}: p50", p50, "ms")
+                yield Row(f"{what}: p99", p99, "ms")
+                yield Row(f"{what}: CPU time", cpu, "ms")
 
 
 @contextmanager
@@ -118,7 +120,3 @@ def cpu_seconds(command: list[str]) -> float:
     if status:
         raise SystemExit(f"{' '.join(command)} failed.")
     return usage.ru_utime + usage.ru_stime
-
-
-if __name__ == "__main__":
-    main()

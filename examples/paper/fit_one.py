@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from baselines.base import device, evaluate, product_type
 from baselines.registry import load_baseline
 from datasets import DatasetDict
 from harness import CHANGES, TOKENREC, VECTORS
@@ -25,6 +24,8 @@ from records import Record, Records
 
 from tokenrec_hf import Recipe, leave_one_out, load_interactions, train
 from tokenrec_hf.data.splits import SPLITS, index_splits
+from tokenrec_hf.evaluation.baselines import evaluate_baseline
+from tokenrec_hf.evaluation.fitting import device, product_type
 from tokenrec_hf.evaluation.variants import VARIANTS
 
 # ru_maxrss is in bytes on macOS and in KiB everywhere else.
@@ -79,7 +80,7 @@ def fit_baseline(job: dict[str, Any], splits: DatasetDict) -> dict[str, Any]:
         baseline.fit(data.interactions, None, job["epochs"])
     fitted = clock.lap()
     with torch.no_grad():
-        metrics = evaluate(baseline.scores, data.interactions, data.holdout, with_lists=True)
+        metrics = evaluate_baseline(baseline, data.interactions, data.holdout)
     return {"metrics": metrics, "epochs": baseline.epochs, "fit": fitted, "evaluation": clock.lap()}
 
 

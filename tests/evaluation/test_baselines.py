@@ -22,6 +22,7 @@ from tokenrec_hf.evaluation.baselines import (
     evaluate_baseline,
 )
 from tokenrec_hf.evaluation.metrics import hit_rate, ndcg
+from tokenrec_hf.evaluation.sequence import SASRec
 from tokenrec_hf.repository import comparison
 from tokenrec_hf.repository.comparison import bootstrap, compare
 
@@ -83,13 +84,16 @@ def test_an_item_is_ranked_among_those_that_its_user_has_not_seen(kind, demo_spl
         scores = baseline.scores(np.array([user]))[0].clone()
         scores[data.interactions.of(user)] = -torch.inf
         expected.append(int((scores >= scores[target]).sum()) - 1)
-    assert baseline_ranks(baseline, data).tolist() == expected
-    assert evaluate_baseline(baseline, data)["ndcg@20"] == pytest.approx(ndcg(torch.tensor(expected), 20))
+    assert baseline_ranks(baseline, data.interactions, data.holdout).tolist() == expected
+    assert evaluate_baseline(baseline, data.interactions, data.holdout)["ndcg@20"] == pytest.approx(
+        ndcg(torch.tensor(expected), 20)
+    )
 
 
 def test_the_best_settings_are_those_of_the_best_ndcg_on_the_held_out_items(demo_splits):
     data = index_splits(demo_splits, "validation")
-    measured = [ndcg(baseline_ranks(EASE(data.interactions, **one), data), 20) for one in EASE.grid]
+    train = data.interactions
+    measured = [ndcg(baseline_ranks(EASE(train, **one), train, data.holdout), 20) for one in EASE.grid]
     assert best_settings(EASE, data) == EASE.grid[int(np.argmax(measured))]
     assert len(set(measured)) == len(EASE.grid)
 
@@ -109,8 +113,11 @@ def test_an_interval_holds_the_mean_as_often_as_it_says():
 
 @pytest.fixture
 def short(monkeypatch):
-    """LightGCN is trained for a few epochs, and iALS is small."""
+    """LightGCN and SASRec are trained for a few epochs, and iALS is small."""
     monkeypatch.setattr(IALS, "grid", ({"factors": 16, "weight": 10, "l2": 3},))
+    monkeypatch.setattr(SASRec, "max_epochs", 4)
+    quick = {"num_layers": 1, "dropout": 0.1, "learning_rate": 0.01}
+    monkeypatch.setattr(SASRec, "grid", ({**quick, "batch_size": 64}, {**quick, "batch_size": 1000}))
     train = comparison.train_collaborative
     few = {"num_train_epochs": 4, "per_device_train_batch_size": 512, "learning_rate": 0.02}
 
@@ -126,9 +133,10 @@ def test_a_repository_is_compared_on_the_test_items_it_was_measured_on(
     repository = Repository(shutil.copytree(trained_repository, tmp_path / "out"))
     found = compare(demo_splits, repository)
     methods = {one["name"]: one for one in found["methods"]}
-    assert list(methods) == [*BASELINES, "lightgcn", "collaborative_cosine", "tokenrec"]
+    assert list(methods) == [*BASELINES, "lightgcn", "sasrec", "collaborative_cosine", "tokenrec"]
     assert json.loads(repository.record("comparison").read_text()) == found
     assert methods["lightgcn"]["ndcg@20"] > 2 * methods["popularity"]["ndcg@20"]
+    assert methods["sasrec"]["ndcg@20"] > 1.5 * methods["popularity"]["ndcg@20"]
     assert (found["users"], found["reference"]) == (1000, "tokenrec")
     for name in ("popularity", "collaborative_cosine", "tokenrec"):
         for metric in ("hr@20", "ndcg@20"):
@@ -143,15 +151,18 @@ def test_without_a_repository_the_best_baseline_is_the_reference(monkeypatch, sh
     splits = leave_one_out(Dataset.from_dict({"user_id": [u for u, _ in rows], "item_id": [i for _, i in rows]}))
     found = compare(splits)
     best = max(found["methods"], key=lambda one: one["ndcg@20"])
-    assert [one["name"] for one in found["methods"]] == [*BASELINES, "lightgcn"]
+    assert [one["name"] for one in found["methods"]] == [*BASELINES, "lightgcn", "sasrec"]
     assert found["reference"] == best["name"] != "popularity" and best["difference"] is None
-    assert found["methods"][4]["settings"]["epochs"] in (2, 4)
+    assert found["methods"][4]["settings"]["epochs"] in (2, 4) and found["methods"][5]["settings"]["epochs"] in (2, 4)
     test = index_splits(splits, "test")
-    ranks = baseline_ranks(EASE(test.interactions, **found["methods"][2]["settings"]), test)
+    ease = EASE(test.interactions, **found["methods"][2]["settings"])
+    ranks = baseline_ranks(ease, test.interactions, test.holdout)
     assert found["methods"][2]["hr@20"] == hit_rate(ranks, 20)
     monkeypatch.setattr(comparison, "MOST_ITEMS", 19)
     monkeypatch.setattr(comparison, "find_spec", lambda name: None)
     said = []
-    assert [one["name"] for one in compare(splits, log=said.append)["methods"]] == ["popularity", "itemknn", "lightgcn"]
+    assert [one["name"] for one in compare(splits, log=said.append)["methods"]] == [
+        *("popularity", "itemknn", "lightgcn", "sasrec")
+    ]
     assert 'iALS is left out: it needs pip install "tokenrec-hf[compare]"' in said
     assert "EASE is left out: 20 items are more than 19" in said

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tokenrec_hf import EmbeddingStore
+
 FOLDER = Path(__file__).parents[2] / "examples" / "benchmarks"
 
 
@@ -47,8 +49,7 @@ def test_a_table_has_only_the_columns_that_are_used(benchmarks):
 
 def test_every_module_is_a_benchmark_that_can_be_chosen(benchmarks):
     names = benchmarks("run").NAMES
-    # The load of a service needs a trained repository, and is a script of its own.
-    assert {*names} == {path.stem for path in FOLDER.glob("*.py")} - {"run", "measure", "serving"}
+    assert {*names} == {path.stem for path in FOLDER.glob("*.py")} - {"run", "measure"}
     for name in names:
         assert "def rows() -> list[Row]:" in (FOLDER / f"{name}.py").read_text(encoding="utf-8")
 
@@ -57,6 +58,20 @@ def test_made_up_ratings_are_prepared(benchmarks):
     rows, splits, data = benchmarks("preparation").prepared(3_000)
     assert all(row.ours >= 0 for row in rows)
     assert sum(map(len, splits.values())) == len(data.interactions) + len(data.holdout.users) <= 3_000
+
+
+def test_a_service_is_loaded_and_a_cold_command_timed(benchmarks, trained_repository, monkeypatch):
+    pytest.importorskip("fastapi")
+    serving = benchmarks("serving")
+    for name, value in {"SECONDS": 0.3, "TURNS": 1, "CLIENTS": (2,), "BATCHES": (3,)}.items():
+        monkeypatch.setattr(serving, name, value)
+    monkeypatch.setattr(serving, "IMPORTS", [sys.executable, "-c", ""])
+    users = EmbeddingStore.open(trained_repository).ids("user")
+    found = {row.what.split(": ")[-1]: row.ours for row in serving.loads(str(trained_repository), users)}
+    assert list(found) == ["requests", "p50", "p99", "CPU time"]
+    assert found["requests"] >= 1 and 0 < found["p50"] <= found["p99"] and found["CPU time"] > 0
+    row = serving.cold(str(trained_repository), users[0])
+    assert row.ours > row.theirs > 0
 
 
 def test_a_benchmark_that_does_not_exist_is_refused():

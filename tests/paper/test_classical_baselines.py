@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from baselines.base import TRIALS, evaluate
+from baselines.base import TRIALS
 from baselines.closed_forms import EASE, ItemKNN, Popularity
 from baselines.ials import IALS
 from baselines.lightgcn import LightGCN
@@ -12,6 +12,7 @@ from baselines.neumf import NeuMF, NeuMFModel
 from baselines.registry import BASELINES, load_baseline
 
 from tokenrec_hf.data.splits import index_splits
+from tokenrec_hf.evaluation.baselines import evaluate_baseline
 
 LEARNERS = (ItemKNN, EASE, IALS, MFBPR, NeuMF, LightGCN)
 
@@ -29,7 +30,7 @@ def test_it_beats_popularity(kind, demo):
     baseline.max_epochs = 30
     baseline.fit(demo.interactions, demo.holdout)
     known, learned = (
-        evaluate(one.scores, demo.interactions, demo.holdout)["ndcg@20"] for one in (popularity, baseline)
+        evaluate_baseline(one, demo.interactions, demo.holdout)["ndcg@20"] for one in (popularity, baseline)
     )
     assert learned > 2 * known
 

@@ -3,17 +3,14 @@
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from baselines import sequence
-from baselines.base import evaluate
 from baselines.bert4rec import BERT4Rec, cloze_mask
 from baselines.closed_forms import Popularity
 from baselines.s3rec import S3Rec, segments
 from baselines.sasrec import SASRec
-from baselines.sequence import FastDropout, linear_cross_entropy, padded, windows
 
 from tokenrec_hf.data.interaction_matrix import InteractionMatrix
 from tokenrec_hf.data.splits import Holdout, index_splits
+from tokenrec_hf.evaluation.baselines import evaluate_baseline
 
 KINDS = (SASRec, BERT4Rec, S3Rec)
 SMALL = {"dim": 32, "dropout": 0.0, "learning_rate": 3e-3, "batch_size": 32}
@@ -50,7 +47,7 @@ def test_it_solves_a_task_in_which_the_last_item_tells_the_next(kind, chains):
     baseline.fit(train, None, epochs=40)
     popularity = Popularity()
     popularity.fit(train, None)
-    top_10 = {one: evaluate(one.scores, train, holdout)["ndcg@10"] for one in (popularity, baseline)}
+    top_10 = {one: evaluate_baseline(one, train, holdout)["ndcg@10"] for one in (popularity, baseline)}
     assert top_10[baseline] > 0.8
     assert top_10[popularity] < 0.4
 
@@ -63,7 +60,7 @@ def test_it_beats_popularity_on_the_demo_set(kind, demo_splits):
     baseline = kind(seed=0, **{**kind.grid[0], **SMALL, "num_layers": 1, "dropout": 0.1, "pretrain_epochs": 2})
     baseline.fit(demo.interactions, None, epochs=12)
     known, learned = (
-        evaluate(one.scores, demo.interactions, demo.holdout)["ndcg@20"] for one in (popularity, baseline)
+        evaluate_baseline(one, demo.interactions, demo.holdout)["ndcg@20"] for one in (popularity, baseline)
     )
     assert learned > 1.5 * known
 
@@ -107,17 +104,6 @@ def test_histories_longer_than_the_maximum_are_trained_on(kind):
     assert baseline.scores(np.arange(10)).isfinite().all()
 
 
-def test_a_later_item_changes_nothing_before_it_in_sasrec(chains):
-    encoder = fresh(SASRec, chains[0]).encoder
-    items = torch.arange(8)[None]
-    with torch.no_grad():
-        before = encoder(items)
-        items[0, 5] = 30
-        after = encoder(items)
-    assert before[0, :5].allclose(after[0, :5], atol=1e-6)
-    assert not before[0, 5:].allclose(after[0, 5:], atol=1e-3)
-
-
 def test_an_item_on_either_side_changes_a_mask_in_bert4rec(chains):
     encoder = fresh(BERT4Rec, chains[0]).encoder
     items = torch.arange(8)[None]
@@ -128,21 +114,6 @@ def test_an_item_on_either_side_changes_a_mask_in_bert4rec(chains):
             changed = items.clone()
             changed[0, position] = 30
             assert not before.allclose(encoder(changed)[0, 4], atol=1e-5)
-
-
-def test_sasrec_predicts_each_item_but_the_first_from_those_before_it(chains):
-    train, _ = chains
-    baseline = fresh(SASRec, train)
-    starts, ends = train.indptr[:4], train.indptr[1:5]
-    losses = []
-    with torch.no_grad():
-        for start, end in zip(starts, ends):
-            for position in range(start + 1, end):
-                history = torch.from_numpy(train.items[start:position])[None]
-                logits = baseline.encoder(history)[0, -1] @ baseline.encoder.items.weight[:40].T
-                losses.append(F.cross_entropy(logits, torch.tensor(train.items[position])))
-        loss = baseline.loss(starts, ends, 0)
-    assert loss.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-3)
 
 
 def test_the_cloze_mask_is_as_stated():
@@ -190,52 +161,3 @@ def test_s3rec_pretrains_both_objectives_and_attends_causally_afterwards(chains)
     baseline.pretrain()
     assert baseline.encoder.causal
     assert np.mean(losses()) < np.mean(before) - 1
-
-
-def test_windows_cover_each_interaction_once_and_overlap_as_asked():
-    train = InteractionMatrix(np.repeat(np.arange(4), [1, 5, 6, 14]), np.arange(26), 4, 26)
-    starts, ends = windows(train, 5)
-    assert sorted(zip(starts.tolist(), ends.tolist())) == [
-        (0, 1),
-        (1, 6),
-        (6, 7),
-        (7, 12),
-        (12, 16),
-        (16, 21),
-        (21, 26),
-    ]
-    starts, ends = windows(train, 5, overlap=1)
-    assert sorted(zip(starts.tolist(), ends.tolist())) == [(1, 6), (6, 12), (12, 16), (15, 21), (20, 26)]
-    # Each item but the first of a user is a target once.
-    targets = np.concatenate([np.arange(start + 1, end) for start, end in zip(starts, ends)])
-    assert sorted(targets) == sorted(set(range(26)) - {0, 1, 6, 12})
-
-
-def test_padding_comes_at_the_end():
-    rows = padded(np.arange(10), np.array([0, 4, 9]), np.array([3, 9, 10]), -1)
-    assert rows.tolist() == [[0, 1, 2, -1, -1], [4, 5, 6, 7, 8], [9, -1, -1, -1, -1]]
-
-
-@pytest.mark.parametrize(("dtype", "precision"), [(torch.bfloat16, 0.01), (torch.float32, 1e-5)])
-def test_the_fast_cross_entropy_is_the_plain_one(dtype, precision, monkeypatch):
-    monkeypatch.setattr(sequence, "product_type", lambda: dtype)
-    torch.manual_seed(0)
-    hidden, weight = torch.randn(300, 16, requires_grad=True), torch.randn(500, 16, requires_grad=True)
-    targets = torch.randint(0, 500, (300,))
-    plain = F.cross_entropy(hidden @ weight.T, targets)
-    expected = torch.autograd.grad(plain, (hidden, weight))
-    fast = linear_cross_entropy(hidden, weight, targets)
-    found = torch.autograd.grad(2 * fast, (hidden, weight))
-    assert fast.item() == pytest.approx(plain.item(), rel=precision / 10)
-    for one, other in zip(found, expected):
-        assert (one / 2 - other).norm() < precision * other.norm()
-
-
-def test_the_fast_dropout_drops_its_share_and_keeps_the_mean():
-    torch.manual_seed(0)
-    dropout = FastDropout(0.25)
-    dropped = dropout(torch.ones(1001, 301))
-    assert (dropped == 0).float().mean().item() == pytest.approx(0.25, abs=0.01)
-    assert dropped.mean().item() == pytest.approx(1, abs=0.01)
-    dropout.eval()
-    assert dropout(torch.ones(3)).equal(torch.ones(3))

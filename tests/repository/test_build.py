@@ -19,7 +19,7 @@ from tokenrec_hf.models.modeling_t5_retrieval import T5ForGenerativeRetrieval
 from tokenrec_hf.models.recommender import Recommender
 from tokenrec_hf.models.tokenization_tokenrec import TokenRecTokenizer
 from tokenrec_hf.repository import build as training
-from tokenrec_hf.repository.build import build_collator, build_retrieval_model, forecast, train
+from tokenrec_hf.repository.build import build_collator, build_retrieval_model, train
 from tokenrec_hf.repository.repository import Repository
 from tokenrec_hf.repository.update import NewVectors
 from tokenrec_hf.training import stages
@@ -658,17 +658,3 @@ def test_whether_order_counts_is_chosen_on_validation_and_cold_start_users_have_
     kept = load_indexes(tmp_path / "collaborative" / "ids.safetensors")["user"].ids()
     former = model.user_embeddings()[torch.from_numpy(rows["user"].rows(kept))]
     assert torch.allclose(left.user_embeddings(), former, atol=1e-6)
-
-
-def test_the_forecast_counts_the_most_steps_of_each_stage(demo_splits, trained_repository, tiny_recipe):
-    said = forecast(demo_splits, tiny_recipe)
-    # 1,000 users, of whom each has several interactions; batches of 2,048 interactions, and of 64 users for T5.
-    steps = -(-len(demo_splits["train"]) // 2048) * 20
-    assert f"lightgcn of at most {steps} steps, MQ-Tokenizers of 300 steps, T5 of at most {16 * 6} steps;" in said
-    settings = tiny_recipe.changed(**{"retrieval.most_steps": 40, "mq_tokenizer.config.residual": True})
-    assert "MQ-Tokenizers by k-means, T5 of at most 32 steps;" in forecast(demo_splits, settings)
-    best = forecast(demo_splits, Recipe.load("best"))
-    assert forecast(demo_splits, tiny_recipe, NewVectors([], torch.empty(0, 2))).startswith(
-        "Training: MQ-Tokenizers of 300"
-    )
-    assert "fism of at most 640 steps for each of 2 half-lives, MQ-Tokenizers by k-means, T5 of at most 960" in best

@@ -255,11 +255,13 @@ def train(
     vectors = None if item_vectors is None else _item_vectors(item_vectors)
     splits, report = _read_splits(dataset, {**reading, "k_core": k_core}, split, at)
     from ..repository import build
+    from ..repository.forecast import forecast
 
-    report["summary"] += f" {build.forecast(splits, loaded, vectors)}"
+    stages = forecast(splits, loaded, vectors)
     if dry_run:
-        return {"dataset": name, **report}
-    note(report["summary"])
+        return {"dataset": name, **report, "stages": [{**asdict(stage), "summary": str(stage)} for stage in stages]}
+    for line in (report["summary"], *stages):
+        note(str(line))
     trained = build.train(
         splits,
         loaded,
@@ -322,9 +324,9 @@ def compare(
     *,
     reading: dict[str, Any],
 ) -> Document:
-    """Compare popularity, ItemKNN, EASE, iALS and LightGCN, and a trained repository on its own test items.
+    """Compare popularity, ItemKNN, EASE, iALS, LightGCN and SASRec, and a trained repository on its own test items.
 
-    The baselines are tuned on validation; LightGCN takes minutes. Differences have 95 % intervals by a paired bootstrap over users.
+    The baselines are tuned on validation; LightGCN and SASRec take minutes. Differences have 95 % intervals by a paired bootstrap over users.
     """
     if (repository is None) == (dataset is None):
         raise UsageError("give either a repository, whose data are compared on, or --dataset for the baselines alone.")

@@ -68,6 +68,7 @@ def show_train(document: Document) -> Blocks:
     """What would be trained on; or results, statistics of the codes, and further commands."""
     if "summary" in document:
         yield document["summary"]
+        yield "\n".join(stage["summary"] for stage in document["stages"])
         return
     folder = document["repository"]
     yield _results(document, LABELS)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..data.interaction_matrix import InteractionMatrix
-from ..data.splits import IndexedSplits
+from ..data.splits import Holdout, IndexedSplits
 from ..models.embedding_store import stable_topk
 from .metrics import RankingMetrics, SeenPairs, ndcg, target_ranks
 
@@ -21,16 +21,20 @@ from .metrics import RankingMetrics, SeenPairs, ndcg, target_ranks
 ROWS, USERS = 1024, 256
 
 
-class Baseline(Protocol):
-    """A recommender of known users and items; `grid` are the settings to choose from on validation, the default first."""
-
-    grid: ClassVar[Sequence[Mapping[str, Any]]]
-
-    def __init__(self, train: InteractionMatrix, **settings: Any): ...
+class Scorer(Protocol):
+    """A recommender of known users and items."""
 
     def scores(self, users: np.ndarray) -> torch.Tensor:
         """A score for each item, float32 `[len(users), num_items]`, higher is better; those of seen items mean nothing."""
         ...
+
+
+class Baseline(Scorer, Protocol):
+    """A recommender that is fitted when it is made; `grid` are the settings to choose from on validation, the default first."""
+
+    grid: ClassVar[Sequence[Mapping[str, Any]]]
+
+    def __init__(self, train: InteractionMatrix, **settings: Any): ...
 
 
 class Popularity:
@@ -42,7 +46,7 @@ class Popularity:
         self.counts = torch.from_numpy(train.popularity()).float()
 
     def scores(self, users: np.ndarray) -> torch.Tensor:
-        """See [`Baseline.scores`]."""
+        """See [`Scorer.scores`]."""
         return self.counts.expand(len(users), -1)
 
 
@@ -80,7 +84,7 @@ class ItemKNN:
         self.similarity = _sparse(items[used], columns[used], (len(items), len(items)), values[used])
 
     def scores(self, users: np.ndarray) -> torch.Tensor:
-        """See [`Baseline.scores`]."""
+        """See [`Scorer.scores`]."""
         return torch.sparse.mm(_histories(self.train, users), self.similarity).to_dense()
 
 
@@ -103,7 +107,7 @@ class EASE:
         self.weights = weights.fill_diagonal_(0).contiguous()
 
     def scores(self, users: np.ndarray) -> torch.Tensor:
-        """See [`Baseline.scores`]."""
+        """See [`Scorer.scores`]."""
         return torch.sparse.mm(_histories(self.train, users), self.weights)
 
 
@@ -147,22 +151,22 @@ class IALS:
         self.user_vectors, self.item_vectors = map(torch.from_numpy, (model.user_factors, model.item_factors))
 
     def scores(self, users: np.ndarray) -> torch.Tensor:
-        """See [`Baseline.scores`]."""
+        """See [`Scorer.scores`]."""
         return self.user_vectors[users] @ self.item_vectors.T
 
 
 BASELINES: dict[str, type[Baseline]] = {"popularity": Popularity, "itemknn": ItemKNN, "ease": EASE, "ials": IALS}
 
 
-def baseline_ranks(baseline: Baseline, data: IndexedSplits) -> torch.Tensor:
-    """The rank of each held-out item among the items that its user has not seen, int64 `[U]` from 0."""
-    return torch.cat([target_ranks(*batch) for batch in _score_batches(baseline, data)])
+def baseline_ranks(baseline: Scorer, train: InteractionMatrix, holdout: Holdout) -> torch.Tensor:
+    """The rank of each held-out item among the items that its user has not seen in `train`, int64 `[U]` from 0."""
+    return torch.cat([target_ranks(*batch).cpu() for batch in _score_batches(baseline, train, holdout)])
 
 
-def evaluate_baseline(baseline: Baseline, data: IndexedSplits) -> dict[str, float]:
-    """All metrics on the held-out items, see [`RankingMetrics`]."""
-    metrics = RankingMetrics(len(data.item_ids), popularity=data.interactions.popularity())
-    for batch in _score_batches(baseline, data):
+def evaluate_baseline(baseline: Scorer, train: InteractionMatrix, holdout: Holdout) -> dict[str, float]:
+    """All metrics on the held-out items, see [`RankingMetrics`]; the items of a user in `train` are not ranked."""
+    metrics = RankingMetrics(train.num_items, popularity=train.popularity())
+    for batch in _score_batches(baseline, train, holdout):
         metrics.update(*batch)
     return metrics.compute()
 
@@ -171,20 +175,22 @@ def best_settings(kind: type[Baseline], data: IndexedSplits) -> dict[str, Any]:
     """The settings of the grid with the best NDCG@20 on the held-out items of `data`, the validation items."""
     if len(kind.grid) == 1:
         return dict(kind.grid[0])
-    return dict(max(kind.grid, key=lambda one: ndcg(baseline_ranks(kind(data.interactions, **one), data), 20)))
+    train = data.interactions
+    return dict(max(kind.grid, key=lambda one: ndcg(baseline_ranks(kind(train, **one), train, data.holdout), 20)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _score_batches(baseline: Baseline, data: IndexedSplits) -> Iterator[tuple[torch.Tensor, np.ndarray, SeenPairs]]:
+def _score_batches(
+    baseline: Scorer, train: InteractionMatrix, holdout: Holdout
+) -> Iterator[tuple[torch.Tensor, np.ndarray, SeenPairs]]:
     """Scores, targets and seen pairs of some held-out users at a time, as [`target_ranks`] takes them."""
-    users, targets = data.holdout.users, data.holdout.targets
-    for start in range(0, len(users), USERS):
-        some = users[start : start + USERS]
-        indptr, seen = data.interactions.of_users(some)
-        rows = np.repeat(np.arange(len(some)), np.diff(indptr))
-        yield baseline.scores(some), targets[start : start + USERS], (rows, seen)
+    for start in range(0, len(holdout.users), USERS):
+        users = holdout.users[start : start + USERS]
+        indptr, seen = train.of_users(users)
+        rows = np.repeat(np.arange(len(users)), np.diff(indptr))
+        yield baseline.scores(users), holdout.targets[start : start + USERS], (rows, seen)
 
 
 def _distinct(train: InteractionMatrix) -> InteractionMatrix:

@@ -41,8 +41,8 @@ def evaluate_baselines(data: IndexedSplits, store: Store) -> dict[str, dict[str,
     users = store.get("user", [data.user_ids[row] for row in data.holdout.users])
     items = store.get("item", data.item_ids)
     found = (
-        evaluate_baseline(Popularity(data.interactions), data),
-        evaluate_baseline(ItemKNN(data.interactions), data),
+        evaluate_baseline(Popularity(data.interactions), data.interactions, data.holdout),
+        evaluate_baseline(ItemKNN(data.interactions), data.interactions, data.holdout),
         evaluate_vectors(users, items, data, cosine=False),
         evaluate_vectors(users, items, data),
     )

@@ -61,4 +61,4 @@ BASELINES = {
 }
 # The label of each row of an evaluation, in the order of a table.
 LABELS = {**BASELINES, **{name: variant.label for name, variant in VARIANTS.items()}}
-COMPARED = {**LABELS, "ease": "EASE", "ials": "iALS", "lightgcn": "LightGCN"}
+COMPARED = {**LABELS, "ease": "EASE", "ials": "iALS", "lightgcn": "LightGCN", "sasrec": "SASRec"}

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
 from datasets import DatasetDict
@@ -42,7 +41,6 @@ from ..training.recipe import AUTO, Recipe, Setting
 from ..training.stages import (
     SELECT_BY,
     fixed_collaborative,
-    step_counts,
     train_collaborative,
     train_mq_tokenizer,
     train_retrieval,
@@ -148,23 +146,6 @@ def train(
     if item_vectors is not None:
         _add_cold_start(repository, item_vectors)
     return repository
-
-
-def forecast(splits: DatasetDict, recipe: Recipe, item_vectors: NewVectors | None = None) -> str:
-    """The most training steps of each stage, in words; arguments as in [`train`]."""
-    settings, stages = recipe.collaborative, []
-    lengths = pc.value_counts(splits["train"].with_format("arrow")[:]["user_id"]).field("counts").to_numpy()
-    if item_vectors is None:
-        histories = COLLABORATIVE_MODELS[settings.model].users_are_histories
-        _, most = step_counts(settings, int((lengths > 1).sum() if histories else lengths.sum()))
-        tries = f" for each of {len(HALF_LIVES)} half-lives" * (settings.config.get("half_life") == AUTO)
-        stages.append(f"{settings.model} of at most {most:,} steps{tries}")
-    codes = f"MQ-Tokenizers of {step_counts(recipe.mq_tokenizer, 1)[1]:,} steps"
-    stages.append("MQ-Tokenizers by k-means" if recipe.mq_tokenizer.config.get("residual") else codes)
-    stages.append(f"T5 of at most {step_counts(recipe.retrieval, len(lengths))[1]:,} steps")
-    return (
-        f"Training: {', '.join(stages)}; steps end when validation no longer improves, so the time depends on the data."
-    )
 
 
 def build_collator(

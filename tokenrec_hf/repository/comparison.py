@@ -19,8 +19,9 @@ from datasets import DatasetDict
 
 from ..data.splits import IndexedSplits, index_splits
 from ..evaluation.baselines import BASELINES, baseline_ranks, best_settings
-from ..evaluation.metrics import embedding_ranks, user_ndcg
+from ..evaluation.metrics import embedding_ranks, ndcg, user_ndcg
 from ..evaluation.ranking import retrieval_queries
+from ..evaluation.sequence import SASRec
 from ..evaluation.variants import COMPARED
 from ..models.codes import atomic_write, check_repository
 from ..models.recommender import Recommender
@@ -41,7 +42,7 @@ def compare(
     seed: int = 0,
     log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Compares popularity, ItemKNN, EASE, iALS and LightGCN with each other, and with a trained repository.
+    """Compares popularity, ItemKNN, EASE, iALS, LightGCN and SASRec with each other, and with a trained repository.
 
     EASE is left out of large catalogues, and iALS where `implicit` is not installed.
 
@@ -66,9 +67,10 @@ def compare(
         else:
             log(f"fitting {COMPARED[name]}")
             settings[name] = best_settings(kind, validation)
-            ranks[name] = baseline_ranks(kind(test.interactions, **settings[name]), test)
-    log("fitting LightGCN")
-    settings["lightgcn"], ranks["lightgcn"] = _lightgcn(validation, test)
+            ranks[name] = baseline_ranks(kind(test.interactions, **settings[name]), test.interactions, test.holdout)
+    for name, fit in {"lightgcn": _lightgcn, "sasrec": _sasrec}.items():
+        log(f"fitting {COMPARED[name]}")
+        settings[name], ranks[name] = fit(validation, test)
     if repository is not None:
         if not repository.metrics["refit"]:
             log("there was no refit: the baselines have learned from the validation items, and TokenRec has not")
@@ -115,6 +117,20 @@ def _lightgcn(validation: IndexedSplits, test: IndexedSplits) -> tuple[dict[str,
     users, seen = test.holdout.users, test.interactions.of_users(test.holdout.users)
     vectors = model.user_embeddings()[users], model.item_embeddings()
     return {"epochs": chosen.epochs}, embedding_ranks(*vectors, test.holdout.targets, *seen, cosine=False)
+
+
+def _sasrec(validation: IndexedSplits, test: IndexedSplits) -> tuple[dict[str, float], torch.Tensor]:
+    """The settings and epochs of the best validation result of SASRec, and the ranks of the test items."""
+    tried = []
+    for settings in SASRec.grid:
+        model = SASRec(**settings)
+        model.fit(validation.interactions, validation.holdout)
+        value = ndcg(baseline_ranks(model, validation.interactions, validation.holdout), 20)
+        tried.append((value, settings, model.epochs))
+    _, settings, epochs = max(tried, key=lambda one: one[0])
+    model = SASRec(**settings)
+    model.fit(test.interactions, None, epochs)
+    return {**settings, "epochs": epochs}, baseline_ranks(model, test.interactions, test.holdout)
 
 
 def _repository_ranks(repository: Repository, data: IndexedSplits) -> dict[str, torch.Tensor]:

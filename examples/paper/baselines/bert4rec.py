@@ -11,8 +11,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .base import device
-from .sequence import SequenceBaseline, linear_cross_entropy, padded
+from tokenrec_hf.evaluation.fitting import device
+from tokenrec_hf.evaluation.sequence import SequenceModel, linear_cross_entropy, padded
+
+from .base import Baseline
 
 
 def cloze_mask(lengths: torch.Tensor, longest: int, probability: float, last_only: float) -> torch.Tensor:
@@ -36,7 +38,7 @@ def cloze_mask(lengths: torch.Tensor, longest: int, probability: float, last_onl
     return torch.where(alone, last, drawn)
 
 
-class BERT4Rec(SequenceBaseline):
+class BERT4Rec(SequenceModel, Baseline):
     """BERT4Rec; settings beside the common ones: `mask_probability` and `last_only`, see [`cloze_mask`]."""
 
     name, title = "bert4rec", "BERT4Rec"

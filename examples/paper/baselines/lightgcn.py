@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from tokenrec_hf import LightGCNConfig, LightGCNModel
+from tokenrec_hf.evaluation.fitting import device
 
-from .base import device
 from .mf_bpr import MFBPR
 
 

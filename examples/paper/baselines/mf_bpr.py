@@ -7,8 +7,9 @@ import torch
 
 from tokenrec_hf import MatrixFactorizationConfig, MatrixFactorizationModel
 from tokenrec_hf.data.interaction_matrix import InteractionMatrix
+from tokenrec_hf.evaluation.fitting import device, train_epochs
 
-from .base import Baseline, device, train_epochs
+from .base import Baseline
 
 
 class MFBPR(Baseline):
@@ -48,7 +49,7 @@ class MFBPR(Baseline):
                 optimizer.step()
             self._keep_vectors()
 
-        train_epochs(
+        self.epochs = train_epochs(
             self,
             model,
             run_epoch,

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .base import Baseline, device, train_epochs
+from tokenrec_hf.evaluation.fitting import device, train_epochs
+
+from .base import Baseline
 
 
 class NeuMFModel(nn.Module):
@@ -93,7 +95,7 @@ class NeuMF(Baseline):
                 loss.backward()
                 optimizer.step()
 
-        train_epochs(
+        self.epochs = train_epochs(
             self,
             model,
             run_epoch,

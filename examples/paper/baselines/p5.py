@@ -24,13 +24,14 @@ from transformers.masking_utils import create_bidirectional_mask, create_causal_
 from tokenrec_hf.data.interaction_matrix import InteractionMatrix
 from tokenrec_hf.data.splits import Holdout
 from tokenrec_hf.data.stateless_random import bounded, stateless_random
+from tokenrec_hf.evaluation.fitting import device, product_type, train_epochs
+from tokenrec_hf.evaluation.sequence import FastDropout
 from tokenrec_hf.models.prompts import HISTORY_TEMPLATES
 from tokenrec_hf.training.initialization import load_t5_tokenizer
 
-from .base import Baseline, device, product_type, train_epochs
+from .base import Baseline
 from .beam_search import IdTrie, beam_search
 from .item_ids import BASE, collaborative_ids, numbers_as_symbols, random_ids, sequential_ids
-from .sequence import FastDropout
 
 IGNORED = -100
 T5_SIZES = {"d_model": 128, "d_kv": 32, "num_heads": 4, "d_ff": 512, "num_layers": 2, "num_decoder_layers": 1}
@@ -170,7 +171,7 @@ class P5(Baseline):
             "max_epochs": -(-self.settings["max_steps"] // steps),
             "every": -(-self.settings["evaluate_every"] // steps),
         }
-        train_epochs(self, self.network, run_epoch, train, validation, epochs, **limits)
+        self.epochs = train_epochs(self, self.network, run_epoch, train, validation, epochs, **limits)
 
     def build(self, train: InteractionMatrix) -> None:
         """The ids, their trie, the tokens of the prompts and a fresh network."""

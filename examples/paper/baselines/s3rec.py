@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .base import device
+from tokenrec_hf.data.interaction_matrix import InteractionMatrix
+from tokenrec_hf.evaluation.fitting import device
+from tokenrec_hf.evaluation.sequence import linear_cross_entropy, padded
+
 from .bert4rec import cloze_mask
 from .sasrec import SASRec
-from .sequence import linear_cross_entropy, padded
 
 # Probability that an item is masked in pre-training, as in the paper.
 MASK_PROBABILITY = 0.2
@@ -27,7 +29,7 @@ class S3Rec(SASRec):
 
     name, title = "s3rec", "S3-Rec"
     num_special = 2
-    defaults = {**SASRec.defaults, "loss": "softmax", "pretrain_epochs": 10, "segment_weight": 0.5}
+    defaults = {**SASRec.defaults, "pretrain_epochs": 10, "segment_weight": 0.5}
     grid = (
         {"dropout": 0.5},
         {"dropout": 0.2, "num_layers": 1, "batch_size": 64},
@@ -36,6 +38,11 @@ class S3Rec(SASRec):
         {"dropout": 0.3, "learning_rate": 3e-3},
         {"dropout": 0.2, "loss": "bce", "batch_size": 64},
     )
+
+    def prepare(self, train: InteractionMatrix) -> None:
+        """See [`SequenceModel.prepare`]."""
+        super().prepare(train)
+        self.pretrain()
 
     def pretrain(self) -> None:
         """Trains the encoder, with bidirectional attention, by the two objectives."""

@@ -1,11 +1,11 @@
-"""The common part of the sequence models: histories cut into windows, batches with little padding, a small transformer.
+"""SASRec, and what it shares with other sequence models: windows of histories, batches with little padding, a small transformer.
 
 Item ids are `0..num_items - 1`; the row after them is padding, and further rows are special tokens of a model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,17 +13,152 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tokenrec_hf.data.interaction_matrix import InteractionMatrix
-from tokenrec_hf.data.splits import Holdout
+from ..data.interaction_matrix import InteractionMatrix
+from ..data.splits import Holdout
+from .fitting import device, product_type, train_epochs
 
-from .base import Baseline, device, product_type, train_epochs
+
+class SequenceModel:
+    """A baseline: a transformer over histories. A subclass sets what follows and implements `loss` and `scores`.
+
+    `causal` is that of the encoder, `overlap` that of the training windows, `num_special` counts the rows of the embedding
+    table after the items (padding first), and `defaults` are the settings that are not given.
+
+    Args:
+        seed: seed of all random numbers.
+        settings: see `defaults`.
+    """
+
+    causal: ClassVar[bool]
+    overlap: ClassVar[int] = 0
+    num_special: ClassVar[int] = 1
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "dim": 64,
+        "num_layers": 2,
+        "num_heads": 2,
+        "dropout": 0.5,
+        "max_length": 50,
+        "batch_size": 128,
+        "learning_rate": 1e-3,
+    }
+    max_epochs: ClassVar[int] = 200
+
+    def __init__(self, *, seed: int = 0, **settings: Any):
+        self.seed, self.settings = seed, {**self.defaults, **settings}
+        self.epochs: int | None = None
+
+    def fit(self, train: InteractionMatrix, validation: Holdout | None, epochs: int | None = None) -> None:
+        """Trains on `train`.
+
+        Args:
+            train: training interactions.
+            validation: held-out items; the weights of the best epoch by NDCG@20 are kept, and its number is stored in
+                `self.epochs`. None for a refit.
+            epochs: length of a refit.
+        """
+        self.prepare(train)
+        optimizer = torch.optim.Adam(self.encoder.parameters(), lr=self.settings["learning_rate"])
+        # Long patience: on small data, a model predicts popularity for about twenty epochs before it learns more.
+        self.epochs = train_epochs(
+            self,
+            self.encoder,
+            lambda epoch: self.run_epoch(optimizer, self.loss, epoch),
+            train,
+            validation,
+            epochs,
+            max_epochs=self.max_epochs,
+            every=2,
+            patience=6,
+        )
+
+    def prepare(self, train: InteractionMatrix) -> None:
+        """Keeps the interactions, and makes an untrained encoder."""
+        torch.manual_seed(self.seed)
+        self.train, self.padding = train, train.num_items
+        self.encoder = SequenceEncoder(
+            train.num_items + self.num_special,
+            self.settings["max_length"],
+            causal=self.causal,
+            padding=self.padding,
+            **{name: self.settings[name] for name in ("dim", "num_layers", "num_heads", "dropout")},
+        ).to(device())
+
+    def run_epoch(self, optimizer: torch.optim.Optimizer, loss: Callable[..., torch.Tensor], epoch: int) -> None:
+        """Goes through all training windows once, with `loss(starts, ends, epoch)` of each batch."""
+        for starts, ends in self.batches(epoch):
+            optimizer.zero_grad()
+            loss(starts, ends, epoch).backward()
+            optimizer.step()
+
+    def batches(self, epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Bounds of all training windows in random batches of about equal length, for little padding."""
+        starts, ends = windows(self.train, self.settings["max_length"], self.overlap)
+        random = np.random.default_rng([self.seed, epoch])
+        order = random.permutation(len(starts))
+        order = order[np.argsort((ends - starts)[order], kind="stable")]
+        size = self.settings["batch_size"]
+        for number in random.permutation(-(-len(order) // size)):
+            rows = order[number * size : (number + 1) * size]
+            yield starts[rows], ends[rows]
+
+    def loss(self, starts: np.ndarray, ends: np.ndarray, epoch: int) -> torch.Tensor:
+        """The loss of the windows `train.items[start:end]`, a scalar."""
+        raise NotImplementedError
+
+    def scores(self, users: np.ndarray) -> torch.Tensor:
+        """See [`Scorer.scores`]."""
+        raise NotImplementedError
+
+    def histories(self, users: np.ndarray, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last `length` items of each user, padded `[B, T]`, and their numbers `[B]`."""
+        ends = self.train.indptr[users + 1]
+        starts = np.maximum(ends - length, self.train.indptr[users])
+        return padded(self.train.items, starts, ends, self.padding), torch.from_numpy(ends - starts).to(device())
+
+
+class SASRec(SequenceModel):
+    """Self-attentive sequential recommendation (Kang and McAuley, ICDM 2018, arXiv 1808.09781).
+
+    A causal transformer predicts the next item at each position of a history. The loss is the softmax over all items, which is
+    known to be far better than the paper's binary cross-entropy of the next item against a random one (Klenitskiy and Vasilev,
+    RecSys 2023; Petrov and Macdonald, RecSys 2023). Histories longer than the maximum are cut into windows, so that training
+    uses every interaction. Unlike in the paper, norms precede the sublayers, and the feed-forward sublayer is four times as wide
+    as the model and has GELU.
+    """
+
+    causal = True
+    overlap = 1
+    grid: ClassVar[Sequence[Mapping[str, Any]]] = (
+        {"num_layers": 2, "dropout": 0.5, "batch_size": 128},
+        {"num_layers": 1, "dropout": 0.2, "batch_size": 64},
+    )
+
+    def loss(self, starts: np.ndarray, ends: np.ndarray, epoch: int) -> torch.Tensor:
+        """See [`SequenceModel.loss`]."""
+        hidden, targets = self.predictions(starts, ends)
+        return linear_cross_entropy(hidden, self.encoder.items.weight[: self.padding], targets)
+
+    def predictions(self, starts: np.ndarray, ends: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each item of the windows, except the first: the hidden state before it `[P, dim]`, and the item, int64 `[P]`."""
+        items = padded(self.train.items, starts, ends, self.padding)
+        known = items[:, 1:] != self.padding
+        return self.encoder(items[:, :-1])[known], items[:, 1:][known]
+
+    @torch.no_grad()
+    def scores(self, users: np.ndarray) -> torch.Tensor:
+        """See [`Scorer.scores`]."""
+        items, lengths = self.histories(users, self.settings["max_length"])
+        last = self.encoder(items)[torch.arange(len(items), device=items.device), lengths - 1]
+        return last @ self.encoder.items.weight[: self.padding].T
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """The gradient is computed along with the loss, block by block, so that the logits never leave the cache."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets):
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+    ) -> torch.Tensor:
         dtype = product_type()
         low, low_weight = hidden.to(dtype), weight.to(dtype)
         hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight)
@@ -44,7 +179,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss / len(hidden)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(  # type: ignore[override]
+        ctx: Any, grad: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, None]:
         hidden_grad, weight_grad = ctx.saved_tensors
         return grad * hidden_grad, grad * weight_grad, None
 
@@ -174,84 +311,3 @@ def windows(train: InteractionMatrix, stride: int, overlap: int = 0) -> tuple[np
     number = np.arange(len(users)) - np.repeat(np.cumsum(counts) - counts, counts)
     ends = train.indptr[users + 1] - number * stride
     return np.maximum(ends - stride - overlap, train.indptr[users]), ends
-
-
-class SequenceBaseline(Baseline):
-    """A transformer over histories: a subclass sets what follows and implements `loss` and `scores`.
-
-    `causal` is that of the encoder, `overlap` that of the training windows, `num_special` counts the rows of the embedding
-    table after the items (padding first), and `defaults` completes the settings.
-    """
-
-    causal: ClassVar[bool]
-    overlap: ClassVar[int] = 0
-    num_special: ClassVar[int] = 1
-    defaults: ClassVar[Mapping[str, Any]] = {
-        "dim": 64,
-        "num_layers": 2,
-        "num_heads": 2,
-        "dropout": 0.5,
-        "max_length": 50,
-        "batch_size": 128,
-        "learning_rate": 1e-3,
-    }
-
-    def __init__(self, *, seed: int = 0, **settings: Any):
-        super().__init__(seed=seed, **{**self.defaults, **settings})
-
-    def fit(self, train: InteractionMatrix, validation: Holdout | None, epochs: int | None = None) -> None:
-        """See [`Baseline.fit`]."""
-        torch.manual_seed(self.seed)
-        self.train, self.padding = train, train.num_items
-        self.encoder = SequenceEncoder(
-            train.num_items + self.num_special,
-            self.settings["max_length"],
-            causal=self.causal,
-            padding=self.padding,
-            **{name: self.settings[name] for name in ("dim", "num_layers", "num_heads", "dropout")},
-        ).to(device())
-        self.pretrain()
-        optimizer = torch.optim.Adam(self.encoder.parameters(), lr=self.settings["learning_rate"])
-        # Long patience: on small data, a model predicts popularity for about twenty epochs before it learns more.
-        train_epochs(
-            self,
-            self.encoder,
-            lambda epoch: self.run_epoch(optimizer, self.loss, epoch),
-            train,
-            validation,
-            epochs,
-            max_epochs=200,
-            every=2,
-            patience=6,
-        )
-
-    def pretrain(self) -> None:
-        """Prepares a fresh encoder before the training; does nothing by default."""
-
-    def run_epoch(self, optimizer: torch.optim.Optimizer, loss: Callable[..., torch.Tensor], epoch: int) -> None:
-        """Goes through all training windows once, with `loss(starts, ends, epoch)` of each batch."""
-        for starts, ends in self.batches(epoch):
-            optimizer.zero_grad()
-            loss(starts, ends, epoch).backward()
-            optimizer.step()
-
-    def batches(self, epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Bounds of all training windows in random batches of about equal length, for little padding."""
-        starts, ends = windows(self.train, self.settings["max_length"], self.overlap)
-        random = np.random.default_rng([self.seed, epoch])
-        order = random.permutation(len(starts))
-        order = order[np.argsort((ends - starts)[order], kind="stable")]
-        size = self.settings["batch_size"]
-        for number in random.permutation(-(-len(order) // size)):
-            rows = order[number * size : (number + 1) * size]
-            yield starts[rows], ends[rows]
-
-    def loss(self, starts: np.ndarray, ends: np.ndarray, epoch: int) -> torch.Tensor:
-        """The loss of the windows `train.items[start:end]`, a scalar."""
-        raise NotImplementedError
-
-    def histories(self, users: np.ndarray, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The last `length` items of each user, padded `[B, T]`, and their numbers `[B]`."""
-        ends = self.train.indptr[users + 1]
-        starts = np.maximum(ends - length, self.train.indptr[users])
-        return padded(self.train.items, starts, ends, self.padding), torch.from_numpy(ends - starts).to(device())
