@@ -165,11 +165,17 @@ def test_info_and_missing_files_import_no_torch(trained_repository, tmp_path):
         ["add", missing, "--retrain"],
         ["remove", missing, "--items", "08"],
         ["push", missing, "org/name"],
-        ["train", "--dataset", "demo", "--output_dir", missing, "--config", missing],
-        ["train", "--dataset", missing, "--output_dir", missing],
+        ["train", "--dataset", "demo", "--output-dir", missing, "--config", missing],
+        ["train", "--dataset", missing, "--output-dir", missing],
+        ["train", "--dataset", "demo", "--output-dir", missing, "--item-vectors", missing],
+        ["train", "--dataset", "demo", "--output-dir", missing, "--item-metadata", missing],
+        ["compare", "--dataset", missing],
+        ["add", trained_repository, "--interactions", missing],
+        ["add", trained_repository, "--items", missing],
+        ["add", trained_repository, "--users", missing],
     )
-    assert statuses == [0, 0] + [1] * 9
-    assert "torch" not in imported
+    assert statuses == [0, 0] + [1] * 15
+    assert "torch" not in imported and "datasets" not in imported
 
 
 @pytest.mark.parametrize(
@@ -184,7 +190,7 @@ def test_wrong_usage_exits_with_2(capsys, argv):
 
 @pytest.mark.parametrize("flag", ["--lerning_rate", "--retrieval.config.los_type", "--retrieval.epochs", "--top-k"])
 def test_an_unknown_argument_is_named_and_nothing_is_written(capsys, tmp_path, flag):
-    argv = ("train", "--dataset", "demo", "--output_dir", tmp_path / "out", flag, "1")
+    argv = ("train", "--dataset", "demo", "--output-dir", tmp_path / "out", flag, "1")
     assert_fails(capsys, *argv, says=flag.lstrip("-").replace("-", "_"), status=2)
     assert not (tmp_path / "out").exists()
 
@@ -194,7 +200,7 @@ def test_only_train_takes_settings(capsys):
 
 
 def test_a_value_without_a_name_is_refused(capsys, tmp_path):
-    argv = ("train", "--dataset", "demo", "--output_dir", tmp_path / "out", "--fp16=true", "stray")
+    argv = ("train", "--dataset", "demo", "--output-dir", tmp_path / "out", "--fp16=true", "stray")
     assert_fails(capsys, *argv, says="stray", status=2)
 
 
@@ -245,15 +251,15 @@ def test_arguments_win_over_the_file_and_the_file_over_the_recipe(capsys, traine
     config = tmp_path / "recipe.yaml"
     config.write_text("seed: 3\nprompts: {max_history: 9, train_history: 8}\n")
     argv = ("--recipe", "quickstart", "--config", config, "--prompts.train_history", "4")
-    assert run(capsys, "train", "--dataset", "demo", "--output_dir", tmp_path / "out", *argv)[0] == 0
+    assert run(capsys, "train", "--dataset", "demo", "--output-dir", tmp_path / "out", *argv)[0] == 0
     recipe = trained_with["recipe"]
     assert (recipe["recipe"], recipe["seed"]) == ("quickstart", 3)
     assert (recipe["prompts"]["max_history"], recipe["prompts"]["train_history"]) == (9, 4)
 
 
 def test_the_table_is_read_by_the_columns_named_and_recorded_without_its_folder(capsys, trained_with, csv, tmp_path):
-    argv = "--user_column person --item_column movie --rating_column stars --timestamp_column when --min_rating 2 --k_core 2"
-    assert run(capsys, "train", "--dataset", csv, "--output_dir", tmp_path / "out", *argv.split())[0] == 0
+    argv = "--user-column person --item-column movie --rating-column stars --timestamp-column when --min-rating 2 --k-core 2"
+    assert run(capsys, "train", "--dataset", csv, "--output-dir", tmp_path / "out", *argv.split())[0] == 0
     splits = trained_with["splits"]
     # Items 0 and 5 are rated 1.
     assert splits["train"]["item_id"][:] == ["m1", "m2"] * 5
@@ -271,28 +277,29 @@ def test_the_table_is_read_by_the_columns_named_and_recorded_without_its_folder(
 def test_training_says_how_the_file_was_read(capsys, trained_with, tmp_path):
     path = tmp_path / "ratings.dat"
     path.write_text("".join(f"{user}::{item}::4::{978300000 + item}\n" for user in range(3) for item in range(5)))
-    status, _, err = run(capsys, "train", "--dataset", path, "--output_dir", tmp_path / "out")
+    status, _, err = run(capsys, "train", "--dataset", path, "--output-dir", tmp_path / "out")
     assert status == 0
     assert "separated by '::', without a header; users from column '1' (by its place)" in err
     assert "15 rows; 3 users, 5 items and 15 interactions are kept, from 2000-12-31 22:00:00 to" in err
-    assert "Split: 9 interactions for training, a validation and a test item of each of 3 users. Training: " in err
+    assert "Split: 9 interactions for training, a validation and a test item of each of 3 users.\ncollaborative" in err
+    assert "GB of memory\nT5: at most" in err
 
 
 def test_a_dry_run_shows_what_would_be_trained_on_and_writes_nothing(capsys, csv, tmp_path):
-    names = ("--user_column", "person", "--item_column", "movie", "--timestamp_column", "when")
+    names = ("--user-column", "person", "--item-column", "movie", "--timestamp-column", "when")
     argv = (
         "train",
         "--dataset",
         csv,
-        "--output_dir",
+        "--output-dir",
         tmp_path / "out",
         *names,
-        "--rating_column",
+        "--rating-column",
         "stars",
         "--min-rating",
         "2",
     )
-    found = document(capsys, *argv, "--dry_run", "--split", "temporal", "--at", "0.5")
+    found = document(capsys, *argv, "--dry-run", "--split", "temporal", "--at", "0.5")
     assert (found["dataset"], found["rows"], found["dropped"]) == ("table.csv", 30, {"rated below 2": 10})
     assert found["splits"] == {"train": 5, "validation": 5, "test": 5}
     assert found["format"]["columns"] == {"user": "person", "item": "movie", "rating": "stars", "timestamp": "when"}
@@ -310,12 +317,12 @@ def test_a_dry_run_shows_what_would_be_trained_on_and_writes_nothing(capsys, csv
 
 @pytest.mark.parametrize("argv", [("--split", "temporal"), ("--at", "0.5"), ("--keep", "all"), ("--split", "random")])
 def test_an_impossible_way_of_reading_is_a_usage_error(capsys, tmp_path, argv):
-    assert_fails(capsys, "train", "--dataset", "demo", "--output_dir", tmp_path / "out", *argv, says=argv[0], status=2)
+    assert_fails(capsys, "train", "--dataset", "demo", "--output-dir", tmp_path / "out", *argv, says=argv[0], status=2)
 
 
 def test_few_users_are_said_to_tell_little(capsys, trained_with, trained_repository, tmp_path):
     said = "1000 users: HR@20 of TokenRec is "
-    assert said in run(capsys, "train", "--dataset", "demo", "--output_dir", tmp_path / "out")[1]
+    assert said in run(capsys, "train", "--dataset", "demo", "--output-dir", tmp_path / "out")[1]
     metrics = json.loads((trained_repository / "metrics.json").read_text())
     own, known = (metrics["test"][name]["hr@20"] for name in ("tokenrec", "itemknn"))
     text = "\n".join(map(str, show_train({"repository": "out", **metrics, "evaluated_users": 20})))
@@ -329,7 +336,7 @@ def test_items_get_titles_from_a_table(capsys, repository, tmp_path):
     rows = [f"{item};Film {number};{number % 7};{'old' if number % 2 else ''}" for number, item in enumerate(items)]
     table = tmp_path / "films.csv"
     table.write_text("\n".join(["item_id;title;shelf no;kind", *rows, "not-there;Nothing;3;old"]) + "\n")
-    added = document(capsys, "add", repository, "--item_metadata", table)
+    added = document(capsys, "add", repository, "--item-metadata", table)
     assert added["described"] == len(items) and added["items"] == added["items_changed"] == 0
     found = document(capsys, "recommend", repository, "--user", "u001", "--where", "shelf_no=3", "kind=old")
     titles = dict(zip(items, (row.split(";")[1] for row in rows)))
@@ -356,13 +363,13 @@ def test_a_table_of_items_that_cannot_be_used_is_refused(capsys, repository, tmp
     path = tmp_path / "items.csv"
     if content:
         path.write_text(content)
-    assert_fails(capsys, "add", repository, "--item_metadata", path, says=says)
+    assert_fails(capsys, "add", repository, "--item-metadata", path, says=says)
 
 
 def test_interactions_are_added_by_the_columns_named(capsys, repository, csv):
     items = Repository(repository).recommender().store.ids("item")
     csv.write_text(re.sub(r",m(\d)", lambda match: f",{items[int(match[1])]}", csv.read_text()))
-    columns = ("--user_column", "person", "--item_column", "movie")
+    columns = ("--user-column", "person", "--item-column", "movie")
     added = document(capsys, "add", repository, "--interactions", csv, *columns)
     assert added["users"] == 5
 
@@ -386,12 +393,12 @@ def test_a_folder_named_like_a_data_set_is_not_that_data_set(capsys, trained_wit
     folder = tmp_path / "demo"
     folder.mkdir()
     (folder / "train.txt").write_text("u1 a b c d\nu2 a b c d\n")
-    assert run(capsys, "train", "--dataset", folder, "--output_dir", tmp_path / "out")[0] == 0
+    assert run(capsys, "train", "--dataset", folder, "--output-dir", tmp_path / "out")[0] == 0
     assert trained_with["dataset_name"] == "demo/"
 
 
 def test_json_is_one_document_whatever_libraries_print(capsys, trained_with, tmp_path):
-    found = document(capsys, "train", "--dataset", "demo", "--output_dir", tmp_path / "out")
+    found = document(capsys, "train", "--dataset", "demo", "--output-dir", tmp_path / "out")
     assert found["repository"] == str(tmp_path / "out")
     assert found["test"]["tokenrec"]["ndcg@20"] > found["test"]["popularity"]["ndcg@20"]
 
@@ -412,14 +419,14 @@ def test_json_is_one_document_whatever_libraries_print(capsys, trained_with, tmp
 )
 def test_impossible_settings_are_found_before_anything_is_written(capsys, tmp_path, setting, says, status):
     out = tmp_path / "out"
-    assert_fails(capsys, "train", "--dataset", "demo", "--output_dir", out, setting, says=says, status=status)
+    assert_fails(capsys, "train", "--dataset", "demo", "--output-dir", out, setting, says=says, status=status)
     assert not out.exists()
 
 
 def test_an_unknown_setting_in_a_file_is_named(capsys, tmp_path):
     config = tmp_path / "recipe.yaml"
     config.write_text("retrieval: {config: {los_type: softmax}}\n")
-    argv = ("train", "--dataset", "demo", "--output_dir", tmp_path / "out", "--config", config)
+    argv = ("train", "--dataset", "demo", "--output-dir", tmp_path / "out", "--config", config)
     assert_fails(capsys, *argv, says="retrieval.config.los_type")
 
 
@@ -428,18 +435,18 @@ def test_an_unknown_setting_in_a_file_is_named(capsys, tmp_path):
     [
         ("", "is empty"),
         ("user_id,item_id\n", "holds no interactions"),
-        ("user_id,film\n1,2\n", "has no item column"),
+        ("user_id,plot\n1,2\n", "has no item column"),
         ("user_id,item_id\n1,a\n1,b\n2,a\n", "no user has 3 interactions"),
     ],
 )
 def test_a_table_that_cannot_be_used_is_refused(capsys, tmp_path, content, says):
     path = tmp_path / "table.csv"
     path.write_text(content)
-    assert_fails(capsys, "train", "--dataset", path, "--output_dir", tmp_path / "out", says=says)
+    assert_fails(capsys, "train", "--dataset", path, "--output-dir", tmp_path / "out", says=says)
 
 
 def test_a_missing_column_is_named(capsys, csv, tmp_path):
-    argv = ("train", "--dataset", csv, "--output_dir", tmp_path / "out", "--user_column", "who")
+    argv = ("train", "--dataset", csv, "--output-dir", tmp_path / "out", "--user-column", "who")
     assert_fails(capsys, *argv, says="has no column 'who'")
 
 
@@ -448,9 +455,9 @@ def test_interruption_tells_how_to_go_on(capsys, monkeypatch, tmp_path):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("tokenrec_hf.repository.build.train", train)
-    status, out, err = run(capsys, "train", "--dataset", "demo", "--output_dir", tmp_path / "out")
+    status, out, err = run(capsys, "train", "--dataset", "demo", "--output-dir", tmp_path / "out")
     assert (status, out) == (130, "")
-    assert err.splitlines()[1:] == ["tokenrec: interrupted; the same command resumes the training."]
+    assert err.splitlines()[-1] == "tokenrec: interrupted; the same command resumes the training."
 
 
 def test_programming_errors_are_not_hidden(monkeypatch, tmp_path):
@@ -459,7 +466,7 @@ def test_programming_errors_are_not_hidden(monkeypatch, tmp_path):
 
     monkeypatch.setattr("tokenrec_hf.repository.build.train", train)
     with pytest.raises(TypeError, match="a bug"):
-        main(["train", "--dataset", "demo", "--output_dir", str(tmp_path / "out")])
+        main(["train", "--dataset", "demo", "--output-dir", str(tmp_path / "out")])
 
 
 def test_debugging_keeps_the_traceback_of_every_error(monkeypatch, tmp_path):
@@ -477,7 +484,7 @@ def test_a_finished_quickstart_is_shown_again(capsys, monkeypatch, repository, t
         Recipe, "load", lambda *args, **named: tiny_recipe if args == ("quickstart",) else load(**named)
     )
     before = (repository / "model.safetensors").stat().st_mtime_ns
-    status, out, err = run(capsys, "quickstart", "--output_dir", repository)
+    status, out, err = run(capsys, "quickstart", "--output-dir", repository)
     assert (status, err) == (0, "")
     metrics = json.loads((repository / "metrics.json").read_text())
     for method in ("popularity", "itemknn", "collaborative_dot", "tokenrec"):
@@ -532,7 +539,7 @@ def test_evaluation_shows_every_metric(capsys, trained_repository):
 
 
 def test_a_comparison_is_a_table_of_intervals(capsys, csv):
-    names = ("--user_column", "person", "--item_column", "movie")
+    names = ("--user-column", "person", "--item-column", "movie")
     found = document(capsys, "compare", "--dataset", csv, *names)
     assert found["repository"] is None and len(found["methods"]) == 6
     status, out, err = run(capsys, "compare", "--dataset", csv, *names)
@@ -547,7 +554,7 @@ def test_a_comparison_is_a_table_of_intervals(capsys, csv):
     [
         ((), "give either a repository"),
         (("out", "--dataset", "demo"), "give either a repository"),
-        (("out", "--min_rating", "3"), "these options go with --dataset"),
+        (("out", "--min-rating", "3"), "these options go with --dataset"),
     ],
 )
 def test_a_comparison_has_one_source_of_data(capsys, argv, says):
@@ -630,7 +637,7 @@ def test_items_of_other_data_have_no_titles(capsys, repository):
     [
         (["--user", "nobody"], "'nobody'"),
         (["--user", "u007", "--history", "f001", "zz"], "'zz'"),
-        (["--user", "u007", "--top-k", "0"], "top_k is 0"),
+        (["--user", "u007", "--top-k", "0"], "--top-k is 0"),
         (["--history", "zz"], "'zz'"),
     ],
 )
@@ -707,7 +714,7 @@ def test_similar_items_can_be_filtered_by_metadata(capsys, repository):
 
 def test_similar_items_of_unknown_items_are_refused(capsys, trained_repository):
     assert_fails(capsys, "similar", trained_repository, "--item", "f001", "zz", says="'zz'")
-    assert_fails(capsys, "similar", trained_repository, "--item", "f001", "--top-k", "0", says="top_k is 0")
+    assert_fails(capsys, "similar", trained_repository, "--item", "f001", "--top-k", "0", says="--top-k is 0")
 
 
 # Info -----------------------------------------------------------------------------------------------------------------
@@ -831,7 +838,7 @@ def test_recommendations_can_be_filtered_by_metadata(capsys, repository):
 def test_filters_that_no_item_can_fit_say_what_there_is(capsys, repository, tmp_path):
     argv = ("recommend", repository, "--user", "u001")
     assert_fails(
-        capsys, *argv, "--where", "genre=jazz", says="'genre'; items have none; give them some with `add --item_me"
+        capsys, *argv, "--where", "genre=jazz", says="'genre'; items have none; give them some with `add --item-me"
     )
     store = EmbeddingStore.open(repository)
     items = store.ids("item")[:40]

@@ -4,7 +4,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenrec_hf.cli.app import app
-from tokenrec_hf.cli.arguments import UsageError, read_limits, read_scalar, read_settings, read_where, repeat_options
+from tokenrec_hf.cli.arguments import (
+    UsageError,
+    name_options,
+    read_limits,
+    read_scalar,
+    read_settings,
+    read_where,
+    repeat_options,
+)
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False) | st.integers())
@@ -98,3 +106,17 @@ def test_an_option_with_several_values_is_repeated(arguments, expected):
     commands = typer.main.get_command(app).commands
     arguments = arguments.split()
     assert repeat_options(arguments, commands[arguments[0]]) == expected.split()
+
+
+@pytest.mark.parametrize(
+    ("command", "message", "expected"),
+    [
+        ("recommend", "pass on_unknown='skip' or 'popular'.", "pass --on-unknown='skip' or 'popular'."),
+        ("recommend", "top_k is 0; user u1 of top_k.csv", "--top-k is 0; user u1 of top_k.csv"),
+        ("train", "name it by item_column, or", "name it by --item-column, or"),
+        ("train", "a/item_column: 'item_column' and `item_column`", "a/item_column: 'item_column' and `item_column`"),
+        ("similar", "name it by item_column, or", "name it by item_column, or"),
+    ],
+)
+def test_messages_name_the_options_of_the_command(command, message, expected):
+    assert name_options(message, typer.main.get_command(app).commands[command]) == expected

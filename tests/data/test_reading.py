@@ -80,6 +80,8 @@ TABLE = [
     ("CSV without a header, columns by number", "a.csv", lines(",", header=None), NUMBERS),
     ("CSV with a header, columns by number", "a.csv", lines(",", header=("who", "what", "stars!", "at")), NUMBERS),
     ("CSV with names of its own", "a.csv", lines(",", header=("wer", "was", "wie", "wann")), {"user_column": "wer", "item_column": "was", "timestamp_column": "wann"}),
+    ("CSV with names of a shop", "a.csv", lines(",", header=("Customer", "Product", "Stars", "When")), {}),
+    ("CSV with names of a library", "a.csv", lines(",", header=("member_id", "book", "rating", "ts")), {}),
     ("CSV with names in capitals", "a.csv", lines(",", header=("UserID", "ItemID", "Rating", "Timestamp")), {}),
     ("CSV in another order", "a.csv", lines(",", header=HEADER[::-1], rows=[row[::-1] for row in ROWS]), {}),
     ("TSV", "a.tsv", lines("\t"), {}),

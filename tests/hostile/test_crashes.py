@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager, suppress
 from copy import deepcopy
@@ -25,7 +26,8 @@ import torch
 from datasets import Dataset
 from huggingface_hub import HfApi
 from tiny_repository import DIM, TINY_TRAINING, USERS, tiny_splits, write_tiny_repository
-from transformers import AutoTokenizer
+from tqdm import tqdm
+from transformers import AutoModel, AutoTokenizer
 
 from tokenrec_hf import EmbeddingStore, NewVectors, Recipe, Recommender, Repository, train
 from tokenrec_hf.models.modeling_collaborative import load_collaborative
@@ -127,6 +129,8 @@ def remove_is_seen(folder):
         yield not EmbeddingStore.open(part).contains("user", ["u2"])[0]
         yield "u2" not in AutoTokenizer.from_pretrained(part).ids("user")
         yield "u2" not in load_collaborative(part / "collaborative")[1]["user"]
+        yield AutoModel.from_pretrained(part / "collaborative").config.num_users == len(USERS) - 1
+        yield AutoModel.from_pretrained(part, subfolder="collaborative").config.num_users == len(USERS) - 1
     for split in Repository(folder).splits().values():
         yield "u2" not in split["user_id"]
     yield "u2" not in Recommender.from_pretrained(folder).tokenizer.ids("user")
@@ -360,6 +364,8 @@ def test_a_killed_process_can_be_followed_by_another(before, hub, tmp_path, name
     for number in range(kills):
         child = os.fork()
         if child == 0:
+            # Otherwise this process would wait for ever for the lock of tqdm that a killed child held.
+            tqdm.set_lock(threading.RLock())
             CHANGES[name][0](folder)
             os._exit(0)
         time.sleep(longest * (number + 1) / (kills + 1))

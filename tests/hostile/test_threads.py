@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 from tiny_repository import DIM, ITEMS, USERS, write_tiny_repository
+from transformers import AutoModel
 
 from tokenrec_hf import EmbeddingStore, NewVectors, Recommender, Repository
 
 THREADS = 8
+# More than all items that the writer adds.
+MANY = 100_000
 
 
 @pytest.fixture
@@ -42,10 +45,10 @@ def readers(recommender, folder):
         return [row["item"] for row in recommendations[0] if row["item"] in ITEMS]
 
     def ask(user):
-        return known(recommender.recommend([user], top_k=50, exclude_seen=False))
+        return known(recommender.recommend([user], top_k=MANY, exclude_seen=False))
 
     def near(item):
-        return known(recommender.similar_items([item], top_k=50))
+        return known(recommender.similar_items([item], top_k=MANY))
 
     asked = {user: (ask(user), prompt(user)["input_ids"].tolist()) for user in USERS}
     alike = {item: near(item) for item in ITEMS}
@@ -67,13 +70,16 @@ def readers(recommender, folder):
     def open_repository(number):
         opened, user = Recommender.from_pretrained(folder), USERS[number % len(USERS)]
         assert set(opened.store.ids("item")) == set(opened.tokenizer.ids("item"))
-        assert known(opened.recommend([user], top_k=50, exclude_seen=False)) == asked[user][0]
+        assert known(opened.recommend([user], top_k=MANY, exclude_seen=False)) == asked[user][0]
 
     def open_store(number):
         opened = EmbeddingStore.open(folder)
         assert opened.vectors("item").isfinite().all() and set(opened.ids("user")) >= set(USERS)
 
-    return [*6 * (recommend, encode, similar), open_store, open_repository]
+    def open_collaborative(number):
+        assert AutoModel.from_pretrained(folder / "collaborative").item_embeddings().isfinite().all()
+
+    return [*6 * (recommend, encode, similar), open_store, open_repository, open_collaborative]
 
 
 def change(recommender, folder, item, user):

@@ -59,7 +59,7 @@ def run(work, *argv, **kwargs):
 
 
 def train(out, *argv):
-    return ("train", "--dataset", "interactions.csv", "--config", "config.yaml", "--output_dir", out, *argv)
+    return ("train", "--dataset", "interactions.csv", "--config", "config.yaml", "--output-dir", out, *argv)
 
 
 def assert_one_line(out, err, says):

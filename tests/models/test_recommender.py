@@ -325,7 +325,7 @@ def test_a_finished_repository_passes_the_check(repository):
 
 def test_a_missing_folder_is_named_with_the_command_that_makes_it(tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=r"there is no folder .*gone, .*train one with `tokenrec train --output_dir"
+        FileNotFoundError, match=r"there is no folder .*gone, .*train one with `tokenrec train --output-dir"
     ):
         Recommender.from_pretrained(tmp_path / "gone")
 

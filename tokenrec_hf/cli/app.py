@@ -41,6 +41,7 @@ from .arguments import (
     TopK,
     UsageError,
     Where,
+    name_options,
     read_limits,
     read_lines,
     read_settings,
@@ -94,8 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, KeyError, OSError, ImportError) as error:
         if os.environ.get("TOKENREC_DEBUG"):
             raise
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        note(f"tokenrec: error: {message}", style="red")
+        message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+        note(f"tokenrec: error: {message if command is None else name_options(message, command)}", style="red")
         return 1
     if status == 130:
         resumes = command is not None and command.name in ("quickstart", "train")
@@ -164,7 +165,7 @@ def _variant(name: str) -> Any:
 
 @_command("tokenrec quickstart", show=output.show_quickstart)
 def quickstart(
-    output_dir: Annotated[str, Option("--output_dir", help="Folder to write.")] = "tokenrec-quickstart",
+    output_dir: Annotated[str, Option(help="Folder to write.")] = "tokenrec-quickstart",
 ) -> Document:
     """Train, evaluate and recommend on a small data set, offline, in a few minutes on two cores."""
     from ..data.interactions import load_interactions
@@ -199,10 +200,10 @@ def quickstart(
 
 
 @_command(
-    "tokenrec train --dataset ml-100k --output_dir out",
-    "tokenrec train --dataset ratings.csv --min_rating 4 --k_core 5 --output_dir out --learning_rate 1e-3",
-    "tokenrec train --dataset events.csv --event cart purchase --split temporal --at 2024-05-01 --output_dir out --dry_run",
-    "tokenrec train --dataset ratings.csv --output_dir out --mq_tokenizer.config.codebook_size 512",
+    "tokenrec train --dataset ml-100k --output-dir out",
+    "tokenrec train --dataset ratings.csv --min-rating 4 --k-core 5 --output-dir out --learning_rate 1e-3",
+    "tokenrec train --dataset events.csv --event cart purchase --split temporal --at 2024-05-01 --output-dir out --dry-run",
+    "tokenrec train --dataset ratings.csv --output-dir out --mq_tokenizer.config.codebook_size 512",
     show=output.show_train,
     context_settings={"ignore_unknown_options": True},
 )
@@ -214,7 +215,7 @@ def train(
             "Parquet file, or hf://datasets/organisation/name."
         ),
     ],
-    output_dir: Annotated[str, Option("--output_dir", help="Folder of the trained repository.")],
+    output_dir: Annotated[str, Option(help="Folder of the trained repository.")],
     recipe: Annotated[str, Option(help="Recipe: paper, best or quickstart.")] = "best",
     config: Annotated[str | None, Option(help="YAML file with the settings that differ from the recipe's.")] = None,
     seed: Annotated[int | None, Option(help="Seed of the recipe.")] = None,
@@ -222,13 +223,11 @@ def train(
     k_core: KCore = None,
     split: SplitBy = "leave_one_out",
     at: At = None,
-    dry_run: Annotated[bool, Option("--dry_run", help="Only show what would be trained on.")] = False,
-    item_metadata: Annotated[str | None, Option("--item_metadata", metavar="FILE", help=ITEM_METADATA)] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only show what would be trained on.")] = False,
+    item_metadata: Annotated[str | None, Option(metavar="FILE", help=ITEM_METADATA)] = None,
     item_vectors: Annotated[
         str | None,
-        Option(
-            "--item_vectors", metavar="FILE", help="Parquet file with own vectors of items, instead of learning them."
-        ),
+        Option(metavar="FILE", help="Parquet file with own vectors of items, instead of learning them."),
     ] = None,
     settings: Annotated[list[str] | None, Argument(metavar="--SETTING VALUE", help="Any other setting.")] = None,
     *,
@@ -242,6 +241,7 @@ def train(
     from ..training.recipe import Recipe, SettingError
 
     name = _dataset_name(dataset)
+    _check_files(item_metadata=item_metadata, item_vectors=item_vectors)
     given = {} if seed is None else {"seed": seed}
     given |= read_settings(settings or ())
     try:
@@ -252,7 +252,6 @@ def train(
             raise UsageError(str(error)) from None
         raise
     metadata = _item_metadata(item_metadata)
-    # Imports torch; other missing files have been reported by now.
     vectors = None if item_vectors is None else _item_vectors(item_vectors)
     splits, report = _read_splits(dataset, {**reading, "k_core": k_core}, split, at)
     from ..repository import build
@@ -310,7 +309,7 @@ def evaluate(
     return {"repository": repository, **opened.evaluate(split, given[0] if given else "tokenrec", _store(store))}
 
 
-@_command("tokenrec compare out", "tokenrec compare --dataset ratings.csv --min_rating 4", show=output.show_comparison)
+@_command("tokenrec compare out", "tokenrec compare --dataset ratings.csv --min-rating 4", show=output.show_comparison)
 def compare(
     repository: Annotated[
         str | None, Argument(metavar="REPOSITORY", help="Folder that `tokenrec train` wrote, with its data.")
@@ -339,6 +338,7 @@ def compare(
         _quiet()
         splits = opened.splits()
     else:
+        _dataset_name(str(dataset))
         splits, report = _read_splits(str(dataset), {**reading, "k_core": k_core}, split, at)
         note(report["summary"])
     from ..repository.comparison import compare
@@ -456,7 +456,7 @@ def add(
     items: Annotated[str | None, Option(metavar="FILE", help="Parquet file with vectors of items.")] = None,
     interactions: Annotated[str | None, Option(help="New interactions, as `train --dataset` reads them.")] = None,
     retrain: Annotated[bool, Option("--retrain", help="Train the collaborative model further.")] = False,
-    item_metadata: Annotated[str | None, Option("--item_metadata", metavar="FILE", help=ITEM_METADATA)] = None,
+    item_metadata: Annotated[str | None, Option(metavar="FILE", help=ITEM_METADATA)] = None,
     *,
     reading: dict[str, Any],
 ) -> Document:
@@ -469,9 +469,12 @@ def add(
     """
     if not (users or items or interactions or item_metadata or retrain):
         raise UsageError(
-            "there is nothing to add; give --users, --items, --interactions, --item_metadata or --retrain."
+            "there is nothing to add; give --users, --items, --interactions, --item-metadata or --retrain."
         )
     opened = _open_local(repository)
+    _check_files(users=users, items=items, item_metadata=item_metadata)
+    if interactions:
+        _dataset_name(interactions)
     metadata = _item_metadata(item_metadata)
     from ..repository.update import read_vectors
 
@@ -696,18 +699,26 @@ def _item_vectors(path: str) -> NewVectors:
     return read_vectors(path, "item")
 
 
+def _check_files(**paths: str | None) -> None:
+    """Reports a missing file before anything is imported that takes seconds."""
+    for name, path in paths.items():
+        if path is not None and not Path(path).is_file():
+            raise FileNotFoundError(f"there is no file {path}; check --{name.replace('_', '-')}.")
+
+
 def _dataset_name(dataset: str) -> str:
-    """The name to record: without the local path, and with a slash for a folder, which may be named like a data set."""
-    from ..data.interactions import HUB, load_interactions
-    from ..data.named_datasets import DATA_SOURCES
+    """The name to record: without the local path, and with a slash for a folder, which may be named like a data set.
+
+    Raises:
+        FileNotFoundError: there is no such file and no such name.
+    """
+    from ..data.named_datasets import DATA_SOURCES, HUB, existing
 
     if dataset.startswith(HUB):
         return dataset.removeprefix(HUB)
     if dataset in ("demo", *DATA_SOURCES):
         return dataset
-    path = Path(dataset).expanduser().resolve()
-    if not path.exists():
-        load_interactions(dataset)  # It raises the error, which lists the known data sets.
+    path = existing(dataset).resolve()
     return path.name + "/" * path.is_dir()
 
 

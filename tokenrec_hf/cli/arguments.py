@@ -51,7 +51,7 @@ At = Annotated[
     str | None,
     Option(metavar="DATE|SHARE", help="The moment of a temporal split, or the share of interactions before."),
 ]
-KCore = Annotated[int | None, Option("--k_core", help="Drop users and items with fewer interactions.")]
+KCore = Annotated[int | None, Option(help="Drop users and items with fewer interactions.")]
 
 
 def _reads(kind: Any, name: str, help: str, **settings: Any) -> Any:
@@ -60,17 +60,17 @@ def _reads(kind: Any, name: str, help: str, **settings: Any) -> Any:
 
 # The options of `load_interactions`, which a command takes in the parameter `reading`.
 READING = {
-    "user_column": _reads(str | None, "--user_column", "Column of user ids, or its number in a file without header."),
-    "item_column": _reads(str | None, "--item_column", "Column of item ids."),
-    "rating_column": _reads(str | None, "--rating_column", "Column of ratings."),
-    "timestamp_column": _reads(str | None, "--timestamp_column", "Column of timestamps."),
-    "event_column": _reads(str | None, "--event_column", "Column of kinds of events."),
+    "user_column": _reads(str | None, "--user-column", "Column of user ids, or its number in a file without header."),
+    "item_column": _reads(str | None, "--item-column", "Column of item ids."),
+    "rating_column": _reads(str | None, "--rating-column", "Column of ratings."),
+    "timestamp_column": _reads(str | None, "--timestamp-column", "Column of timestamps."),
+    "event_column": _reads(str | None, "--event-column", "Column of kinds of events."),
     "events": _reads(list[str] | None, "--event", "Kinds of events that count.", metavar="NAME ..."),
-    "min_rating": _reads(float | None, "--min_rating", "Drop interactions rated lower."),
+    "min_rating": _reads(float | None, "--min-rating", "Drop interactions rated lower."),
     "keep": _reads(
         Literal["first", "last"] | None, "--keep", "Which interaction of a repeated pair.", show_default="first"
     ),
-    "drop_incomplete": _reads(bool | None, "--drop_incomplete", "Drop rows with missing values."),
+    "drop_incomplete": _reads(bool | None, "--drop-incomplete", "Drop rows with missing values."),
 }
 
 
@@ -101,6 +101,14 @@ def repeat_options(arguments: Sequence[str], command: TyperCommand) -> list[str]
         else:
             result.append(argument)
     return result
+
+
+def name_options(message: str, command: TyperCommand) -> str:
+    """A message of the package with its arguments as options of a command: `item_column` becomes `--item-column`."""
+    # Names of one word are words of the language, too.
+    for name in (one.name for one in command.params if "_" in (one.name or "")):
+        message = re.sub(rf"(?<![\w'\"`/-]){name}(?![\w'\"`]|\.\w)", f"--{name.replace('_', '-')}", message)
+    return message
 
 
 def read_settings(arguments: Sequence[str]) -> dict[str, Scalar]:

@@ -66,7 +66,7 @@ def check_filters(store: Store, where: Mapping[str, Sequence[Any]], names: Itera
     for name in (*(condition_parts(condition)[0] for condition, _ in unmet), *names):
         if name not in known:
             there = (
-                f"there are {_listed(known)}" if known else "items have none; give them some with `add --item_metadata`"
+                f"there are {_listed(known)}" if known else "items have none; give them some with `add --item-metadata`"
             )
             raise ValueError(f"no item has the metadata {name!r:.100}; {there}.")
     for condition, value in unmet:

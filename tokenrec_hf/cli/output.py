@@ -60,7 +60,7 @@ def show_quickstart(document: Document) -> Blocks:
         f"  tokenrec recommend {folder} --user {first['user']} --history {seen} --top-k 10\n"
         f"  tokenrec evaluate {folder} --unseen-prompt\n"
         f"  tokenrec info {folder}\n"
-        "  tokenrec train --dataset interactions.csv --output_dir out"
+        "  tokenrec train --dataset interactions.csv --output-dir out"
     )
 
 

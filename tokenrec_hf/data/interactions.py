@@ -10,7 +10,6 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
@@ -21,13 +20,10 @@ from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from .cleaning import clean, timestamp_unit
 from .demo import demo_interactions
 from .files import RawFile, counted, quoted
-from .named_datasets import DATA_SOURCES, locate
+from .named_datasets import DATA_SOURCES, HUB, existing, locate
 from .reading import TableFormat, read_table
 
 logger = logging.getLogger(__name__)
-
-# The address of data sets on the Hub, as in `datasets` and `fsspec`.
-HUB = "hf://datasets/"
 
 
 @dataclass(frozen=True)
@@ -252,14 +248,7 @@ def _find(source: Any) -> RawFile | Dataset | IterableDataset:
                 f"{source} could not be read ({reason}); check the name and the connection, and log in with "
                 "`hf auth login` if it is private."
             ) from error
-    path = Path(source).expanduser()
-    if not path.exists():
-        names = ", ".join(["demo", *DATA_SOURCES])
-        raise FileNotFoundError(
-            f"{str(source)!r} is neither a file, a folder nor a known data set ({names}); a data set on the Hub is "
-            f"{HUB}organisation/name."
-        )
-    return RawFile(path)
+    return RawFile(existing(source))
 
 
 def _span(interactions: pa.Table) -> tuple[str | None, str | None]:

@@ -22,6 +22,8 @@ from .files import RawFile
 
 logger = logging.getLogger(__name__)
 
+# The address of data sets on the Hub, as in `datasets` and `fsspec`.
+HUB = "hf://datasets/"
 _CHUNK = 1 << 20
 
 
@@ -106,6 +108,22 @@ _SOURCES = (
     DataSource("toys", f"{_AMAZON}/reviews_Toys_and_Games_5.json.gz", (19_412, 11_924, 167_597), _AMAZON_TERMS),
 )
 DATA_SOURCES = {source.name: source for source in _SOURCES}
+
+
+def existing(source: str | os.PathLike) -> Path:
+    """The path of a file or a folder with interactions.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = Path(source).expanduser()
+    if not path.exists():
+        names = ", ".join(["demo", *DATA_SOURCES])
+        raise FileNotFoundError(
+            f"{str(source)!r} is neither a file, a folder nor a known data set ({names}); a data set on the Hub is "
+            f"{HUB}organisation/name."
+        )
+    return path
 
 
 def locate(name: str) -> RawFile:

@@ -32,15 +32,30 @@ logger = logging.getLogger(__name__)
 
 # Common column names in order of preference, in small letters and without other characters than letters and digits.
 _ALIASES = {
-    "user": ("userid", "user", "uid", "reviewerid", "customerid", "visitorid", "sessionid"),
+    "user": (
+        *(
+            "userid",
+            "user",
+            "uid",
+            "username",
+            "reviewerid",
+            "customerid",
+            "visitorid",
+            "memberid",
+            "accountid",
+            "clientid",
+        ),
+        *("sessionid", "customer", "member", "account", "client"),
+    ),
     "item": (
         *("itemid", "item", "iid", "parentasin", "asin", "movieid", "artistid", "productid", "businessid", "bookid"),
         *("trackid", "songid", "articleid", "gmapid", "animeid", "gameid", "appid", "recipeid", "venueid", "isbn"),
+        *("sku", "movie", "film", "product", "book", "track", "song", "article", "game", "recipe", "artist"),
     ),
     "rating": ("rating", "overall", "score", "stars", "weight"),
     "timestamp": (
         *("timestamp", "time", "unixtimestamp", "unixreviewtime", "unixtime", "datetime", "date"),
-        *("eventtime", "eventdate", "createdat"),
+        *("eventtime", "eventdate", "createdat", "ts", "when"),
     ),
     "event": ("event", "eventtype", "behavior", "behaviour", "behaviortype", "action", "actiontype"),
 }

@@ -417,8 +417,8 @@ def check_repository(folder: str | os.PathLike) -> None:
     """
     parts = RepositoryFolder(folder)
     if not parts.path.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}; train one with `tokenrec train --output_dir {folder}`.")
-    needed, advice = list(REQUIRED), "it is no trained repository; give the --output_dir of `tokenrec train`"
+        raise FileNotFoundError(f"there is no folder {folder}; train one with `tokenrec train --output-dir {folder}`.")
+    needed, advice = list(REQUIRED), "it is no trained repository; give the --output-dir of `tokenrec train`"
     if parts.training.is_dir():
         # The metrics are written last.
         needed.append(parts.metrics.name)
@@ -460,7 +460,7 @@ def fetch_repository(
         except HFValidationError:
             raise FileNotFoundError(
                 f"there is no folder {name}, and no Hub repository can have that name; train one with `tokenrec train "
-                f"--output_dir {name}` or check the path."
+                f"--output-dir {name}` or check the path."
             ) from None
 
 

@@ -741,7 +741,7 @@ def search_one(
         scores[~allowed] = -np.inf
     # The k-th highest maximum of groups of items is no higher than the k-th highest score.
     width = len(scores) // GROUP * GROUP
-    maxima = scores[:width].reshape(-1, GROUP).max(axis=1) if width > 2 * top_k * GROUP else scores
+    maxima = scores[:width].reshape(GROUP, -1).max(axis=0) if width > 2 * top_k * GROUP else scores
     bound = np.partition(maxima, -top_k)[-top_k] if top_k < len(maxima) else -np.inf
     candidates = np.flatnonzero((scores >= bound) & (scores > -np.inf))
     best = candidates[np.argsort(-scores[candidates], kind="stable")[:top_k]]

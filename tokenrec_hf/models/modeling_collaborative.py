@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 IDS = "ids.safetensors"
+COUNTS = ("num_users", "num_items", "num_interactions", "num_folded_items")
 # Users of FISM whose histories are added up at once: each of their interactions has a vector in memory meanwhile.
 USER_CHUNK = 1_024
 
@@ -86,6 +87,22 @@ class CollaborativeModel(Loader, PreTrainedModel):
             # Sorted by user, each user's in time order.
             self.register_buffer("edge_users", torch.zeros(config.num_interactions, dtype=torch.int32))
             self.register_buffer("edge_items", torch.zeros(config.num_interactions, dtype=torch.int32))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """Loads a saved model; of a repository that is being changed, its former or its new state."""
+        folder = pretrained_model_name_or_path
+        if is_local := os.path.isdir(folder):
+            folder = Path(folder, kwargs.pop("subfolder", ""))
+
+        def load() -> Any:
+            place = current(folder) if is_local else folder
+            if isinstance(config, CollaborativeConfig) and (path := Path(place, "config.json")).is_file():
+                # An auto class has read the configuration earlier.
+                config.update({name: value for name, value in read_json(path).items() if name in COUNTS})
+            return super(CollaborativeModel, cls).from_pretrained(place, *args, config=config, **kwargs)
+
+        return read_whole(Path(folder).parent / STORE_FOLDER, load)
 
     @classmethod
     def from_interactions(cls, config: CollaborativeConfig, interactions: Interactions) -> Self:
@@ -469,7 +486,7 @@ def load_collaborative(folder: str | os.PathLike) -> tuple[CollaborativeModel, d
     """
     return read_whole(
         Path(folder).parent / STORE_FOLDER,
-        lambda: (collaborative_class(folder).from_pretrained(current(folder)).eval(), load_indexes(Path(folder) / IDS)),
+        lambda: (collaborative_class(folder).from_pretrained(folder).eval(), load_indexes(Path(folder) / IDS)),
     )
 
 

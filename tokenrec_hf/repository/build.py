@@ -425,7 +425,7 @@ def _claim(
         _write_json(path, mine)
     elif (theirs := read_json(path)) != mine:
         raise ValueError(
-            f"{repository.folder} holds a run with {_first_difference(theirs, mine)}; give another --output_dir, or delete this "
+            f"{repository.folder} holds a run with {_first_difference(theirs, mine)}; give another --output-dir, or delete this "
             "one to start over."
         )
 

@@ -77,7 +77,7 @@ class Repository:
     change, or by `repair`; until then all readers find its files where they are.
 
     Args:
-        folder: the `--output_dir` of a training, finished or not.
+        folder: the `--output-dir` of a training, finished or not.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -87,7 +87,7 @@ class Repository:
         self.folder, self.parts = Path(folder), RepositoryFolder(folder)
         if not self.folder.is_dir():
             raise FileNotFoundError(
-                f"there is no folder {folder}; train one with `tokenrec train --output_dir {folder}`."
+                f"there is no folder {folder}; train one with `tokenrec train --output-dir {folder}`."
             )
         if (self.folder / COMMITTED).is_dir():
             self._check_links()
@@ -247,7 +247,7 @@ class Repository:
         )
         if not run and "codebooks" not in tokenizer:
             raise FileNotFoundError(
-                f"{self.folder} is no trained repository; give the --output_dir of `tokenrec train`."
+                f"{self.folder} is no trained repository; give the --output-dir of `tokenrec train`."
             )
         recipe = run.get("recipe", {})
         document = {

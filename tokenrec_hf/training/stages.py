@@ -401,7 +401,8 @@ def choose_history_weight(
     ]
     gains = torch.stack(found[1:]) - found[0]  # [weights, users]
     best = int(gains.mean(dim=1).argmax())
-    clear = gains[best].mean() > gains[best].std() / math.sqrt(len(gains[best]))
+    count = gains.shape[1]
+    clear = count > 1 and gains[best].mean() > gains[best].std() / math.sqrt(count)
     return HISTORY_WEIGHTS[best] if clear else 0.0
 
 
