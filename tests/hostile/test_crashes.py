@@ -15,7 +15,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from contextlib import contextmanager, suppress
 from copy import deepcopy
@@ -26,7 +25,7 @@ import torch
 from datasets import Dataset
 from huggingface_hub import HfApi
 from tiny_repository import DIM, TINY_TRAINING, USERS, tiny_splits, write_tiny_repository
-from tqdm import tqdm
+from tqdm.std import TqdmDefaultWriteLock
 from transformers import AutoModel, AutoTokenizer
 
 from tokenrec_hf import EmbeddingStore, NewVectors, Recipe, Recommender, Repository, train
@@ -364,8 +363,8 @@ def test_a_killed_process_can_be_followed_by_another(before, hub, tmp_path, name
     for number in range(kills):
         child = os.fork()
         if child == 0:
-            # Otherwise this process would wait for ever for the lock of tqdm that a killed child held.
-            tqdm.set_lock(threading.RLock())
+            # The lock of tqdm is shared with this process, which would wait for ever after a child that held it.
+            TqdmDefaultWriteLock.acquire = TqdmDefaultWriteLock.release = lambda *_, **__: None
             CHANGES[name][0](folder)
             os._exit(0)
         time.sleep(longest * (number + 1) / (kills + 1))
