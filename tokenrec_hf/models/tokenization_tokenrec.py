@@ -110,6 +110,7 @@ class TokenRecTokenizer(TokenizersBackend):
         self.space_ids, self.on_unknown, self.allow_code_text = dict(space_ids or {}), on_unknown, allow_code_text
         self._transient = _Transient()
         own = {name: getattr(self, name) for name in ("codebooks", "space_ids", "on_unknown", "allow_code_text")}
+        kwargs.pop("added_tokens_decoder", None)  # tokenizer.json has them; copying them took most of the time
         super().__init__(*args, **own, **kwargs)
         for kind in LETTERS:
             sizes = self.codebooks.get(kind, [])
