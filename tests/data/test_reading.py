@@ -269,6 +269,12 @@ def test_small_times_of_a_file_without_header_are_its_fourth_column(tmp_path):
     assert tuples(load_interactions(path)) == [("u", "b", 1), ("u", "c", 2), ("u", "a", 3)]
 
 
+def test_a_file_of_two_lines_without_header_loses_neither(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("1,2\n1,3\n")
+    assert load_interactions(path)["item_id"] == ["2", "3"]
+
+
 def test_text_without_header_is_read_by_the_numbers_of_its_columns(tmp_path):
     path = tmp_path / "a.tsv"
     path.write_text("alice\tx\tmatrix\nbob\tx\talien\n")

@@ -144,7 +144,7 @@ class StopEarly(EarlyStoppingCallback):
     """Early stopping that saves no checkpoint where it ends training: from there, too, Trainer would continue."""
 
     def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
     ) -> None:
         """Counts the evaluation, and ends training."""
         super().on_evaluate(args, state, control, metrics, **kwargs)
