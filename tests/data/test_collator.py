@@ -241,6 +241,15 @@ def test_a_user_without_history_is_evaluated_with_a_prompt_without_history(token
     assert prompt_tokens(batch, 0) in [tokens_of(tokenizer, one, 0, ()) for one in USER_ONLY_TEMPLATES]
 
 
+def test_the_shortest_history_is_shown(tokenizer):
+    collator = make_collator(tokenizer, [[5]] * NUM_USERS)
+    batch = evaluation_batch(collator, [0, 1])
+    assert [history_of(collator, batch, row) for row in (0, 1)] == [[5], [5]]
+    collator = make_collator(tokenizer, [[5, 6]] * NUM_USERS)
+    batch = training_batch(collator, range(NUM_USERS))
+    assert {len(history_of(collator, batch, row)) for row in range(NUM_USERS)} == {0, 1}
+
+
 def test_without_a_template_for_it_an_empty_history_leaves_the_words_around_it(tokenizer):
     collator = make_collator(tokenizer, [[5]] * NUM_USERS, templates=HISTORY_TEMPLATES[:1])
     batch = training_batch(collator, range(NUM_USERS))

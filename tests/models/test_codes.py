@@ -14,6 +14,7 @@ from tokenrec_hf.models.codes import (
     IdIndex,
     atomic_write,
     check_ids,
+    flush_names,
     load_indexes,
     load_tables,
     read_json,
@@ -297,6 +298,17 @@ def test_what_is_written_is_on_the_disk_before_it_gets_its_name(tmp_path, monkey
     with atomic_write(tmp_path / "a") as path:
         path.write_text("new")
     assert calls == ["fsync", "replace", "fsync"]
+
+
+def test_flushing_a_folder_leaves_no_file_open(tmp_path):
+    def next_free():
+        handle = os.open(tmp_path, os.O_RDONLY)
+        os.close(handle)
+        return handle
+
+    before = next_free()
+    flush_names(tmp_path)
+    assert next_free() == before
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe"])
