@@ -2,8 +2,10 @@ import os
 import pickle
 import unicodedata
 
+import httpx
 import numpy as np
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +17,7 @@ from tokenrec_hf.models.codes import (
     atomic_write,
     check_ids,
     flush_names,
+    hub_errors,
     load_indexes,
     load_tables,
     read_json,
@@ -267,6 +270,17 @@ def test_a_table_without_some_ids_keeps_the_others_and_their_codes(tables):
     assert tables["item"].index.ids() == ["x", "y", "z"]
     # Once the other of two equal tuples has gone, the tuple names one id.
     assert left.owners(np.array([[0, 299, 1]])).tolist() == [1]
+
+
+# ---- the Hub
+
+
+@pytest.mark.parametrize(("status", "advice"), [(401, "hf auth login"), (403, "hf auth login"), (500, "try again")])
+def test_a_refusal_of_the_hub_says_what_to_do(status, advice):
+    response = httpx.Response(status, request=httpx.Request("POST", "https://hub.example"))
+    says = f"the Hub refused own/demo with status {status} .*{advice}"
+    with pytest.raises(OSError, match=says), hub_errors("own/demo", None):
+        raise HfHubHTTPError("no", response=response)
 
 
 # ---- files

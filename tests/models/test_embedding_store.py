@@ -501,6 +501,48 @@ def test_threads_that_read_see_every_write_whole(store):
     assert not wrong
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda store, _: store.upsert("item", ["i0"], torch.ones(1, DIM)),
+        lambda store, _: store.delete("item", ["i0"]),
+        lambda store, _: store.get("item", ["i0"]),
+        lambda store, _: store.vectors("item"),
+        lambda store, _: store.rows("item", ["i0"]),
+        lambda store, _: store.ids("item"),
+        lambda store, _: store.count("item"),
+        lambda store, _: store.set_seen(["u0"], [["i0"]]),
+        lambda store, _: store.add_seen(["u0"], [["i0"]]),
+        lambda store, _: store.seen(["u0"]),
+        lambda store, _: store.popular(1),
+        lambda store, _: store.metadata(["i0"]),
+        lambda store, _: store.allowed({"genre": "jazz"}),
+        lambda store, _: store.search(torch.ones(1, DIM), 1),
+        lambda store, folder: store.save_pretrained(folder),
+    ],
+)
+def test_a_call_waits_for_that_of_another_thread_to_end(store, call, tmp_path, monkeypatch):
+    begun, may_end = threading.Event(), threading.Event()
+
+    def checked(given, _):
+        begun.set()
+        may_end.wait()
+        return given
+
+    monkeypatch.setattr(module, "check_metadata", checked)
+    writer = threading.Thread(target=store.set_metadata, args=(["i0"], [{"genre": "jazz"}]))
+    reader = threading.Thread(target=call, args=(store, tmp_path))
+    writer.start()
+    begun.wait()
+    reader.start()
+    reader.join(0.05)
+    waits = reader.is_alive()
+    may_end.set()
+    reader.join()
+    writer.join()
+    assert waits
+
+
 STREAM = """
 import sys, torch
 from tokenrec_hf.models.embedding_store import EmbeddingStore
@@ -903,6 +945,7 @@ def test_bounds_that_do_not_fit_the_values_are_not_valid(indptr):
     assert not Ragged(np.array(indptr, dtype=np.int64), np.array([0, 1], dtype=np.int32)).is_valid(2)
     assert Ragged(np.array([0, 0, 2]), np.array([0, 1], dtype=np.int32)).is_valid(2)
     assert not Ragged(np.array([0, 0, 2]), np.array([0, 2], dtype=np.int32)).is_valid(2)
+    assert not Ragged(np.array([[0, 2]]), np.array([[0, 1]], dtype=np.int32)).is_valid(2)
 
 
 # ---- exact search

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, DatasetDict, concatenate_datasets
 from transformers import T5Config, T5ForConditionalGeneration
 
 from tokenrec_hf.cli.app import main
@@ -668,6 +668,12 @@ def test_the_forecast_counts_the_most_steps_of_each_stage(demo_splits, trained_r
     settings = tiny_recipe.changed(**{"retrieval.most_steps": 40, "mq_tokenizer.config.residual": True})
     assert "MQ-Tokenizers by k-means, T5 of at most 32 steps;" in forecast(demo_splits, settings)
     best = forecast(demo_splits, Recipe.load("best"))
+    # Of histories, whom a single interaction is known of has nothing to learn from.
+    single = Dataset.from_dict({"user_id": [f"n{n}" for n in range(5_000)], "item_id": ["f001"] * 5_000})
+    more = DatasetDict(
+        {"train": concatenate_datasets([demo_splits["train"].select_columns(single.column_names), single])}
+    )
+    assert "fism of at most 640 steps" in forecast(more, Recipe.load("best"))
     assert forecast(demo_splits, tiny_recipe, NewVectors([], torch.empty(0, 2))).startswith(
         "Training: MQ-Tokenizers of 300"
     )

@@ -89,6 +89,17 @@ def test_with_fism_users_are_what_they_have_had_by_now(fism_repository, tmp_path
     check_codes(folder)
 
 
+def test_with_fism_an_item_that_nobody_has_had_is_no_part_of_histories(fism_repository, tmp_path):
+    folder = shutil.copytree(fism_repository, tmp_path / "repository")
+    store = EmbeddingStore.open(folder)
+    Repository(folder).add(
+        items=NewVectors(["silent"], store.vectors("item")[:1]),
+        interactions=interactions(("new", store.ids("item")[0])),
+    )
+    assert load_history_encoder(folder).encode([["silent"]])[1].tolist() == [False]
+    check_codes(folder)
+
+
 def test_with_fism_a_new_item_says_something_of_those_who_have_it(fism_repository, tmp_path):
     folder = shutil.copytree(fism_repository, tmp_path / "repository")
     before = EmbeddingStore.open(folder)
