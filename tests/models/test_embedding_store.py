@@ -501,6 +501,33 @@ def test_threads_that_read_see_every_write_whole(store):
     assert not wrong
 
 
+class Slowly(list):
+    """A list that is read once it may be."""
+
+    def __init__(self, values):
+        super().__init__(values)
+        self.begun, self.may_end = threading.Event(), threading.Event()
+
+    def __iter__(self):
+        self.begun.set()
+        self.may_end.wait()
+        return super().__iter__()
+
+
+def is_kept_waiting(call, given, other):
+    """Whether a call does not end while another one reads `given`."""
+    first, second = threading.Thread(target=other), threading.Thread(target=call)
+    first.start()
+    given.begun.wait()
+    second.start()
+    second.join(0.05)
+    waits = second.is_alive()
+    given.may_end.set()
+    first.join()
+    second.join()
+    return waits
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -521,26 +548,15 @@ def test_threads_that_read_see_every_write_whole(store):
         lambda store, folder: store.save_pretrained(folder),
     ],
 )
-def test_a_call_waits_for_that_of_another_thread_to_end(store, call, tmp_path, monkeypatch):
-    begun, may_end = threading.Event(), threading.Event()
+def test_a_call_waits_for_that_of_another_thread_to_end(store, call, tmp_path):
+    metadata = Slowly([{"genre": "jazz"}])
+    assert is_kept_waiting(lambda: call(store, tmp_path), metadata, lambda: store.set_metadata(["i0"], metadata))
 
-    def checked(given, _):
-        begun.set()
-        may_end.wait()
-        return given
 
-    monkeypatch.setattr(module, "check_metadata", checked)
-    writer = threading.Thread(target=store.set_metadata, args=(["i0"], [{"genre": "jazz"}]))
-    reader = threading.Thread(target=call, args=(store, tmp_path))
-    writer.start()
-    begun.wait()
-    reader.start()
-    reader.join(0.05)
-    waits = reader.is_alive()
-    may_end.set()
-    reader.join()
-    writer.join()
-    assert waits
+@pytest.mark.parametrize("name", ["set_seen", "add_seen"])
+def test_other_calls_wait_for_changes_of_seen_items(store, name):
+    lists = Slowly([["i0"]])
+    assert is_kept_waiting(lambda: store.count("item"), lists, lambda: getattr(store, name)(["u0"], lists))
 
 
 STREAM = """
