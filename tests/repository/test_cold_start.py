@@ -335,6 +335,15 @@ def test_info_counts_additions_and_tells_when_to_retrain(repository):
     assert "100 items were added to 300" in Repository(repository).info()["retraining_due"]
 
 
+@pytest.mark.parametrize(("error", "is_due"), [(0.15, False), (0.25, True)])
+def test_codes_that_lost_almost_nothing_in_training_may_lose_a_little(repository, error, is_due):
+    metrics = json.loads((repository / "metrics.json").read_text())
+    metrics["codes"]["item"]["reconstruction_error"] = 0.001
+    (repository / "metrics.json").write_text(json.dumps(metrics))
+    (repository / "additions.json").write_text(json.dumps({"item": {"count": 1, "reconstruction_error": error}}))
+    assert bool(Repository(repository).info()["retraining_due"]) == is_due
+
+
 def test_codes_of_cold_start_items_of_fism_are_no_reason_to_retrain(fism_repository, tmp_path):
     folder = shutil.copytree(fism_repository, tmp_path / "repository")
     store = EmbeddingStore.open(folder)
