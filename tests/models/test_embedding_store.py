@@ -745,6 +745,10 @@ def cut_off(path):
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def append(path):
+    path.write_bytes(path.read_bytes() + b"more")
+
+
 def flip_a_bit(path):
     content = bytearray(path.read_bytes())
     content[-20] ^= 1
@@ -753,7 +757,12 @@ def flip_a_bit(path):
 
 @pytest.mark.parametrize(
     ("harm", "why"),
-    [(os.remove, "is missing"), (cut_off, "bytes instead of"), (flip_a_bit, "not the saved one")],
+    [
+        (os.remove, "is missing"),
+        (cut_off, "bytes instead of"),
+        (append, "bytes instead of"),
+        (flip_a_bit, "not the saved one"),
+    ],
 )
 @pytest.mark.parametrize("kind", ["users", "items"])
 def test_a_harmed_data_file_is_named(store, tmp_path, kind, harm, why):
