@@ -21,6 +21,7 @@ from tokenrec_hf.models.prompts import (
     render,
 )
 from tokenrec_hf.training.initialization import build_tokenizer
+from tokenrec_hf.training.recipe import Recipe
 
 MODELS = Path(os.environ.get("TOKENREC_MODELS_DIR") or Path(__file__).parents[3] / "shared" / "models")
 REAL = MODELS / "t5_tokenizer" / "spiece.model"
@@ -240,6 +241,15 @@ def test_a_user_without_history_is_evaluated_with_a_prompt_without_history(token
     assert prompt_tokens(batch, 0) in [tokens_of(tokenizer, one, 0, ()) for one in USER_ONLY_TEMPLATES]
 
 
+def test_the_shortest_history_is_shown(tokenizer):
+    collator = make_collator(tokenizer, [[5]] * NUM_USERS)
+    batch = evaluation_batch(collator, [0, 1])
+    assert [history_of(collator, batch, row) for row in (0, 1)] == [[5], [5]]
+    collator = make_collator(tokenizer, [[5, 6]] * NUM_USERS)
+    batch = training_batch(collator, range(NUM_USERS))
+    assert {len(history_of(collator, batch, row)) for row in range(NUM_USERS)} == {0, 1}
+
+
 def test_without_a_template_for_it_an_empty_history_leaves_the_words_around_it(tokenizer):
     collator = make_collator(tokenizer, [[5]] * NUM_USERS, templates=HISTORY_TEMPLATES[:1])
     batch = training_batch(collator, range(NUM_USERS))
@@ -267,6 +277,12 @@ def test_the_latest_items_that_fit_are_kept_and_never_a_part_of_one(tokenizer, t
             kept = kept[1:]
         assert history_of(collator, batch, row) == kept
         assert prompt_tokens(batch, row) == tokens_of(tokenizer, template, user, kept)
+
+
+def test_a_history_is_by_default_as_long_as_in_the_recipes(tokenizer):
+    collator = make_collator(tokenizer, [[*range(NUM_ITEMS)] * 3] * NUM_USERS, max_length=2048)
+    batch = evaluation_batch(collator, [0])
+    assert len(history_of(collator, batch, 0)) == Recipe.load("paper").prompts.max_history < 3 * NUM_ITEMS
 
 
 @pytest.mark.parametrize("max_length", [40, 61])

@@ -77,6 +77,7 @@ TABLE = [
     ("CSV with tabs", "a.csv", lines("\t"), {}),
     ("CSV with bars", "a.csv", lines("|"), {}),
     ("CSV without a header", "a.csv", lines(",", header=None), {}),
+    ("CSV without a header, times before ratings", "a.csv", lines(",", header=None, rows=[(u, i, t, r) for u, i, r, t in ROWS]), {}),
     ("CSV without a header, columns by number", "a.csv", lines(",", header=None), NUMBERS),
     ("CSV with a header, columns by number", "a.csv", lines(",", header=("who", "what", "stars!", "at")), NUMBERS),
     ("CSV with names of its own", "a.csv", lines(",", header=("wer", "was", "wie", "wann")), {"user_column": "wer", "item_column": "was", "timestamp_column": "wann"}),
@@ -99,6 +100,7 @@ TABLE = [
     ("text with spaces, without a header", "a.txt", lines(" ", header=None), {}),
     ("text with bars, without a header", "a.log", lines("|", header=None), {}),
     ("a file without extension", "ratings", lines(","), {}),
+    ("a file without extension, with bars in a column", "ratings", lines(",", header=("user_id", "item_id", "no|te", "timestamp"), rows=[(u, i, "5|6", t) for u, i, _, t in ROWS]), {}),
     ("JSON lines", "a.jsonl", "\n".join(map(json.dumps, objects())), {}),
     ("a JSON array", "a.json", json.dumps(objects()), {}),
     ("a JSON array over several lines", "a.json", json.dumps(objects(), indent=2), {}),
@@ -269,6 +271,12 @@ def test_small_times_of_a_file_without_header_are_its_fourth_column(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("u,a,5,3\nu,b,4,1\nu,c,1,2\n")
     assert tuples(load_interactions(path)) == [("u", "b", 1), ("u", "c", 2), ("u", "a", 3)]
+
+
+def test_a_file_of_two_lines_without_header_loses_neither(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("1,2\n1,3\n")
+    assert load_interactions(path)["item_id"] == ["2", "3"]
 
 
 def test_text_without_header_is_read_by_the_numbers_of_its_columns(tmp_path):

@@ -188,6 +188,7 @@ def test_half_precision_and_gradients_are_accepted():
     [
         (torch.tensor([[0.0, 1.0], [0.0, torch.nan]]), [0, 0], None, "scores of row 1 hold NaN"),
         (torch.rand(2, 3), [0], None, r"scores have shape \[2, 3\] and targets \[1\]"),
+        (torch.rand(2, 3), [0, 1, 2], None, r"scores have shape \[2, 3\] and targets \[3\]"),
         (torch.rand(3), [0], None, r"scores have shape \[3\]"),
         (torch.rand(1, 3), [3], None, "targets names an item outside 0..2"),
         (torch.rand(1, 3), [-1], None, "targets names an item outside 0..2"),

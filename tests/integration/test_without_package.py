@@ -49,6 +49,13 @@ print(json.dumps({
     "found": recommend(requests, batch_size=batch_size, top_k=7),
 }))
 """
+HANDLE = """
+import json, runpy, sys
+from huggingface_hub import snapshot_download
+folder = snapshot_download(sys.argv[1])
+handler = runpy.run_path(f"{folder}/handler.py")["EndpointHandler"](folder)
+print(json.dumps(handler({"inputs": json.loads(sys.argv[2]), "parameters": {"top_k": 7}})))
+"""
 
 
 def requirements(names):
@@ -122,9 +129,11 @@ def test_a_stranger_gets_the_same_recommendations_from_the_hub(stranger, hub, tr
     Repository(shutil.copytree(trained_repository, tmp_path / "own")).push_to_hub(
         "tester/demo", private=True, include_users=True
     )
-    requests = json.dumps(local["requests"])
-    printed = stranger(RECOMMEND, "tester/demo", requests, BATCH, **hub.environment(tmp_path / "cache"))
+    requests, environment = json.dumps(local["requests"]), hub.environment(tmp_path / "cache")
+    printed = stranger(RECOMMEND, "tester/demo", requests, BATCH, **environment)
     assert printed == {name: local[name] for name in ("tokens", "queries", "found")}
+    handled = stranger(HANDLE, "tester/demo", json.dumps(local["requests"][0]), **environment)
+    assert [row["item"] for row in handled] == [row["item"] for row in local["found"][0]]
 
 
 def test_a_stranger_gets_for_a_history_what_its_user_gets_here(stranger, hub, fism_repository, tmp_path):

@@ -2,8 +2,10 @@ import os
 import pickle
 import unicodedata
 
+import httpx
 import numpy as np
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,6 +16,8 @@ from tokenrec_hf.models.codes import (
     IdIndex,
     atomic_write,
     check_ids,
+    flush_names,
+    hub_errors,
     load_indexes,
     load_tables,
     read_json,
@@ -268,6 +272,17 @@ def test_a_table_without_some_ids_keeps_the_others_and_their_codes(tables):
     assert left.owners(np.array([[0, 299, 1]])).tolist() == [1]
 
 
+# ---- the Hub
+
+
+@pytest.mark.parametrize(("status", "advice"), [(401, "hf auth login"), (403, "hf auth login"), (500, "try again")])
+def test_a_refusal_of_the_hub_says_what_to_do(status, advice):
+    response = httpx.Response(status, request=httpx.Request("POST", "https://hub.example"))
+    says = f"the Hub refused own/demo with status {status} .*{advice}"
+    with pytest.raises(OSError, match=says), hub_errors("own/demo", None):
+        raise HfHubHTTPError("no", response=response)
+
+
 # ---- files
 
 
@@ -297,6 +312,17 @@ def test_what_is_written_is_on_the_disk_before_it_gets_its_name(tmp_path, monkey
     with atomic_write(tmp_path / "a") as path:
         path.write_text("new")
     assert calls == ["fsync", "replace", "fsync"]
+
+
+def test_flushing_a_folder_leaves_no_file_open(tmp_path):
+    def next_free():
+        handle = os.open(tmp_path, os.O_RDONLY)
+        os.close(handle)
+        return handle
+
+    before = next_free()
+    flush_names(tmp_path)
+    assert next_free() == before
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe"])

@@ -501,6 +501,64 @@ def test_threads_that_read_see_every_write_whole(store):
     assert not wrong
 
 
+class Slowly(list):
+    """A list that is read once it may be."""
+
+    def __init__(self, values):
+        super().__init__(values)
+        self.begun, self.may_end = threading.Event(), threading.Event()
+
+    def __iter__(self):
+        self.begun.set()
+        self.may_end.wait()
+        return super().__iter__()
+
+
+def is_kept_waiting(call, given, other):
+    """Whether a call does not end while another one reads `given`."""
+    first, second = threading.Thread(target=other), threading.Thread(target=call)
+    first.start()
+    given.begun.wait()
+    second.start()
+    second.join(0.05)
+    waits = second.is_alive()
+    given.may_end.set()
+    first.join()
+    second.join()
+    return waits
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda store, _: store.upsert("item", ["i0"], torch.ones(1, DIM)),
+        lambda store, _: store.delete("item", ["i0"]),
+        lambda store, _: store.get("item", ["i0"]),
+        lambda store, _: store.vectors("item"),
+        lambda store, _: store.rows("item", ["i0"]),
+        lambda store, _: store.ids("item"),
+        lambda store, _: store.count("item"),
+        lambda store, _: store.set_seen(["u0"], [["i0"]]),
+        lambda store, _: store.add_seen(["u0"], [["i0"]]),
+        lambda store, _: store.seen(["u0"]),
+        lambda store, _: store.popular(1),
+        lambda store, _: store.metadata(["i0"]),
+        lambda store, _: store.allowed({"genre": "jazz"}),
+        lambda store, _: store.search(torch.ones(1, DIM), 1),
+        lambda store, folder: store.save_pretrained(folder),
+    ],
+)
+def test_a_call_waits_for_that_of_another_thread_to_end(store, call, tmp_path):
+    metadata = Slowly([{"genre": "jazz"}])
+    assert is_kept_waiting(lambda: call(store, tmp_path), metadata, lambda: store.set_metadata(["i0"], metadata))
+
+
+@pytest.mark.parametrize("name", ["set_seen", "add_seen"])
+def test_other_calls_wait_for_changes_of_seen_items(store, name):
+    lists = Slowly([["i0"]])
+    assert is_kept_waiting(lambda: store.count("item"), lists, lambda: getattr(store, name)(["u0"], lists))
+
+
 STREAM = """
 import sys, torch
 from tokenrec_hf.models.embedding_store import EmbeddingStore
@@ -687,6 +745,10 @@ def cut_off(path):
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def append(path):
+    path.write_bytes(path.read_bytes() + b"more")
+
+
 def flip_a_bit(path):
     content = bytearray(path.read_bytes())
     content[-20] ^= 1
@@ -695,7 +757,12 @@ def flip_a_bit(path):
 
 @pytest.mark.parametrize(
     ("harm", "why"),
-    [(os.remove, "is missing"), (cut_off, "bytes instead of"), (flip_a_bit, "not the saved one")],
+    [
+        (os.remove, "is missing"),
+        (cut_off, "bytes instead of"),
+        (append, "bytes instead of"),
+        (flip_a_bit, "not the saved one"),
+    ],
 )
 @pytest.mark.parametrize("kind", ["users", "items"])
 def test_a_harmed_data_file_is_named(store, tmp_path, kind, harm, why):
@@ -903,6 +970,7 @@ def test_bounds_that_do_not_fit_the_values_are_not_valid(indptr):
     assert not Ragged(np.array(indptr, dtype=np.int64), np.array([0, 1], dtype=np.int32)).is_valid(2)
     assert Ragged(np.array([0, 0, 2]), np.array([0, 1], dtype=np.int32)).is_valid(2)
     assert not Ragged(np.array([0, 0, 2]), np.array([0, 2], dtype=np.int32)).is_valid(2)
+    assert not Ragged(np.array([[0, 2]]), np.array([[0, 1]], dtype=np.int32)).is_valid(2)
 
 
 # ---- exact search

@@ -182,6 +182,12 @@ def test_while_training_the_squared_norm_of_the_tables_is_added(interactions):
         assert added.item() == pytest.approx(0.5 * squares / 2 / len(USERS), rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", COLLABORATIVE_MODELS)
+def test_no_item_of_a_fresh_model_was_added_later(interactions, kind):
+    model = COLLABORATIVE_MODELS[kind]
+    assert model.from_interactions(model.config_class(embedding_dim=DIM), interactions).config.num_folded_items == 0
+
+
 def test_without_labels_there_is_no_loss(interactions):
     model = light_gcn(interactions)
     output = model(user_ids=USERS)

@@ -623,8 +623,9 @@ def test_preparing_with_no_vectors_is_refused():
 
 
 def test_codes_that_do_not_exist_are_refused():
-    with pytest.raises(ValueError, match=r"codes must be in \[0, 8\) but range from 0 to 8"):
-        tiny().decode(torch.tensor([[0, 1, 8]]))
+    for code in (8, 9):
+        with pytest.raises(ValueError, match=rf"codes must be in \[0, 8\) but range from 0 to {code}"):
+            tiny().decode(torch.tensor([[0, 1, code]]))
     with pytest.raises(ValueError, match=r"range from -1 to 1"):
         tiny().decode(torch.tensor([[0, 1, -1]]))
     with pytest.raises(ValueError, match=r"shape \(1, 2\) but the MQ-Tokenizer expects \[n, 3\]"):

@@ -192,6 +192,13 @@ def test_a_wording_that_names_a_user_is_refused_where_none_can_be_made_of_the_hi
         recommend({"history": ["f001"]}, prompt="For {user} please.")
 
 
+def test_with_fism_a_user_with_a_history_stays_this_user(fism_repository):
+    recommend = pipeline("generative-retrieval", model=str(fism_repository))
+    found = recommend([{"user": user, "history": ["f001", "f002"]} for user in ("u001", "u002")], top_k=200)
+    one, other = ({row["item"]: row["score"] for row in rows} for rows in found)
+    assert all(one[item] != other[item] for item in one.keys() & other.keys())
+
+
 def test_with_fism_a_history_alone_gets_what_its_user_would(fism_repository):
     recommend = pipeline("generative-retrieval", model=str(fism_repository))
     store = recommend.recommender.store

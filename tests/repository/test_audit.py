@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -21,6 +22,7 @@ from tokenrec_hf import (
     temporal_split,
 )
 from tokenrec_hf.cli.app import main
+from tokenrec_hf.data.interaction_matrix import InteractionMatrix
 from tokenrec_hf.data.splits import index_splits
 from tokenrec_hf.evaluation.variants import VARIANTS
 from tokenrec_hf.models.codes import load_indexes
@@ -281,7 +283,8 @@ def test_prompts_that_show_the_target_are_found(trained_repository, monkeypatch)
 
     monkeypatch.setattr(module, "index_splits", leaking)
     failed = outcomes(trained_repository, False)
-    assert set(failed) == {("refit", "prompts")} and "the test items of" in failed["refit", "prompts"]
+    assert set(failed) == {("refit", "prompts")}
+    assert re.search(r"the test items of [1-9]\d\d of them", failed["refit", "prompts"])
 
 
 @pytest.mark.parametrize("name", [name for name, one in VARIANTS.items() if one.templates[0].uses_history])
@@ -298,6 +301,29 @@ def test_all_wordings_of_each_kind_of_prompts_are_checked(trained_repository, mo
     monkeypatch.setattr(module, "evaluation_collator", leaking)
     failed = outcomes(trained_repository, False)
     assert set(failed) == {("refit", "prompts")} and "the test items of" in failed["refit", "prompts"]
+
+
+def test_prompts_that_show_what_was_never_in_the_history_are_found(trained_repository, monkeypatch):
+    honest = module.evaluation_collator
+
+    def strange(tokenizer, data, prompts, templates):
+        """As if one user had an item more."""
+        known, user = data.interactions, 7
+        other = np.setdiff1d(
+            np.arange(known.num_items), [*known.of(user), *data.holdout.targets[data.holdout.users == user]]
+        )
+        users, items = np.append(known.users, user), np.append(known.items, other[0])
+        return honest(
+            tokenizer,
+            replace(data, interactions=InteractionMatrix(users, items, known.num_users, known.num_items)),
+            prompts,
+            templates,
+        )
+
+    monkeypatch.setattr(module, "evaluation_collator", strange)
+    failed = outcomes(trained_repository, False)
+    assert "name 1 items that were not in the history before the test item, such as for" in failed["refit", "prompts"]
+    assert failed["refit", "prompts"].endswith(f"user {EmbeddingStore.open(trained_repository).ids('user')[7]!r}.")
 
 
 def test_items_are_read_back_from_prompts_as_the_tokenizer_wrote_them(trained_repository):

@@ -1,4 +1,5 @@
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +21,7 @@ from tokenrec_hf.models.recommender import Recommender
 from tokenrec_hf.models.tokenization_tokenrec import TokenRecTokenizer
 from tokenrec_hf.repository import build as training
 from tokenrec_hf.repository.build import build_collator, build_retrieval_model, train
-from tokenrec_hf.repository.repository import Repository
+from tokenrec_hf.repository.repository import PUSHED, Repository
 from tokenrec_hf.repository.update import NewVectors
 from tokenrec_hf.training import stages
 from tokenrec_hf.training.recipe import Recipe
@@ -658,3 +659,10 @@ def test_whether_order_counts_is_chosen_on_validation_and_cold_start_users_have_
     kept = load_indexes(tmp_path / "collaborative" / "ids.safetensors")["user"].ids()
     former = model.user_embeddings()[torch.from_numpy(rows["user"].rows(kept))]
     assert torch.allclose(left.user_embeddings(), former, atol=1e-6)
+
+
+def test_a_training_removes_what_interrupted_work_has_left(trained_repository, demo_splits, tiny_recipe, tmp_path):
+    folder = shutil.copytree(trained_repository, tmp_path / "repository")
+    (folder / f"{PUSHED}dead" / "repository").mkdir(parents=True)
+    repository = train(demo_splits, tiny_recipe, folder, dataset_name="demo")
+    assert not repository.leftovers()

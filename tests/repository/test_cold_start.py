@@ -89,6 +89,17 @@ def test_with_fism_users_are_what_they_have_had_by_now(fism_repository, tmp_path
     check_codes(folder)
 
 
+def test_with_fism_an_item_that_nobody_has_had_is_no_part_of_histories(fism_repository, tmp_path):
+    folder = shutil.copytree(fism_repository, tmp_path / "repository")
+    store = EmbeddingStore.open(folder)
+    Repository(folder).add(
+        items=NewVectors(["silent"], store.vectors("item")[:1]),
+        interactions=interactions(("new", store.ids("item")[0])),
+    )
+    assert load_history_encoder(folder).encode([["silent"]])[1].tolist() == [False]
+    check_codes(folder)
+
+
 def test_with_fism_a_new_item_says_something_of_those_who_have_it(fism_repository, tmp_path):
     folder = shutil.copytree(fism_repository, tmp_path / "repository")
     before = EmbeddingStore.open(folder)
@@ -322,6 +333,15 @@ def test_info_counts_additions_and_tells_when_to_retrain(repository):
     near = store.get("item", store.ids("item")[:100])
     Repository(repository).add(items=NewVectors([f"copy-{i}" for i in range(100)], near))
     assert "100 items were added to 300" in Repository(repository).info()["retraining_due"]
+
+
+@pytest.mark.parametrize(("error", "is_due"), [(0.15, False), (0.25, True)])
+def test_codes_that_lost_almost_nothing_in_training_may_lose_a_little(repository, error, is_due):
+    metrics = json.loads((repository / "metrics.json").read_text())
+    metrics["codes"]["item"]["reconstruction_error"] = 0.001
+    (repository / "metrics.json").write_text(json.dumps(metrics))
+    (repository / "additions.json").write_text(json.dumps({"item": {"count": 1, "reconstruction_error": error}}))
+    assert bool(Repository(repository).info()["retraining_due"]) == is_due
 
 
 def test_codes_of_cold_start_items_of_fism_are_no_reason_to_retrain(fism_repository, tmp_path):

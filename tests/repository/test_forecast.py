@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, concatenate_datasets
 
 from tokenrec_hf import Recipe, leave_one_out
 from tokenrec_hf.repository.forecast import forecast
@@ -27,6 +27,11 @@ def test_the_most_steps_of_each_stage_are_counted(demo_splits, tiny_recipe):
     assert [stage.length for stage in forecast(demo_splits, settings)[1:3]] == ["k-means", "at most 32 steps"]
     best = forecast(demo_splits, Recipe.load("best"))
     assert best[0].length == "at most 640 steps for each of 2 half-lives"
+    # Of histories, a single interaction is nothing to learn from.
+    single = Dataset.from_dict({"user_id": [f"n{n}" for n in range(5_000)], "item_id": ["f001"] * 5_000})
+    train = concatenate_datasets([demo_splits["train"].select_columns(single.column_names), single])
+    more = DatasetDict({**demo_splits, "train": train})
+    assert forecast(more, Recipe.load("best"))[0].length == best[0].length
     given = NewVectors(["i0"], torch.zeros(1, 8))
     assert forecast(demo_splits, Recipe.load("best"), given)[0].stage == "collaborative vectors (given)"
 

@@ -203,8 +203,8 @@ def test_a_push_takes_a_committed_change_along_and_sweeps_the_copy_of_a_killed_p
 def test_revisions_are_branches(hub, repository):
     Repository(repository).push_to_hub(NAME)
     main_branch = hub.files(NAME)
-    Repository(repository).push_to_hub(NAME, revision="with-users", include_users=True)
-    assert hub.files(NAME) == main_branch
+    Repository(repository).push_to_hub(NAME, revision="with-users", include_users=True, commit_message="Now with users")
+    assert hub.files(NAME) == main_branch and hub.repositories["model", NAME].messages[-1] == "Now with users"
     assert Recommender.from_pretrained(NAME, revision="with-users").store.count("user") > 0
     assert EmbeddingStore.from_pretrained(NAME, revision="with-users").count("user") > 0
     with pytest.raises(FileNotFoundError, match="the Hub repository tester/demo has no revision 'none'"):

@@ -13,6 +13,7 @@ import sys
 import time
 import uuid
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -588,6 +589,8 @@ def test_a_closed_database_can_be_opened_by_others_and_an_open_one_says_what_to_
     first = MilvusStore(uri, embedding_dim=DIM)
     second = MilvusStore(uri)
     first.close()
+    with pytest.raises(OSError, match="cannot be used"):
+        first.count("item")
     second.upsert("item", ["a"], torch.ones(1, DIM))
     # As another process would.
     with pytest.raises(DataDirLockedError):
@@ -603,3 +606,12 @@ def test_a_closed_database_can_be_opened_by_others_and_an_open_one_says_what_to_
     again = MilvusStore(uri)
     assert again.ids("item") == ["a"]
     again.close()
+
+
+def test_a_store_whose_making_was_cut_off_is_refused(tmp_path, monkeypatch):
+    uri = str(tmp_path / "lite.db")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(MilvusStore, "_write_about", Mock(side_effect=KeyboardInterrupt))
+        MilvusStore(uri, embedding_dim=DIM)
+    with pytest.raises(ValueError, match=r"the embedding store .* was not finished; drop its collections"):
+        MilvusStore(uri)

@@ -201,14 +201,17 @@ def test_a_learning_rate_that_breaks_a_model_is_named(run_stage, tmp_path, monke
 
 @pytest.fixture
 def scripted_metrics(monkeypatch):
-    """Validation results that are given, evaluation after evaluation, also across resumptions."""
+    """Validation results that are given, one for each state of the model in its order, also across resumptions."""
 
     def script(values):
-        seen = []
+        states, seen = [], []
 
-        def evaluate(*args, **kwargs):
-            seen.append(values[len(seen)])
-            return {"hr@20": 0.5, "ndcg@20": seen[-1]}
+        def evaluate(users, *args, **kwargs):
+            state = users.numpy().tobytes()
+            if state not in states:
+                states.append(state)
+                seen.append(values[len(seen)])
+            return {"hr@20": 0.5, "ndcg@20": seen[states.index(state)]}
 
         monkeypatch.setattr(stages, "evaluate_embeddings", evaluate)
         return seen
@@ -338,19 +341,24 @@ def test_early_stopping_goes_on_counting_after_an_interruption(
     assert result.epochs == 1.0
 
 
-def test_a_training_that_ended_early_and_was_cut_off_there_ends_the_same_in_a_moved_folder(
-    run_stage, data, scripted_metrics, tmp_path, monkeypatch
+@pytest.mark.parametrize(
+    ("patience", "script"),
+    [(3, [0.1, 0.3, 0.2, 0.3, 0.25]), (100, [0.1, 0.3, 0.2, 0.3, 0.25, 0.25, 0.2, 0.2])],
+    ids=["early", "in full"],
+)
+def test_a_training_that_was_cut_off_at_its_end_ends_the_same_in_another_folder(
+    run_stage, data, scripted_metrics, tmp_path, monkeypatch, patience, script
 ):
-    """It was cut off before the best checkpoint, which is not the last, was loaded."""
-    seen = scripted_metrics([0.1, 0.3, 0.2, 0.3, 0.25, 0.25, 0.9])
-    with monkeypatch.context() as patch, pytest.raises(PowerCut):
-        patch.setattr(stages._Trainer, "_load_best_model", lambda self: throw(PowerCut()))
-        run_stage("lightgcn", tmp_path / "here", patience=3, holdout=data.holdout)
-    best = load_file(tmp_path / "here" / "checkpoint-4" / "model.safetensors")
-    (tmp_path / "here").rename(tmp_path / "there")
-    result = run_stage("lightgcn", tmp_path / "there", patience=3, holdout=data.holdout)
-    # It ends at the same evaluation again.
-    assert len(seen) == 6 and result.epochs == 1.0
+    """It is cut off twice before the best checkpoint, which is not the last, is loaded, and moved each time."""
+    seen = scripted_metrics([*script, 0.9])
+    for name in ("first", "second"):
+        with monkeypatch.context() as patch, pytest.raises(PowerCut):
+            patch.setattr(stages._Trainer, "_load_best_model", lambda self: throw(PowerCut()))
+            run_stage("lightgcn", tmp_path / name, patience=patience, holdout=data.holdout)
+        (tmp_path / name).rename(tmp_path / ("second" if name == "first" else "third"))
+    best = load_file(tmp_path / "third" / "checkpoint-4" / "model.safetensors")
+    result = run_stage("lightgcn", tmp_path / "third", patience=patience, holdout=data.holdout)
+    assert seen == script and result.epochs == 1.0
     assert_equal_weights(weights(result), best)
 
 

@@ -139,8 +139,15 @@ class StopAt(TrainerCallback):
             # From a checkpoint of the last step, Trainer would continue with one step too many.
             control.should_save = False
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        """Saves nothing where early stopping ends training: from there, too, Trainer would continue."""
+
+class StopEarly(EarlyStoppingCallback):
+    """Early stopping that saves no checkpoint where it ends training: from there, too, Trainer would continue."""
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        """Counts the evaluation, and ends training."""
+        super().on_evaluate(args, state, control, metrics, **kwargs)
         if control.should_training_stop and state.global_step < state.max_steps:
             control.should_save = False
 
@@ -440,7 +447,7 @@ def _fit(
         callbacks.append(SetEpoch(dataset))
     if isinstance(settings, SelectedStageSettings):
         selects = evaluates
-        callbacks += [EarlyStoppingCallback(settings.patience)] * selects
+        callbacks += [StopEarly(settings.patience)] * selects
         if "num_train_epochs" in chosen:
             chosen["num_train_epochs"] = most / steps_per_epoch
     callbacks.append(StopAt(math.inf if epochs is None else max(1, round(epochs * steps_per_epoch))))
