@@ -8,7 +8,7 @@ import torch
 
 from tokenrec_hf.models import modeling_mq_tokenizer
 from tokenrec_hf.models.configuration_tokenrec import MQTokenizerConfig
-from tokenrec_hf.models.modeling_mq_tokenizer import MQTokenizerModel
+from tokenrec_hf.models.modeling_mq_tokenizer import MQTokenizerModel, first_least
 from tokenrec_hf.training.initialization import kmeans, prepare_mq_tokenizer
 
 SMALL = {"embedding_dim": 6, "num_codebooks": 3, "codebook_size": 8, "codebook_dim": 5, "hidden_dim": 10}
@@ -119,6 +119,13 @@ def test_each_encoder_is_an_own_mlp_with_three_hidden_layers():
         assert [layer.out_features for layer in encoder if hasattr(layer, "out_features")] == [10, 10, 10, 5]
     outputs, *_ = naive(model, array(x))
     assert np.allclose(model.quantise(x)[0].detach(), outputs, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_equal_distances_the_first_is_the_least(dtype):
+    values = torch.randint(0, 4, (3, 50, 9), generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = [[row.index(min(row)) for row in rows] for rows in values.tolist()]
+    assert first_least(values.requires_grad_()).tolist() == expected
 
 
 def test_codes_are_the_nearest_codewords_found_by_loops():

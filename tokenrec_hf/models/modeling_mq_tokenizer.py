@@ -238,7 +238,7 @@ class MQTokenizerModel(Loader, PreTrainedModel):
         books = self.codebooks.detach()
         for codebook, squares in zip(books, books.square().sum(-1)):
             residuals.append(x)
-            codes.append(torch.addmm(squares, x.detach(), codebook.T, alpha=-2).argmin(dim=-1))
+            codes.append(first_least(torch.addmm(squares, x.detach(), codebook.T, alpha=-2)))
             x = x - nn.functional.embedding(codes[-1], codebook)
         return torch.stack(residuals, dim=1), torch.stack(codes, dim=1)
 
@@ -295,7 +295,12 @@ class MQTokenizerModel(Loader, PreTrainedModel):
 def nearest(points: torch.Tensor, codebooks: torch.Tensor) -> torch.Tensor:
     """Indices of the nearest codewords: points `[K, B, d_c]`, codebooks `[K, L, d_c]`, LongTensor `[K, B]`."""
     squares = codebooks.square().sum(-1)[:, None, :]
-    return torch.baddbmm(squares, points, codebooks.transpose(1, 2), alpha=-2).argmin(dim=-1)
+    return first_least(torch.baddbmm(squares, points, codebooks.transpose(1, 2), alpha=-2))
+
+
+def first_least(values: torch.Tensor) -> torch.Tensor:
+    """The place of the least value in each row `[..., n]`, of equal ones the first; on a CPU, NumPy is many times as fast."""
+    return torch.from_numpy(values.detach().float().numpy().argmin(-1)) if values.is_cpu else values.argmin(dim=-1)
 
 
 MQTokenizerConfig.register_for_auto_class()
