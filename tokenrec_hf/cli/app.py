@@ -240,6 +240,7 @@ def train(
     """
     from ..training.recipe import Recipe, SettingError
 
+    _check_dataset(dataset)
     name = _dataset_name(dataset)
     _check_files(item_metadata=item_metadata, item_vectors=item_vectors)
     given = {} if seed is None else {"seed": seed}
@@ -326,7 +327,8 @@ def compare(
 ) -> Document:
     """Compare popularity, ItemKNN, EASE, iALS, LightGCN and SASRec, and a trained repository on its own test items.
 
-    The baselines are tuned on validation; LightGCN and SASRec take minutes. Differences have 95 % intervals by a paired bootstrap over users.
+    The baselines are tuned on validation; LightGCN and SASRec take minutes. Differences have 95 % intervals by a paired bootstrap
+    over users.
     """
     if (repository is None) == (dataset is None):
         raise UsageError("give either a repository, whose data are compared on, or --dataset for the baselines alone.")
@@ -338,7 +340,7 @@ def compare(
         _quiet()
         splits = opened.splits()
     else:
-        _dataset_name(str(dataset))
+        _check_dataset(str(dataset))
         splits, report = _read_splits(str(dataset), {**reading, "k_core": k_core}, split, at)
         note(report["summary"])
     from ..repository.comparison import compare
@@ -474,7 +476,7 @@ def add(
     opened = _open_local(repository)
     _check_files(users=users, items=items, item_metadata=item_metadata)
     if interactions:
-        _dataset_name(interactions)
+        _check_dataset(interactions)
     metadata = _item_metadata(item_metadata)
     from ..repository.update import read_vectors
 
@@ -706,19 +708,21 @@ def _check_files(**paths: str | None) -> None:
             raise FileNotFoundError(f"there is no file {path}; check --{name.replace('_', '-')}.")
 
 
-def _dataset_name(dataset: str) -> str:
-    """The name to record: without the local path, and with a slash for a folder, which may be named like a data set.
-
-    Raises:
-        FileNotFoundError: there is no such file and no such name.
-    """
+def _check_dataset(dataset: str) -> None:
+    """Reports a data set that is neither known nor a file, likewise."""
     from ..data.named_datasets import DATA_SOURCES, HUB, existing
 
-    if dataset.startswith(HUB):
+    if dataset not in ("demo", *DATA_SOURCES) and not dataset.startswith(HUB):
+        existing(dataset)
+
+
+def _dataset_name(dataset: str) -> str:
+    """The name to record: without the local path, and with a slash for a folder, which may be named like a data set."""
+    from ..data.named_datasets import DATA_SOURCES, HUB
+
+    if dataset in ("demo", *DATA_SOURCES) or dataset.startswith(HUB):
         return dataset.removeprefix(HUB)
-    if dataset in ("demo", *DATA_SOURCES):
-        return dataset
-    path = existing(dataset).resolve()
+    path = Path(dataset).expanduser().resolve()
     return path.name + "/" * path.is_dir()
 
 

@@ -33,19 +33,8 @@ logger = logging.getLogger(__name__)
 # Common column names in order of preference, in small letters and without other characters than letters and digits.
 _ALIASES = {
     "user": (
-        *(
-            "userid",
-            "user",
-            "uid",
-            "username",
-            "reviewerid",
-            "customerid",
-            "visitorid",
-            "memberid",
-            "accountid",
-            "clientid",
-        ),
-        *("sessionid", "customer", "member", "account", "client"),
+        *("userid", "user", "uid", "username", "reviewerid", "customerid", "visitorid", "memberid", "accountid"),
+        *("clientid", "sessionid", "customer", "member", "account", "client"),
     ),
     "item": (
         *("itemid", "item", "iid", "parentasin", "asin", "movieid", "artistid", "productid", "businessid", "bookid"),

@@ -42,14 +42,7 @@ class Baseline:
         self.epochs: int | None = None
 
     def fit(self, train: InteractionMatrix, validation: Holdout | None, epochs: int | None = None) -> None:
-        """Trains on `train`.
-
-        Args:
-            train: training interactions.
-            validation: held-out items; the weights of the best epoch by NDCG@20 are kept, and its number is stored in
-                `self.epochs`. None for a refit.
-            epochs: length of a refit.
-        """
+        """Trains on `train`; arguments as in [`~sequence.SequenceModel.fit`]."""
         raise NotImplementedError
 
     def scores(self, users: np.ndarray) -> torch.Tensor:
