@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from baselines.base import product_type
 from baselines.registry import load_baseline
 from datasets import DatasetDict
 from harness import CHANGES, TOKENREC, VECTORS
@@ -25,7 +26,7 @@ from records import Record, Records
 from tokenrec_hf import Recipe, leave_one_out, load_interactions, train
 from tokenrec_hf.data.splits import SPLITS, index_splits
 from tokenrec_hf.evaluation.baselines import evaluate_baseline
-from tokenrec_hf.evaluation.fitting import device, product_type
+from tokenrec_hf.evaluation.fitting import device
 from tokenrec_hf.evaluation.variants import VARIANTS
 
 # ru_maxrss is in bytes on macOS and in KiB everywhere else.

@@ -1,4 +1,4 @@
-"""Training of baselines by gradient: the loop, with early stopping on validation, the device and the type of products."""
+"""Training of baselines by gradient: the loop, with early stopping on validation, and the device."""
 
 from __future__ import annotations
 
@@ -17,12 +17,6 @@ from .metrics import ndcg
 def device() -> torch.device:
     """A GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def product_type() -> torch.dtype:
-    """The fastest type of matrix products on this CPU: bfloat16 if it has instructions for it, else float32."""
-    found = torch.cpu.get_capabilities()
-    return torch.bfloat16 if found.get("amx_bf16") or found.get("avx512_bf16") else torch.float32
 
 
 def train_epochs(

@@ -15,7 +15,8 @@ from torch import nn
 
 from ..data.interaction_matrix import InteractionMatrix
 from ..data.splits import Holdout
-from .fitting import device, product_type, train_epochs
+from ..models.losses import linear_cross_entropy
+from .fitting import device, train_epochs
 
 
 class SequenceModel:
@@ -136,7 +137,7 @@ class SASRec(SequenceModel):
     def loss(self, starts: np.ndarray, ends: np.ndarray, epoch: int) -> torch.Tensor:
         """See [`SequenceModel.loss`]."""
         hidden, targets = self.predictions(starts, ends)
-        return linear_cross_entropy(hidden, self.encoder.items.weight[: self.padding], targets)
+        return linear_cross_entropy(hidden, self.encoder.items.weight[: self.padding], targets) / len(targets)
 
     def predictions(self, starts: np.ndarray, ends: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Each item of the windows, except the first: the hidden state before it `[P, dim]`, and the item, int64 `[P]`."""
@@ -150,55 +151,6 @@ class SASRec(SequenceModel):
         items, lengths = self.histories(users, self.settings["max_length"])
         last = self.encoder(items)[torch.arange(len(items), device=items.device), lengths - 1]
         return last @ self.encoder.items.weight[: self.padding].T
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    """The gradient is computed along with the loss, block by block, so that the logits never leave the cache."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
-    ) -> torch.Tensor:
-        dtype = product_type()
-        low, low_weight = hidden.to(dtype), weight.to(dtype)
-        hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight)
-        loss = hidden.new_zeros(())
-        for start in range(0, len(hidden), 128):
-            block, target = low[start : start + 128], targets[start : start + 128, None]
-            logits = block @ low_weight.T
-            largest = logits.amax(dim=1, keepdim=True)
-            target_logits = logits.gather(1, target) - largest
-            exponentials = logits.sub_(largest).exp_()
-            total = exponentials.sum(dim=1, keepdim=True, dtype=torch.float32)
-            loss += (total.log() - target_logits).sum()
-            grad = exponentials.mul_(total.reciprocal().to(dtype))
-            grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
-            hidden_grad[start : start + 128] = grad @ low_weight
-            weight_grad += grad.T @ block
-        ctx.save_for_backward(hidden_grad / len(hidden), weight_grad / len(hidden))
-        return loss / len(hidden)
-
-    @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, grad: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, None]:
-        hidden_grad, weight_grad = ctx.saved_tensors
-        return grad * hidden_grad, grad * weight_grad, None
-
-
-def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """`cross_entropy(hidden @ weight.T, targets)` over a whole catalogue, on a CPU with products in `product_type()`.
-
-    Faster there than the plain expression, because the logits of a whole catalogue exceed the caches.
-
-    Args:
-        hidden: `[P, d]`.
-        weight: `[num_items, d]`.
-        targets: int64 `[P]`.
-    """
-    if hidden.is_cuda:
-        return F.cross_entropy(hidden @ weight.T, targets)
-    return _LinearCrossEntropy.apply(hidden, weight, targets)
 
 
 class FastDropout(nn.Module):

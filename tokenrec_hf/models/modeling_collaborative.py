@@ -26,6 +26,7 @@ from transformers.utils import ModelOutput
 
 from .codes import STORE_FOLDER, IdIndex, current, load_indexes, read_json, read_whole, save_indexes
 from .configuration_tokenrec import CollaborativeConfig, FISMConfig, LightGCNConfig, Loader, MatrixFactorizationConfig
+from .losses import linear_cross_entropy, unit
 
 if TYPE_CHECKING:
     from typing import Self
@@ -230,9 +231,9 @@ class MatrixFactorizationModel(CollaborativeModel):
             positive = (user * F.embedding(labels, items)).sum(-1, keepdim=True)  # [B, 1]
             negative = torch.einsum("bd,bmd->bm", user, F.embedding(negative_ids, items))  # [B, m]
             return -F.logsigmoid(positive - negative).mean()
-        user, items = F.normalize(user, dim=-1), F.normalize(items, dim=-1)
+        user, items = unit(user), unit(items)
         if negative_ids is None:
-            return F.cross_entropy(user @ items.T / self.config.temperature, labels)  # over [B, num_items]
+            return linear_cross_entropy(user / self.config.temperature, items, labels) / len(user)
         candidates = torch.cat([labels[:, None], negative_ids], dim=1)  # [B, 1 + m], the positive first
         scores = torch.einsum("bd,bmd->bm", user, F.embedding(candidates, items)) / self.config.temperature
         return F.cross_entropy(scores, torch.zeros_like(labels))
@@ -396,15 +397,15 @@ class FISMModel(CollaborativeModel):
             users = self.history_vectors(history_rows, history_items, history_ages, len(user_ids), dropout_rate)
         if labels is None:
             return CollaborativeOutput(user_embeds=users)
-        scores = users @ F.normalize(self.item_table.weight, dim=-1).T / self.config.temperature  # [B, num_items]
-        if history_rows is not None and history_items is not None:
-            scores = scores.index_put((history_rows, history_items), scores.new_tensor(-torch.inf))
         labels = labels.view(len(labels), -1)  # [B, P]
-        valid = labels >= 0
-        terms = scores.logsumexp(dim=-1, keepdim=True) - scores.gather(1, labels.clamp(min=0))
-        terms = terms.masked_fill(~valid, 0)  # [B, P]
-        counts = valid.sum(dim=1).clamp(min=1)
-        loss = (terms.sum(dim=1) / counts.sqrt()).sum() / counts.sqrt().sum()
+        weights = (labels >= 0).sum(dim=1).clamp(min=1).sqrt()
+        loss = linear_cross_entropy(
+            users / self.config.temperature,
+            unit(self.item_table.weight),
+            labels,
+            weights=weights / weights.sum(),
+            excluded=None if history_rows is None or history_items is None else (history_rows, history_items),
+        )
         return CollaborativeOutput(loss=loss, user_embeds=users)
 
 

@@ -21,13 +21,12 @@ from transformers.models.t5.modeling_t5 import T5PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_tokenrec import Loader, T5GenerativeRetrievalConfig
+from .losses import linear_cross_entropy, unit
 
 # Prompts of up to this number of tokens are encoded together.
 SHORT_PROMPT = 32
 # Items whose learned part is computed at once.
 ITEM_CHUNK = 65_536
-# Logits of a softmax over all items that are computed at once on a CPU: they fit into its cache.
-LOGITS = 1 << 19
 
 
 @dataclass
@@ -98,36 +97,6 @@ class _CodeSums(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         items, offsets = ctx.saved_tensors
         return F.embedding_bag(items, grad.contiguous(), offsets, mode="sum"), None, None, None
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    """`cross_entropy(x @ y.T, targets, reduction="sum")` of x `[n, w]` and y `[m, w]`, in blocks of rows.
-
-    The gradients are computed along with the loss, so that the logits of a block never leave the cache.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, y: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        loss, x_grad, y_grad = x.new_zeros(()), torch.empty_like(x), torch.zeros_like(y)
-        size = max(1, LOGITS // len(y))
-        memory = x.new_empty(size * len(y))
-        for rows, target, grad in zip(x.split(size), targets[:, None].split(size), x_grad.split(size)):
-            logits = torch.mm(rows, y.T, out=memory[: len(rows) * len(y)].view(len(rows), -1))
-            loss -= logits.gather(1, target).sum()
-            largest = logits.amax(dim=1, keepdim=True)
-            total = logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
-            loss += (total.log() + largest).sum()
-            logits.mul_(1 / total).scatter_add_(1, target, logits.new_full(target.shape, -1))
-            torch.mm(logits, y, out=grad)
-            if ctx.needs_input_grad[1]:
-                y_grad.addmm_(logits.T, rows)
-        ctx.save_for_backward(x_grad, y_grad)
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        x_grad, y_grad = ctx.saved_tensors
-        return grad * x_grad, grad * y_grad, None
 
 
 class ProjectionLinear(nn.Linear):
@@ -263,7 +232,7 @@ class T5ForGenerativeRetrieval(Loader, T5PreTrainedModel):
         else:
             # A bag needs a ninth of the time of a sum, and no memory for its summands.
             summed = F.embedding_bag(tokens, embed.weight, mode="sum")
-        return F.normalize(summed.float(), dim=-1)
+        return unit(summed.float())
 
     def encode_queries(
         self,
@@ -423,9 +392,7 @@ class T5ForGenerativeRetrieval(Loader, T5PreTrainedModel):
     ) -> torch.Tensor:
         """The sum of -log softmax of x . y_j, of predictions x `[n, w]` and their items `[n]`. Without negatives all items compete."""
         if negative_ids is None:
-            if predictions.is_cuda or not torch.is_grad_enabled():
-                return F.cross_entropy(predictions @ self._competitors().T, targets, reduction="sum")
-            return _LinearCrossEntropy.apply(predictions, self._competitors(), targets)
+            return linear_cross_entropy(predictions, self._competitors(), targets)
         negatives = negative_ids.flatten()
         scores = predictions @ self._competitors(negatives).T  # [n, B * m]
         scores = scores.masked_fill(negatives == targets[:, None], float("-inf"))

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from tokenrec_hf.evaluation.fitting import device
-from tokenrec_hf.evaluation.sequence import SequenceModel, linear_cross_entropy, padded
+from tokenrec_hf.evaluation.sequence import SequenceModel, padded
+from tokenrec_hf.models.losses import linear_cross_entropy
 
 from .base import Baseline
 
@@ -63,7 +64,8 @@ class BERT4Rec(SequenceModel, Baseline):
             self.settings["last_only"],
         )
         hidden = self.encoder(items.masked_fill(masked, self.padding + 1))[masked]
-        return linear_cross_entropy(hidden, self.encoder.items.weight[: self.padding], items[masked])
+        targets = items[masked]
+        return linear_cross_entropy(hidden, self.encoder.items.weight[: self.padding], targets) / len(targets)
 
     @torch.no_grad()
     def scores(self, users: np.ndarray) -> torch.Tensor:

@@ -24,12 +24,12 @@ from transformers.masking_utils import create_bidirectional_mask, create_causal_
 from tokenrec_hf.data.interaction_matrix import InteractionMatrix
 from tokenrec_hf.data.splits import Holdout
 from tokenrec_hf.data.stateless_random import bounded, stateless_random
-from tokenrec_hf.evaluation.fitting import device, product_type, train_epochs
+from tokenrec_hf.evaluation.fitting import device, train_epochs
 from tokenrec_hf.evaluation.sequence import FastDropout
 from tokenrec_hf.models.prompts import HISTORY_TEMPLATES
 from tokenrec_hf.training.initialization import load_t5_tokenizer
 
-from .base import Baseline
+from .base import Baseline, product_type
 from .beam_search import IdTrie, beam_search
 from .item_ids import BASE, collaborative_ids, numbers_as_symbols, random_ids, sequential_ids
 

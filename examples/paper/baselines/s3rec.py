@@ -15,7 +15,8 @@ from torch import nn
 
 from tokenrec_hf.data.interaction_matrix import InteractionMatrix
 from tokenrec_hf.evaluation.fitting import device
-from tokenrec_hf.evaluation.sequence import linear_cross_entropy, padded
+from tokenrec_hf.evaluation.sequence import padded
+from tokenrec_hf.models.losses import linear_cross_entropy
 
 from .bert4rec import cloze_mask
 from .sasrec import SASRec
@@ -64,7 +65,8 @@ class S3Rec(SASRec):
         lengths = torch.from_numpy(ends - starts).to(device())
         masked = cloze_mask(lengths, items.shape[1], MASK_PROBABILITY, last_only=0.0)
         hidden = self.encoder(items.masked_fill(masked, self.padding + 1))[masked]
-        loss = linear_cross_entropy(hidden, self.encoder.items.weight[: self.padding], items[masked])
+        targets = items[masked]
+        loss = linear_cross_entropy(hidden, self.encoder.items.weight[: self.padding], targets) / len(targets)
 
         first, length = segments(lengths)
         position = torch.arange(items.shape[1], device=items.device)
