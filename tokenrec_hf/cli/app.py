@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
@@ -49,19 +49,21 @@ from .arguments import (
     repeat_options,
 )
 from .hints import check_filters, suggestions
-from .naming import code_tokens, item_titles, known_titles
+from .inputs import (
+    check_dataset,
+    check_files,
+    dataset_name,
+    external_store,
+    open_local,
+    open_recommender,
+    open_repository,
+    quiet,
+    read_data,
+    read_metadata,
+    read_splits,
+)
+from .naming import code_tokens, item_titles, known_titles, ranked, recommended
 from .output import Blocks, Document, note, working
-
-if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
-
-    from ..data.interactions import ReadingReport
-    from ..models.embedding_store import Store
-    from ..models.recommender import Recommendation, Recommender
-    from ..repository.repository import Repository
-    from ..repository.update import NewVectors
-
-    Found = Sequence[Recommendation]
 
 app = typer.Typer(
     rich_markup_mode="rich",
@@ -173,11 +175,11 @@ def quickstart(
     from ..repository import build
     from ..training.recipe import Recipe
 
-    _quiet()
+    quiet()
     splits = leave_one_out(load_interactions("demo"))
     finished = False
     with contextlib.suppress(FileNotFoundError):
-        finished = _open_local(output_dir).info()["finished"]
+        finished = open_local(output_dir).info()["finished"]
     if not finished:
         note(
             "training on the demo data set: a collaborative model (FISM), two MQ-Tokenizers and a T5, first to select the "
@@ -193,7 +195,7 @@ def quickstart(
         "metrics": repository.metrics,
         "held_out": dict(zip(users, splits["test"]["item_id"][:3])),
         "users": [
-            _recommendations(recommender, titles, user, seen, rows)
+            recommended(recommender, titles, user, seen, rows)
             for user, seen, rows in zip(users, recommender.store.seen(users), found)
         ],
     }
@@ -240,9 +242,9 @@ def train(
     """
     from ..training.recipe import Recipe, SettingError
 
-    _check_dataset(dataset)
-    name = _dataset_name(dataset)
-    _check_files(item_metadata=item_metadata, item_vectors=item_vectors)
+    check_dataset(dataset)
+    name = dataset_name(dataset)
+    check_files(item_metadata=item_metadata, item_vectors=item_vectors)
     given = {} if seed is None else {"seed": seed}
     given |= read_settings(settings or ())
     try:
@@ -252,9 +254,11 @@ def train(
         if any(one.startswith(error.setting) or error.setting.startswith(one) for one in ("recipe", *given)):
             raise UsageError(str(error)) from None
         raise
-    metadata = _item_metadata(item_metadata)
-    vectors = None if item_vectors is None else _item_vectors(item_vectors)
-    splits, report = _read_splits(dataset, {**reading, "k_core": k_core}, split, at)
+    from ..repository.update import read_vectors
+
+    metadata = read_metadata(item_metadata)
+    vectors = None if item_vectors is None else read_vectors(item_vectors, "item")
+    splits, report = read_splits(dataset, {**reading, "k_core": k_core}, split, at)
     from ..repository import build
     from ..repository.forecast import forecast
 
@@ -298,8 +302,8 @@ def evaluate(
         raise UsageError(f"{flags[0]} is not allowed with {flags[1]}.")
     if audit and store:
         raise UsageError("--audit checks the repository's own store; leave out --store.")
-    opened = _open(repository, revision)
-    _quiet()
+    opened = open_repository(repository, revision)
+    quiet()
     if audit:
         with working("auditing"):
             checks = opened.audit()
@@ -307,7 +311,10 @@ def evaluate(
         return {"repository": repository, "passed": passed, "checks": [asdict(check) for check in checks]}
     if store and split == "validation" and opened.info()["refit"]:
         raise UsageError("--store holds the vectors of the refit; evaluate it on --split test.")
-    return {"repository": repository, **opened.evaluate(split, given[0] if given else "tokenrec", _store(store))}
+    return {
+        "repository": repository,
+        **opened.evaluate(split, given[0] if given else "tokenrec", external_store(store)),
+    }
 
 
 @_command("tokenrec compare out", "tokenrec compare --dataset ratings.csv --min-rating 4", show=output.show_comparison)
@@ -336,12 +343,12 @@ def compare(
         raise UsageError("the data of a repository have been read and split; these options go with --dataset.")
     opened = None
     if repository is not None:
-        opened = _open_local(repository)
-        _quiet()
+        opened = open_local(repository)
+        quiet()
         splits = opened.splits()
     else:
-        _check_dataset(str(dataset))
-        splits, report = _read_splits(str(dataset), {**reading, "k_core": k_core}, split, at)
+        check_dataset(str(dataset))
+        splits, report = read_splits(str(dataset), {**reading, "k_core": k_core}, split, at)
         note(report["summary"])
     from ..repository.comparison import compare
 
@@ -403,7 +410,7 @@ def recommend(
     options: dict[str, Any] = {"top_k": top_k, "exclude_seen": not include_seen, "on_unknown": on_unknown}
     options |= {"where": read_where(where or ()), "diversity": diversity, "max_per": read_limits(max_per or ())}
     users = None if users_file is None else read_lines(users_file)
-    recommender, titles = _recommender(repository, revision, store)
+    recommender, titles = open_recommender(repository, revision, store)
     check_filters(recommender.store, options["where"], options["max_per"])
     if to is not None:
         from ..repository.export import export_recommendations
@@ -417,7 +424,7 @@ def recommend(
     with suggestions(recommender, user=[user] if user else None, item=shown):
         inputs = recommender.tokenize([user], [shown], on_unknown=on_unknown)
     found = answer_reranked(recommender, inputs, **options)[0]
-    document = _recommendations(recommender, titles, user, inputs["item_ids"][0], found)
+    document = recommended(recommender, titles, user, inputs["item_ids"][0], found)
     return {**document, "note": found[0].get("note") if found else inputs["notes"][0] or None}
 
 
@@ -432,14 +439,14 @@ def similar(
 ) -> Document:
     """List the items whose vectors are most similar to the vectors of given items."""
     filters = read_where(where or ())
-    recommender, titles = _recommender(repository, revision, store)
+    recommender, titles = open_recommender(repository, revision, store)
     check_filters(recommender.store, filters)
     with suggestions(recommender, item=item):
         found = recommender.similar_items(item, top_k=top_k, where=filters)
     return {
         "repository": repository,
         "items": [
-            {"item": one, "tokens": tokens, "title": title, "similar": _ranked(recommender, titles, rows)}
+            {"item": one, "tokens": tokens, "title": title, "similar": ranked(recommender, titles, rows)}
             for one, tokens, title, rows in zip(
                 item, code_tokens(recommender, "item", item), item_titles(recommender, titles, item), found
             )
@@ -473,21 +480,21 @@ def add(
         raise UsageError(
             "there is nothing to add; give --users, --items, --interactions, --item-metadata or --retrain."
         )
-    opened = _open_local(repository)
-    _check_files(users=users, items=items, item_metadata=item_metadata)
+    opened = open_local(repository)
+    check_files(users=users, items=items, item_metadata=item_metadata)
     if interactions:
-        _check_dataset(interactions)
-    metadata = _item_metadata(item_metadata)
+        check_dataset(interactions)
+    metadata = read_metadata(item_metadata)
     from ..repository.update import read_vectors
 
-    _quiet()
+    quiet()
     started = time.monotonic()
     with working("adding"):
         new = None
         if interactions:
             if remembered := {name: value for name, value in opened.reading.items() if name not in reading}:
                 note("as in training: " + ", ".join(f"{name}={value}" for name, value in remembered.items()))
-            new, how = _read(interactions, {**remembered, **reading})
+            new, how = read_data(interactions, {**remembered, **reading})
             note(str(how))
         report = opened.add(
             users=read_vectors(users, "user") if users else None,
@@ -512,8 +519,8 @@ def remove(
     """
     if not (users or items):
         raise UsageError("there is nothing to remove; give --users or --items.")
-    opened = _open_local(repository)
-    _quiet()
+    opened = open_local(repository)
+    quiet()
     with working("removing"):
         return {"repository": repository, **opened.remove(users=users or (), items=items or ())}
 
@@ -529,8 +536,8 @@ def verify(
     With --repair, an interrupted change is completed or dropped, what killed processes have left is removed, and wrong codes
     are made again from the vectors.
     """
-    opened = _open_local(repository) if repair else _open(repository, revision)
-    _quiet()
+    opened = open_local(repository) if repair else open_repository(repository, revision)
+    quiet()
     with working("verifying"):
         if repair:
             opened.repair()
@@ -586,11 +593,11 @@ def report(
     The page is one file that loads nothing from the network. It has the baselines of the last `tokenrec compare`, and no data of
     single users.
     """
-    opened = _open(repository, revision)
+    opened = open_repository(repository, revision)
     from ..models.codes import atomic_write
     from .report import report
 
-    _quiet()
+    quiet()
     with working("measuring"):
         page = report(opened, Path(repository).resolve().name)
     with atomic_write(to) as temporary:
@@ -601,7 +608,7 @@ def report(
 @_command("tokenrec info out", show=output.show_info)
 def info(repository: Name, revision: Revision = None) -> Document:
     """Show the contents, settings and results of a trained repository."""
-    return {"repository": repository, **_open(repository, revision).info()}
+    return {"repository": repository, **open_repository(repository, revision).info()}
 
 
 @app.command(epilog="example:\ntokenrec demo out")
@@ -618,13 +625,13 @@ def demo(
 
     The page loads nothing from the network. It shows the data of all users to everyone who can reach it.
     """
-    opened = _open(repository, revision)
+    opened = open_repository(repository, revision)
     with working("opening the page"):
         from . import demo as pages
         from .showcase import Showcase
 
-        _quiet()
-        showcase = Showcase(opened.recommender(_store(store)), known_titles(opened.info()["dataset"]))
+        quiet()
+        showcase = Showcase(opened.recommender(external_store(store)), known_titles(opened.info()["dataset"]))
         metrics = opened.metrics if opened.parts.metrics.is_file() else {}
         page = pages.build(showcase, metrics, Path(repository).name)
     with pages.serve(page, host, port) as address, contextlib.suppress(KeyboardInterrupt):
@@ -645,167 +652,15 @@ def serve(
     POST /recommend and /similar, GET /health and /openapi.json. The repository is opened again when it has changed. Requests are
     not authenticated: other machines should reach the service through a proxy only.
     """
-    opened = _open(repository, revision)
+    opened = open_repository(repository, revision)
     from . import serve as service
 
     listener = service.listen(host, port)
-    _quiet()
+    quiet()
     with working("opening the repository"):
-        answers = service.Service(opened, known_titles(opened.info()["dataset"]), _store(store))
-    note(f"serving {repository} on {_address(listener.getsockname())}; Ctrl-C stops it.")
+        answers = service.Service(opened, known_titles(opened.info()["dataset"]), external_store(store))
+    note(f"serving {repository} on {service.address(listener)}; Ctrl-C stops it.")
     service.run(answers, listener)
-
-
-# Data ---------------------------------------------------------------------------------------------------------------
-
-
-def _read(source: str, options: Document) -> tuple[Dataset, ReadingReport]:
-    """Interactions, and how they were read."""
-    from ..data.interactions import ReadingOptions, read_interactions
-
-    _quiet()
-    return read_interactions(source, ReadingOptions(**options))
-
-
-def _read_splits(source: str, options: Document, split: str, at: str | None) -> tuple[DatasetDict, Document]:
-    """The splits of interactions, and a report of reading and splitting, with a `summary` in words."""
-    if (split == "temporal") != (at is not None):
-        raise UsageError("--split temporal and --at DATE or SHARE go together.")
-    from ..data.files import counted
-    from ..data.splits import leave_one_out, temporal_split
-
-    interactions, report = _read(source, options)
-    splits = leave_one_out(interactions) if at is None else temporal_split(interactions, at)
-    counts = {name: len(part) for name, part in splits.items()}
-    later = report.interactions - sum(counts.values())
-    parts = [
-        f"{counted(counts['train'], 'interaction')} for training",
-        f"a validation and a test item of each of {counted(counts['test'], 'user')}",
-        *[f"{counted(later, 'later interaction')} left out"] * bool(later),
-    ]
-    return splits, {**asdict(report), "splits": counts, "summary": f"{report} Split: {', '.join(parts)}."}
-
-
-def _item_metadata(path: str | None) -> dict[str, dict[str, Any]] | None:
-    """The metadata of items in a file, by id."""
-    if path is None:
-        return None
-    from ..data.reading import read_items
-
-    return dict(zip(*read_items(path)))
-
-
-def _item_vectors(path: str) -> NewVectors:
-    from ..repository.update import read_vectors
-
-    return read_vectors(path, "item")
-
-
-def _check_files(**paths: str | None) -> None:
-    """Reports a missing file before anything is imported that takes seconds."""
-    for name, path in paths.items():
-        if path is not None and not Path(path).is_file():
-            raise FileNotFoundError(f"there is no file {path}; check --{name.replace('_', '-')}.")
-
-
-def _check_dataset(dataset: str) -> None:
-    """Reports a data set that is neither known nor a file, likewise."""
-    from ..data.named_datasets import DATA_SOURCES, HUB, existing
-
-    if dataset not in ("demo", *DATA_SOURCES) and not dataset.startswith(HUB):
-        existing(dataset)
-
-
-def _dataset_name(dataset: str) -> str:
-    """The name to record: without the local path, and with a slash for a folder, which may be named like a data set."""
-    from ..data.named_datasets import DATA_SOURCES, HUB
-
-    if dataset in ("demo", *DATA_SOURCES) or dataset.startswith(HUB):
-        return dataset.removeprefix(HUB)
-    path = Path(dataset).expanduser().resolve()
-    return path.name + "/" * path.is_dir()
-
-
-# Shared by the commands -----------------------------------------------------------------------------------------------
-
-
-def _quiet() -> None:
-    """Turns off the progress bars of transformers and datasets, the log of pymilvus, and torch's beta warning."""
-    import logging as std_logging
-    import warnings
-
-    from transformers.utils import logging
-
-    warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-    logging.disable_progress_bar()
-    # pymilvus logs each error that it raises, with a traceback.
-    std_logging.getLogger("pymilvus").setLevel(std_logging.CRITICAL)
-    # datasets takes a tenth of the time of a cold `recommend` to import, which does not need it; when imported, it reads this.
-    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
-    if "datasets" in sys.modules:
-        import datasets
-
-        datasets.disable_progress_bars()
-
-
-def _open(name: str, revision: str | None = None) -> Repository:
-    from ..repository.repository import Repository
-
-    return Repository.from_pretrained(name, revision=revision)
-
-
-def _open_local(name: str) -> Repository:
-    """A repository to change, which must be a local folder."""
-    if not Path(name).is_dir():
-        raise FileNotFoundError(
-            f"there is no folder {name}; only a repository in a local folder can be changed: fetch one with `hf download {name} "
-            "--local-dir out`, change that and push it."
-        )
-    return _open(name)
-
-
-def _recommender(name: str, revision: str | None, store: str | None) -> tuple[Recommender, dict[str, str]]:
-    """The recommender of a repository, and the titles of its items."""
-    repository = _open(name, revision)
-    _quiet()
-    with working("opening the repository"):
-        return repository.recommender(store=_store(store)), known_titles(repository.info()["dataset"])
-
-
-def _address(name: tuple) -> str:
-    """The URL of a socket's own address."""
-    host, port = name[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _store(uri: str | None) -> Store | None:
-    from ..store.engines import open_store
-
-    return None if uri is None else open_store(uri, token=os.environ.get("MILVUS_TOKEN"))
-
-
-def _recommendations(
-    recommender: Recommender, titles: dict[str, str], user: str | None, history: list[str], found: Found
-) -> Document:
-    ranked = _ranked(recommender, titles, found)
-    reasons = recommender.reasons([row["item"] for row in ranked], history) if history else [[] for _ in ranked]
-    is_known = user is not None and recommender.tokenizer.contains("user", [user]).all()
-    return {
-        "user": user,
-        "tokens": code_tokens(recommender, "user", [str(user)])[0] if is_known else None,
-        "history": history,
-        "recommendations": [{**row, "because": items} for row, items in zip(ranked, reasons)],
-    }
-
-
-def _ranked(recommender: Recommender, titles: dict[str, str], found: Found) -> list[Document]:
-    """Items with rank, tokens and title."""
-    items = [row["item"] for row in found]
-    named = item_titles(recommender, titles, items)
-    return [
-        {"rank": rank, "item": row["item"], "score": row["score"], "tokens": code, "title": title}
-        for rank, (row, code, title) in enumerate(zip(found, code_tokens(recommender, "item", items), named), 1)
-    ]
 
 
 if __name__ == "__main__":
