@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from tokenrec_hf.data.interaction_matrix import InteractionMatrix
-from tokenrec_hf.evaluation.sequence import FastDropout, SASRec, padded, windows
+from tokenrec_hf.evaluation.sequence import SASRec, padded, windows
 
 
 @pytest.fixture
@@ -62,13 +62,3 @@ def test_windows_cover_each_interaction_once_and_overlap_as_asked():
 def test_padding_comes_at_the_end():
     rows = padded(np.arange(10), np.array([0, 4, 9]), np.array([3, 9, 10]), -1)
     assert rows.tolist() == [[0, 1, 2, -1, -1], [4, 5, 6, 7, 8], [9, -1, -1, -1, -1]]
-
-
-def test_the_fast_dropout_drops_its_share_and_keeps_the_mean():
-    torch.manual_seed(0)
-    dropout = FastDropout(0.25)
-    dropped = dropout(torch.ones(1001, 301))
-    assert (dropped == 0).float().mean().item() == pytest.approx(0.25, abs=0.01)
-    assert dropped.mean().item() == pytest.approx(1, abs=0.01)
-    dropout.eval()
-    assert dropout(torch.ones(3)).equal(torch.ones(3))

@@ -561,7 +561,7 @@ def test_gradients_are_those_of_the_plain_softmax_however_many_logits_are_comput
     histories, logits, monkeypatch
 ):
     """The loss and the sums of code tokens compute their gradients themselves; here PyTorch computes them."""
-    monkeypatch.setattr("tokenrec_hf.models.losses.LOGITS", logits)
+    monkeypatch.setattr("tokenrec_hf.models.functional.LOGITS", logits)
     labels = torch.tensor([[4, 0, 7, -100], [3, 3, -100, -100], [-100] * 4, [1, 1, 2, -100], [0, -100, -100, -100]])
     model = reading_history()
     (3 * model(**histories, labels=labels).loss).backward()

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..data.interaction_matrix import InteractionMatrix
 from ..data.splits import Holdout
-from ..models.losses import linear_cross_entropy
+from ..models.functional import Dropout, linear_cross_entropy
 from .fitting import device, train_epochs
 
 
@@ -153,26 +153,6 @@ class SASRec(SequenceModel):
         return last @ self.encoder.items.weight[: self.padding].T
 
 
-class FastDropout(nn.Module):
-    """Dropout that draws a byte for each element: on a CPU a tenth of the time of `nn.Dropout`.
-
-    Args:
-        probability: probability that an element becomes zero, rounded to 1/256.
-    """
-
-    def __init__(self, probability: float):
-        super().__init__()
-        self.threshold = round(256 * probability)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Drops elements of `x`, of any shape, in training."""
-        if not self.training or not self.threshold:
-            return x
-        numbers = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device).random_(-(2**63), None)
-        kept = numbers.view(torch.uint8)[: x.numel()].view(x.shape) >= self.threshold
-        return x * (kept * (256 / (256 - self.threshold)))
-
-
 class TransformerLayer(nn.Module):
     """Self-attention and a feed-forward part of 4 * dim units, each after a norm and before a residual sum."""
 
@@ -182,10 +162,8 @@ class TransformerLayer(nn.Module):
         self.attention_norm, self.feed_forward_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.projections = nn.Linear(dim, 3 * dim)
         self.output = nn.Linear(dim, dim)
-        self.feed_forward = nn.Sequential(
-            nn.Linear(dim, 4 * dim), nn.GELU(), FastDropout(dropout), nn.Linear(4 * dim, dim)
-        )
-        self.dropout = FastDropout(dropout)
+        self.feed_forward = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), Dropout(dropout), nn.Linear(4 * dim, dim))
+        self.dropout = Dropout(dropout)
 
     def forward(self, hidden: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
         """States `[B, T, d]` to states `[B, T, d]`; `visible` masks keys `[B, 1, 1, T]`, None means causal attention."""
@@ -224,7 +202,7 @@ class SequenceEncoder(nn.Module):
         self.causal, self.padding = causal, padding
         self.items = nn.Embedding(num_rows, dim)
         self.positions = nn.Embedding(max_length, dim)
-        self.dropout = FastDropout(dropout)
+        self.dropout = Dropout(dropout)
         self.layers = nn.ModuleList(TransformerLayer(dim, num_heads, dropout) for _ in range(num_layers))
         self.norm = nn.LayerNorm(dim)
         for table in (self.items, self.positions):

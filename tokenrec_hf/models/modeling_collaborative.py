@@ -26,7 +26,7 @@ from transformers.utils import ModelOutput
 
 from .codes import STORE_FOLDER, IdIndex, current, load_indexes, read_json, read_whole, save_indexes
 from .configuration_tokenrec import CollaborativeConfig, FISMConfig, LightGCNConfig, Loader, MatrixFactorizationConfig
-from .losses import linear_cross_entropy, unit
+from .functional import dropout, linear_cross_entropy, unit
 
 if TYPE_CHECKING:
     from typing import Self
@@ -366,11 +366,11 @@ class FISMModel(CollaborativeModel):
         self, rows: torch.Tensor, items: torch.Tensor, ages: torch.Tensor, count: int, dropout_rate: float = 0.0
     ) -> torch.Tensor:
         """User vectors p of histories; see [`CollaborativeModel.history_vectors`]."""
-        summands = F.dropout(self.history_table(items), dropout_rate)  # [n, d]
+        summands = dropout(self.history_table(items), dropout_rate)  # [n, d]
         if self.config.half_life is not None:
             summands = summands * torch.exp2(-ages[:, None] / self.config.half_life)
         if self.recent_table is not None and self.config.recent_half_life is not None:
-            recent = F.dropout(self.recent_table(items), dropout_rate)
+            recent = dropout(self.recent_table(items), dropout_rate)
             summands = summands + recent * torch.exp2(-ages[:, None] / self.config.recent_half_life)
         return F.normalize(summands.new_zeros(count, summands.shape[1]).index_add(0, rows, summands), dim=-1)
 

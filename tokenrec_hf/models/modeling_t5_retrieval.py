@@ -21,7 +21,7 @@ from transformers.models.t5.modeling_t5 import T5PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_tokenrec import Loader, T5GenerativeRetrievalConfig
-from .losses import linear_cross_entropy, unit
+from .functional import linear_cross_entropy, unit
 
 # Prompts of up to this number of tokens are encoded together.
 SHORT_PROMPT = 32

@@ -13,7 +13,7 @@ import torch
 
 from tokenrec_hf.evaluation.fitting import device
 from tokenrec_hf.evaluation.sequence import SequenceModel, padded
-from tokenrec_hf.models.losses import linear_cross_entropy
+from tokenrec_hf.models.functional import linear_cross_entropy
 
 from .base import Baseline
 

@@ -25,7 +25,7 @@ from tokenrec_hf.data.interaction_matrix import InteractionMatrix
 from tokenrec_hf.data.splits import Holdout
 from tokenrec_hf.data.stateless_random import bounded, stateless_random
 from tokenrec_hf.evaluation.fitting import device, train_epochs
-from tokenrec_hf.evaluation.sequence import FastDropout
+from tokenrec_hf.models.functional import Dropout
 from tokenrec_hf.models.prompts import HISTORY_TEMPLATES
 from tokenrec_hf.training.initialization import load_t5_tokenizer
 
@@ -53,7 +53,7 @@ class IdGenerator(nn.Module):
         for module in list(self.t5.modules()):
             for name, child in module.named_children():
                 if isinstance(child, nn.Dropout):
-                    setattr(module, name, FastDropout(child.p))
+                    setattr(module, name, Dropout(child.p))
         self.words = nn.Embedding(max_words, config.d_model)
         nn.init.normal_(self.words.weight, std=0.1)
         self.first_symbol = config.vocab_size - num_symbols

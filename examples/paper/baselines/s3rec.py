@@ -16,7 +16,7 @@ from torch import nn
 from tokenrec_hf.data.interaction_matrix import InteractionMatrix
 from tokenrec_hf.evaluation.fitting import device
 from tokenrec_hf.evaluation.sequence import padded
-from tokenrec_hf.models.losses import linear_cross_entropy
+from tokenrec_hf.models.functional import linear_cross_entropy
 
 from .bert4rec import cloze_mask
 from .sasrec import SASRec

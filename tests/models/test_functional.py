@@ -4,8 +4,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenrec_hf.models import losses
-from tokenrec_hf.models.losses import linear_cross_entropy, unit
+from tokenrec_hf.models import functional
+from tokenrec_hf.models.functional import Dropout, linear_cross_entropy, unit
 
 
 def naive(x, y, targets, weights, excluded):
@@ -35,7 +35,7 @@ def test_the_loss_and_its_gradients_are_the_naive_ones(data):
     pairs = [pairs[place] for place in torch.randperm(len(pairs), generator=generator)]
     excluded = (torch.tensor([row for row, _ in pairs]).long(), torch.tensor([item for _, item in pairs]).long())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(losses, "LOGITS", data.draw(st.integers(1, 50), "logits at once"))
+        patch.setattr(functional, "LOGITS", data.draw(st.integers(1, 50), "logits at once"))
         found = linear_cross_entropy(x, y, targets, weights=weights, excluded=excluded)
         gradients = torch.autograd.grad(3 * found, (x, y))
     expected = naive(x, y, targets, weights, set(pairs))
@@ -66,3 +66,24 @@ def test_unit_vectors_and_their_gradients_are_those_of_normalize():
 
 def test_a_vector_of_zeros_stays_zero():
     assert unit(torch.zeros(2, 3)).equal(torch.zeros(2, 3))
+
+
+def test_the_fast_dropout_drops_its_share_and_keeps_the_mean():
+    torch.manual_seed(0)
+    dropout = Dropout(0.25)
+    dropped = dropout(torch.ones(1001, 301))
+    assert (dropped == 0).float().mean().item() == pytest.approx(0.25, abs=0.01)
+    assert dropped.mean().item() == pytest.approx(1, abs=0.01)
+    dropout.eval()
+    assert dropout(torch.ones(3)).equal(torch.ones(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("probability", [0.0, 0.001, 0.5, 1.0])
+def test_dropped_tensors_keep_their_type_and_gradients_are_dropped_alike(dtype, probability):
+    x = torch.ones(37, 3, dtype=dtype, requires_grad=True)
+    dropped = Dropout(probability)(x)
+    dropped.sum().backward()
+    assert dropped.dtype == dtype
+    assert x.grad.equal(dropped)
+    assert probability < 1 or not dropped.any()

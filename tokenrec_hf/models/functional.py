@@ -1,6 +1,6 @@
-"""Cross-entropy over all items, the softmax loss of the collaborative models, of T5 and of SASRec, and unit vectors for it.
+"""What `torch.nn.functional` has too, in less time on a CPU: cross-entropy over all items, unit vectors, dropout.
 
-Both equal what PyTorch has, and compute their gradients themselves, which takes a CPU a third to two thirds of the time.
+The first two compute their gradients themselves.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 # Logits that are computed at once on a CPU: they fit into its cache.
 LOGITS = 1 << 19
@@ -43,6 +45,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             largest = logits.amax(dim=1, keepdim=True)
             total = logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
             loss += ((total.log() + largest) * weight).sum()
+            if not any(ctx.needs_input_grad):
+                continue
             logits.mul_(weight / total).scatter_add_(1, target, -share)
             torch.mm(logits, y, out=x_grad[block])
             if ctx.needs_input_grad[1]:
@@ -76,6 +80,8 @@ def linear_cross_entropy(
         excluded: rows of `x` and rows of `y`, int64 `[e]` each: pairs that do not compete, which are no targets.
     """
     x, y, targets = x.float(), y.float(), targets.view(len(x), -1)
+    if not torch.is_grad_enabled():
+        x, y = x.detach(), y.detach()
     with torch.autocast(x.device.type, enabled=False):
         return _LinearCrossEntropy.apply(x, y, targets, x.new_ones(len(x)) if weights is None else weights, excluded)
 
@@ -98,3 +104,24 @@ class _Unit(torch.autograd.Function):
 def unit(x: torch.Tensor) -> torch.Tensor:
     """The vectors `[..., d]` divided by their lengths, like `torch.nn.functional.normalize(x, dim=-1)`."""
     return _Unit.apply(x)
+
+
+def dropout(x: torch.Tensor, probability: float, training: bool = True) -> torch.Tensor:
+    """`torch.nn.functional.dropout` that draws a byte for each element, so that the probability is a multiple of 1/256.
+
+    A CPU needs a tenth of the time. On other devices it is PyTorch's.
+    """
+    threshold = round(256 * probability)
+    if not training or not 0 < threshold < 256 or x.device.type != "cpu":
+        return F.dropout(x, probability, training)
+    numbers = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
+    kept = numbers.view(torch.uint8)[: x.numel()].view(x.shape) >= threshold
+    return x * (kept * (256 / (256 - threshold))).to(x.dtype)
+
+
+class Dropout(nn.Dropout):
+    """`torch.nn.Dropout` with [`dropout`]."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Drops elements of a tensor of any shape, in training."""
+        return dropout(input, self.p, self.training)
