@@ -54,6 +54,21 @@ def test_one_target_a_row_is_pytorchs_cross_entropy_also_under_mixed_precision()
     assert found.item() == pytest.approx(plain.item(), rel=1e-6)
 
 
+def test_without_gradients_the_loss_is_the_same():
+    torch.manual_seed(0)
+    x, y, targets = torch.randn(9, 4).requires_grad_(), torch.randn(5, 4), torch.randint(0, 5, (9,))
+    with torch.no_grad():
+        found = linear_cross_entropy(x, y, targets)
+    assert not found.requires_grad and found.equal(linear_cross_entropy(x, y, targets).detach())
+
+
+def test_nothing_to_predict_is_a_loss_and_a_gradient_of_zero():
+    x, y = torch.zeros(0, 4, requires_grad=True), torch.ones(5, 4, requires_grad=True)
+    loss = linear_cross_entropy(x, y, torch.zeros(0, dtype=torch.long))
+    loss.backward()
+    assert loss.item() == 0 and not y.grad.any()
+
+
 def test_unit_vectors_and_their_gradients_are_those_of_normalize():
     torch.manual_seed(0)
     x, weights = torch.randn(3, 5, 7, dtype=torch.float64).requires_grad_(), torch.randn(3, 5, 7, dtype=torch.float64)

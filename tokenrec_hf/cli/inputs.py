@@ -85,9 +85,6 @@ def dataset_name(dataset: str) -> str:
     return path.name + "/" * path.is_dir()
 
 
-# Shared by the commands -----------------------------------------------------------------------------------------------
-
-
 def open_repository(name: str, revision: str | None = None) -> Repository:
     """A repository in a local folder or on the Hub."""
     from ..repository.repository import Repository

@@ -27,12 +27,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weights: torch.Tensor,
         excluded: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> torch.Tensor:
-        loss, x_grad, y_grad = x.new_zeros(()), torch.empty_like(x), torch.empty_like(y)
+        loss, x_grad, y_grad = x.new_zeros(()), torch.empty_like(x), torch.zeros_like(y)
         known = targets >= 0
         targets = targets.clamp(min=0)
         shares = known * (weights / known.sum(dim=1).clamp(min=1))[:, None]  # [n, P]
         weights = weights * known.any(dim=1)
-        size = max(1, LOGITS // len(y)) if x.device.type == "cpu" else len(x)
+        size = max(1, LOGITS // len(y) if x.device.type == "cpu" else len(x))
         memory = x.new_empty(min(size, len(x)) * len(y))
         for start in range(0, len(x), size):
             block = slice(start, start + size)
@@ -50,7 +50,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits.mul_(weight / total).scatter_add_(1, target, -share)
             torch.mm(logits, y, out=x_grad[block])
             if ctx.needs_input_grad[1]:
-                y_grad.addmm_(logits.T, rows, beta=1 if start else 0)
+                y_grad.addmm_(logits.T, rows)
         ctx.save_for_backward(x_grad, y_grad)
         return loss
 
@@ -79,7 +79,7 @@ def linear_cross_entropy(
         weights: `[n]`; by default 1.
         excluded: rows of `x` and rows of `y`, int64 `[e]` each: pairs that do not compete, which are no targets.
     """
-    x, y, targets = x.float(), y.float(), targets.view(len(x), -1)
+    x, y, targets = x.float(), y.float(), targets[:, None] if targets.dim() == 1 else targets
     if not torch.is_grad_enabled():
         x, y = x.detach(), y.detach()
     with torch.autocast(x.device.type, enabled=False):
