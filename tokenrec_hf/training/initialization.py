@@ -1,6 +1,6 @@
-"""Starting points of training (section II-E1 of TokenRec, arXiv 2406.10450): codebooks, the tokenizer of a store, and T5.
+"""Starting points of training (section II-E1 of TokenRec, arXiv 2406.10450): FISM, codebooks, the tokenizer of a store, and T5.
 
-Codebooks start from k-means. A T5 starts from a checkpoint or from scratch, and the embeddings of its code tokens start from the
+FISM starts from singular vectors, codebooks start from k-means. A T5 starts from a checkpoint or from scratch, and the embeddings of its code tokens start from the
 codewords. The functions are only needed to train, so they do not travel with a trained repository.
 """
 
@@ -15,22 +15,51 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from tokenizers import AddedToken
 from transformers import T5Config, T5Tokenizer, TokenizersBackend, set_seed
 
+from ..data.interaction_matrix import InteractionMatrix
 from ..models.codes import MQ_FOLDERS
 from ..models.configuration_tokenrec import T5GenerativeRetrievalConfig
 from ..models.embedding_store import EmbeddingStore, Store
+from ..models.modeling_collaborative import FISMModel
 from ..models.modeling_mq_tokenizer import MQTokenizerModel, first_least, nearest
 from ..models.modeling_t5_retrieval import T5ForGenerativeRetrieval
 from ..models.tokenization_tokenrec import LETTERS, TokenRecTokenizer, code_table, token_names
 from .recipe import AUTO, RetrievalSettings, Setting
 
 T5_MAX_LENGTH = 512
+# Length of the singular vectors that FISM starts from, about twice that of the random rows, and the iterations behind them.
+SINGULAR_LENGTH = 2.4
+SINGULAR_ITERATIONS = 4
 # Points assigned at once: few enough that their distances stay in the cache.
 KMEANS_CHUNK = 512
 # Share of the residual codebooks that is also fitted to the further vectors of `prepare_mq_tokenizer`.
 SHARED_BOOKS = 0.75
+
+
+@torch.no_grad()
+def add_singular_vectors(model: FISMModel, interactions: InteractionMatrix) -> None:
+    """Moves the fresh target vectors q of items that the same users have towards each other.
+
+    With R_ui = 1 / sqrt(d_u d_i) for the interactions of users and items with d_u and d_i of them, and U S V^T the largest
+    singular values and vectors of R, q_i gets (V S)_i added, with the length `SINGULAR_LENGTH`. So training begins near the
+    item vectors of PureSVD (Cremonesi et al., 2010), and needs a third of the steps. Draws from PyTorch's random generator.
+
+    Args:
+        model: changed in place.
+        interactions: the training interactions.
+    """
+    users, items = torch.from_numpy(interactions.users), torch.from_numpy(interactions.items)
+    shape = interactions.num_users, interactions.num_items
+    degrees = torch.bincount(users, minlength=shape[0])[users] * torch.bincount(items, minlength=shape[1])[items]
+    entries = torch.stack([users, items]), degrees.float().rsqrt()
+    matrix = torch.sparse_coo_tensor(*entries, shape, check_invariants=False).coalesce()
+    size = min(*shape, model.config.embedding_dim)
+    _, values, vectors = torch.svd_lowrank(matrix, q=size, niter=SINGULAR_ITERATIONS)
+    rows = F.pad(F.normalize(vectors * values, dim=-1), (0, model.config.embedding_dim - size))  # [num_items, d]
+    model.item_table.weight.add_(rows, alpha=SINGULAR_LENGTH)
 
 
 @torch.no_grad()
