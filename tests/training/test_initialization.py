@@ -5,12 +5,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from transformers import T5Tokenizer
 
 import tokenrec_hf
+from tokenrec_hf.data.interaction_matrix import InteractionMatrix
+from tokenrec_hf.models.configuration_tokenrec import FISMConfig
+from tokenrec_hf.models.modeling_collaborative import FISMModel
 from tokenrec_hf.models.prompts import SEEN_TEMPLATES, UNSEEN_TEMPLATE, render
-from tokenrec_hf.training.initialization import bundled_t5_tokenizer, load_t5_tokenizer, read_sentencepiece
+from tokenrec_hf.training.initialization import (
+    SINGULAR_LENGTH,
+    add_singular_vectors,
+    bundled_t5_tokenizer,
+    load_t5_tokenizer,
+    read_sentencepiece,
+)
 
 MODELS = Path(os.environ.get("TOKENREC_MODELS_DIR") or Path(__file__).parents[3] / "shared" / "models")
 REAL = MODELS / "t5_tokenizer" / "spiece.model"
@@ -22,6 +33,38 @@ SENTENCE = "Studies have shown that owning a dog is good for you"
 def vocabulary_folder(tmp_path):
     shutil.copy(Path(tokenrec_hf.__file__).parent / "assets" / "spiece.model", tmp_path / "spiece.model")
     return tmp_path
+
+
+def started(interactions, dim):
+    """The tables of a FISM before and after its start from singular vectors."""
+    torch.manual_seed(0)
+    config = FISMConfig(embedding_dim=dim, half_life=8, recent_half_life=0.5)
+    model = FISMModel.from_interactions(config, interactions)
+    before = [table.weight.detach().clone() for _, table in model.tables()]
+    add_singular_vectors(model, interactions)
+    return before, [table.weight.detach() for _, table in model.tables()]
+
+
+@pytest.mark.parametrize("dim", [4, 9])
+def test_fism_starts_from_the_singular_vectors_of_the_normalised_interactions(dim):
+    """Against the exact decomposition; 9 dimensions are more than there are users. The last item has no interactions."""
+    pairs = [(u, i) for u in range(6) for i in range(7) if (u * i + u + i) % 3 or u == i]
+    users, items = (np.array(side) for side in zip(*pairs))
+    before, after = started(InteractionMatrix(users, items, 6, 8), dim)
+
+    dense = np.zeros((6, 8))
+    dense[users, items] = 1
+    scaled = dense / np.sqrt(dense.sum(1, keepdims=True) * np.maximum(dense.sum(0), 1))
+    _, values, vectors = np.linalg.svd(scaled, full_matrices=False)
+    expected = vectors[:dim].T * values[:dim]
+    lengths = np.linalg.norm(expected, axis=1, keepdims=True)
+    expected = SINGULAR_LENGTH * expected / np.where(lengths > 0, lengths, 1)
+
+    # The signs of singular vectors are arbitrary: their products are compared.
+    added = (after[1] - before[1]).numpy()
+    assert added[:7] @ added[:7].T == pytest.approx(expected[:7] @ expected[:7].T, rel=1e-3, abs=1e-3)
+    assert np.linalg.norm(added[7]) == 0
+    assert torch.equal(after[0], before[0]) and torch.equal(after[2], before[2])
 
 
 def test_a_vocabulary_file_gives_what_transformers_makes_of_its_folder(vocabulary_folder):
