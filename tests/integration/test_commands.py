@@ -151,7 +151,7 @@ def test_a_backbone_that_cannot_be_fetched_is_named(work, monkeypatch, capsys):
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_a_run_killed_while_a_checkpoint_is_written_ends_like_an_uninterrupted_one(work, trained):
     out = work / "killed"
-    checkpoints = out / "training" / "checkpoints" / "refit" / "retrieval"
+    checkpoints = out / "training" / "checkpoints" / "selection" / "retrieval"
     process = subprocess.Popen(
         command(*train(out.name)), cwd=work, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
