@@ -18,10 +18,11 @@ from tokenrec_hf.models.modeling_collaborative import FISMModel
 from tokenrec_hf.models.modeling_t5_retrieval import T5ForGenerativeRetrieval
 from tokenrec_hf.training import stages
 from tokenrec_hf.training.closed_forms import smooth_tables
-from tokenrec_hf.training.initialization import build_tokenizer, entity_tokens
+from tokenrec_hf.training.initialization import add_singular_vectors, build_tokenizer, entity_tokens
 from tokenrec_hf.training.recipe import CollaborativeSettings, MQTokenizerSettings, Recipe, RetrievalSettings
 from tokenrec_hf.training.stages import (
     SetEpoch,
+    StageResult,
     by_history_length,
     train_collaborative,
     train_mq_tokenizer,
@@ -272,6 +273,22 @@ def test_a_stage_that_was_cut_off_after_its_last_step_does_not_train_on(run_stag
     again = run_stage(stage, tmp_path, **options)
     assert again.epochs == first.epochs
     assert_equal_weights(weights(first), weights(again))
+
+
+def test_a_fresh_fism_starts_from_singular_vectors_and_a_given_one_as_it_is(data, tmp_path):
+    training = {"num_train_epochs": 1, "per_device_train_batch_size": 64, "learning_rate": 0.0}
+    config = {"embedding_dim": 8, "half_life": 4}
+    settings = changed(COLLABORATIVE, model="fism", config=config, training=training)
+    set_seed(1)
+    expected = FISMModel.from_interactions(settings.model_configuration(), data.interactions)
+    given = weights(StageResult(expected, 0, {}))
+    add_singular_vectors(expected, data.interactions)
+    fresh = train_collaborative(data.interactions, settings, tmp_path / "fresh", epochs=1, seed=1)
+    assert_equal_weights(weights(fresh), weights(StageResult(expected, 0, {})))
+
+    expected.load_state_dict(given)
+    kept = train_collaborative(data.interactions, settings, tmp_path / "kept", epochs=1, seed=1, start=expected)
+    assert_equal_weights(weights(kept), given)
 
 
 def test_fism_is_smoothed_after_its_training_and_measured_then(data, tmp_path):

@@ -1,7 +1,8 @@
 """Starting points of training (section II-E1 of TokenRec, arXiv 2406.10450): FISM, codebooks, the tokenizer of a store, and T5.
 
-FISM starts from singular vectors, codebooks start from k-means. A T5 starts from a checkpoint or from scratch, and the embeddings of its code tokens start from the
-codewords. The functions are only needed to train, so they do not travel with a trained repository.
+FISM starts from singular vectors, codebooks start from k-means. A T5 starts from a checkpoint or from scratch, and the
+embeddings of its code tokens start from the codewords. The functions are only needed to train, so they do not travel with a
+trained repository.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def add_singular_vectors(model: FISMModel, interactions: InteractionMatrix) -> N
 
     With R_ui = 1 / sqrt(d_u d_i) for the interactions of users and items with d_u and d_i of them, and U S V^T the largest
     singular values and vectors of R, q_i gets (V S)_i added, with the length `SINGULAR_LENGTH`. So training begins near the
-    item vectors of PureSVD (Cremonesi et al., 2010), and needs a third of the steps. With ordered histories, the other rows of
+    item vectors of PureSVD (Cremonesi et al., 2010), and takes fewer steps. With ordered histories, the other rows of
     item i get half of it; without order they stay random, which is better on LastFM. Draws from PyTorch's random generator.
 
     Args:
