@@ -11,7 +11,7 @@ EVALUATE = ["evaluate>=0.4.6"]
 FAISS = ["faiss-cpu>=1.12"]
 MILVUS = ["pymilvus>=3", "milvus-lite>=3.2"]
 BROWSER = ["playwright>=1.50"]
-COMPARE = ["implicit>=0.7.2", "scipy>=1.13", "threadpoolctl>=3.5"]
+COMPARE = ["implicit>=0.7.2", "threadpoolctl>=3.5"]
 PAPER = [*COMPARE, "matplotlib>=3.9"]
 DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=1"]
 TEST = [
@@ -57,6 +57,7 @@ setup(
         "pyyaml>=6",
         "requests>=2.32",
         "rich>=13",
+        "scipy>=1.15",
         "tqdm>=4.60",
         "typer>=0.29",
         "wrapt>=1.16",

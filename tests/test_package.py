@@ -105,7 +105,7 @@ DISTRIBUTIONS = {
     "yaml": "pyyaml",
 }
 OPTIONAL = {
-    *("evaluate", "faiss-cpu", "fastapi", "gradio", "implicit", "milvus-lite", "pymilvus", "scipy", "threadpoolctl"),
+    *("evaluate", "faiss-cpu", "fastapi", "gradio", "implicit", "milvus-lite", "pymilvus", "threadpoolctl"),
     "uvicorn",
 }
 

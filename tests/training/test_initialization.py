@@ -16,11 +16,13 @@ from tokenrec_hf.models.configuration_tokenrec import FISMConfig
 from tokenrec_hf.models.modeling_collaborative import FISMModel
 from tokenrec_hf.models.prompts import SEEN_TEMPLATES, UNSEEN_TEMPLATE, render
 from tokenrec_hf.training.initialization import (
+    RANDOM_SHARE,
     SINGULAR_LENGTH,
-    add_singular_vectors,
+    SINGULAR_SHARE,
     bundled_t5_tokenizer,
     load_t5_tokenizer,
     read_sentencepiece,
+    start_from_singular_vectors,
 )
 
 MODELS = Path(os.environ.get("TOKENREC_MODELS_DIR") or Path(__file__).parents[3] / "shared" / "models")
@@ -41,14 +43,14 @@ def started(interactions, dim, half_life):
     config = FISMConfig(embedding_dim=dim, half_life=half_life, recent_half_life=0.5)
     model = FISMModel.from_interactions(config, interactions)
     before = [table.weight.detach().clone() for _, table in model.tables()]
-    add_singular_vectors(model, interactions)
+    start_from_singular_vectors(model, interactions)
     return before, [table.weight.detach() for _, table in model.tables()]
 
 
 @pytest.mark.parametrize("half_life", [None, 8])
 @pytest.mark.parametrize("dim", [4, 9])
 def test_fism_starts_from_the_singular_vectors_of_the_normalised_interactions(dim, half_life):
-    """Against the exact decomposition; 9 dimensions are more than there are users. The last item has no interactions."""
+    """Against the exact decomposition; 9 dimensions are more than 6 users have. The last item has no interactions."""
     pairs = [(u, i) for u in range(6) for i in range(7) if (u * i + u + i) % 3 or u == i]
     users, items = (np.array(side) for side in zip(*pairs))
     before, after = started(InteractionMatrix(users, items, 6, 8), dim, half_life)
@@ -57,15 +59,19 @@ def test_fism_starts_from_the_singular_vectors_of_the_normalised_interactions(di
     dense[users, items] = 1
     scaled = dense / np.sqrt(dense.sum(1, keepdims=True) * np.maximum(dense.sum(0), 1))
     _, values, vectors = np.linalg.svd(scaled, full_matrices=False)
+    dim = min(dim, 5)  # all singular vectors but the last
     expected = vectors[:dim].T * values[:dim]
     lengths = np.linalg.norm(expected, axis=1, keepdims=True)
     expected = SINGULAR_LENGTH * expected / np.where(lengths > 0, lengths, 1)
 
     # The signs of singular vectors are arbitrary: their products are compared.
-    added = [(new - old).numpy() for old, new in zip(before, after)]
-    assert added[1] @ added[1].T == pytest.approx(expected @ expected.T, rel=1e-3, abs=1e-3)
-    for other in (added[0], *added[2:]):
-        assert other == pytest.approx(added[1] / 2 if half_life else 0 * added[1], abs=1e-6)
+    scales, kept = (
+        ([0.5, 1, 0.5], [1, 1, 1]) if half_life else ([SINGULAR_SHARE / SINGULAR_LENGTH] * 2, [RANDOM_SHARE] * 2)
+    )
+    for table, (scale, share) in enumerate(zip(scales, kept, strict=True)):
+        random = before[table if half_life else 1]
+        added = (after[table] - share * random).numpy() / scale
+        assert added @ added.T == pytest.approx(expected @ expected.T, rel=1e-3, abs=1e-3)
 
 
 def test_a_vocabulary_file_gives_what_transformers_makes_of_its_folder(vocabulary_folder):

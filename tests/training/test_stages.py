@@ -18,7 +18,7 @@ from tokenrec_hf.models.modeling_collaborative import FISMModel
 from tokenrec_hf.models.modeling_t5_retrieval import T5ForGenerativeRetrieval
 from tokenrec_hf.training import stages
 from tokenrec_hf.training.closed_forms import smooth_tables
-from tokenrec_hf.training.initialization import add_singular_vectors, build_tokenizer, entity_tokens
+from tokenrec_hf.training.initialization import build_tokenizer, entity_tokens, start_from_singular_vectors
 from tokenrec_hf.training.recipe import CollaborativeSettings, MQTokenizerSettings, Recipe, RetrievalSettings
 from tokenrec_hf.training.stages import (
     SetEpoch,
@@ -282,7 +282,7 @@ def test_a_fresh_fism_starts_from_singular_vectors_and_a_given_one_as_it_is(data
     set_seed(1)
     expected = FISMModel.from_interactions(settings.model_configuration(), data.interactions)
     given = weights(StageResult(expected, 0, {}))
-    add_singular_vectors(expected, data.interactions)
+    start_from_singular_vectors(expected, data.interactions)
     fresh = train_collaborative(data.interactions, settings, tmp_path / "fresh", epochs=1, seed=1)
     assert_equal_weights(weights(fresh), weights(StageResult(expected, 0, {})))
 

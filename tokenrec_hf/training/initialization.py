@@ -15,8 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.sparse import csr_matrix
+from scipy.sparse.linalg import svds
 from tokenizers import AddedToken
 from transformers import T5Config, T5Tokenizer, TokenizersBackend, set_seed
 
@@ -31,9 +34,9 @@ from ..models.tokenization_tokenrec import LETTERS, TokenRecTokenizer, code_tabl
 from .recipe import AUTO, RetrievalSettings, Setting
 
 T5_MAX_LENGTH = 512
-# Length of the singular vectors that FISM starts from, about twice that of the random rows, and the iterations behind them.
+# The start of FISM, see `start_from_singular_vectors`; random rows are about 1.1 long.
 SINGULAR_LENGTH = 2.4
-SINGULAR_ITERATIONS = 4
+RANDOM_SHARE, SINGULAR_SHARE = 0.25, 0.14
 # Points assigned at once: few enough that their distances stay in the cache.
 KMEANS_CHUNK = 512
 # Share of the residual codebooks that is also fitted to the further vectors of `prepare_mq_tokenizer`.
@@ -41,29 +44,34 @@ SHARED_BOOKS = 0.75
 
 
 @torch.no_grad()
-def add_singular_vectors(model: FISMModel, interactions: InteractionMatrix) -> None:
+def start_from_singular_vectors(model: FISMModel, interactions: InteractionMatrix) -> None:
     """Moves the fresh rows of items that the same users have towards each other.
 
     With R_ui = 1 / sqrt(d_u d_i) for the interactions of users and items with d_u and d_i of them, and U S V^T the largest
-    singular values and vectors of R, q_i gets (V S)_i added, with the length `SINGULAR_LENGTH`. So training begins near the
-    item vectors of PureSVD (Cremonesi et al., 2010), and takes fewer steps. With ordered histories, the other rows of
-    item i get half of it; without order they stay random, which is better on LastFM. Draws from PyTorch's random generator.
+    singular values and vectors of R, item i has the vector v_i = (V S)_i / |(V S)_i|. So training begins near the item
+    vectors of PureSVD (Cremonesi et al., 2010), and takes fewer steps. With ordered histories, q_i gets `SINGULAR_LENGTH` v_i
+    added and the other rows of item i half of it. Without order, all rows of item i become `RANDOM_SHARE` q_i +
+    `SINGULAR_SHARE` v_i: short rows, which a step turns further.
 
     Args:
         model: changed in place.
         interactions: the training interactions.
     """
-    users, items = torch.from_numpy(interactions.users), torch.from_numpy(interactions.items)
+    users, items = interactions.users, interactions.items
     shape = interactions.num_users, interactions.num_items
-    degrees = torch.bincount(users, minlength=shape[0])[users] * torch.bincount(items, minlength=shape[1])[items]
-    entries = torch.stack([users, items]), degrees.float().rsqrt()
-    matrix = torch.sparse_coo_tensor(*entries, shape, check_invariants=False).coalesce()
-    size = min(*shape, model.config.embedding_dim)
-    _, values, vectors = torch.svd_lowrank(matrix, q=size, niter=SINGULAR_ITERATIONS)
-    rows = F.pad(F.normalize(vectors * values, dim=-1), (0, model.config.embedding_dim - size))  # [num_items, d]
+    degrees = np.bincount(users, minlength=shape[0])[users] * np.bincount(items, minlength=shape[1])[items]
+    size = min(*shape, model.config.embedding_dim + 1) - 1  # ARPACK finds all but one
+    if size == 0:
+        return
+    _, values, vectors = svds(csr_matrix((1 / np.sqrt(degrees), (users, items)), shape), k=size, rng=0)
+    scaled = torch.from_numpy((vectors * values[:, None]).T.copy()).float()
+    rows = F.pad(F.normalize(scaled, dim=-1), (0, model.config.embedding_dim - size))  # [num_items, d]
+    short = RANDOM_SHARE * model.item_table.weight + SINGULAR_SHARE * rows
     for _, table in model.tables():
-        share = 1.0 if table is model.item_table else 0.5 * model.ordered_histories
-        table.weight.add_(rows, alpha=share * SINGULAR_LENGTH)
+        if model.ordered_histories:
+            table.weight.add_(rows, alpha=SINGULAR_LENGTH / (1 if table is model.item_table else 2))
+        else:
+            table.weight.copy_(short)
 
 
 @torch.no_grad()

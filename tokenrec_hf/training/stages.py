@@ -47,7 +47,7 @@ from ..models.modeling_mq_tokenizer import MQTokenizerModel
 from ..models.modeling_t5_retrieval import T5ForGenerativeRetrieval
 from .closed_forms import smooth_tables
 from .datasets import HistoryDataset, InteractionDataset, LengthGroupedSampler, VectorDataset
-from .initialization import add_singular_vectors, prepare_mq_tokenizer
+from .initialization import prepare_mq_tokenizer, start_from_singular_vectors
 from .recipe import (
     CollaborativeSettings,
     MQTokenizerSettings,
@@ -224,7 +224,7 @@ def train_collaborative(
         settings.model_configuration(), interactions
     )
     if start is None and isinstance(model, FISMModel):
-        add_singular_vectors(model, interactions)
+        start_from_singular_vectors(model, interactions)
     negatives = 0 if model.users_are_histories else settings.num_negatives
     dataset: HistoryDataset | InteractionDataset = InteractionDataset(interactions, negatives, seed)
     if model.users_are_histories:
