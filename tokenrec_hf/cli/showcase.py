@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..models.embedding_store import WITHDRAWN, unit_rows
+from ..models.embedding_store import WITHDRAWN
+from ..models.functional import unit_rows
 from ..models.recommender import Recommender
 from .naming import code_tokens, item_titles
 

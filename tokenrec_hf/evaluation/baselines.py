@@ -14,7 +14,7 @@ import torch
 
 from ..data.interaction_matrix import InteractionMatrix
 from ..data.splits import Holdout, IndexedSplits
-from ..models.embedding_store import stable_topk
+from ..models.functional import stable_topk
 from .metrics import RankingMetrics, SeenPairs, ndcg, target_ranks
 
 # Item rows that are made dense at once, and users that are scored at once.

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from ..models.embedding_store import stable_topk, unit_rows
+from ..models.functional import stable_topk, unit_rows
 
 Array = torch.Tensor | np.ndarray
 SeenPairs = tuple[Array, Array]

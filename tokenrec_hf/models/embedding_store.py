@@ -27,7 +27,6 @@ from typing import Any, Protocol, TypeVar, cast
 import huggingface_hub
 import numpy as np
 import torch
-import torch.nn.functional as F
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
@@ -44,15 +43,11 @@ from .codes import (
     read_json,
     read_whole,
 )
+from .functional import ITEM_CHUNK, exact_search, scorable, search_one, unit_rows
 
 KINDS = ("user", "item")
 FORMAT_VERSION = 1
 WITHDRAWN = "withdrawn"
-# Rows scored at once. 16,384 items was the fastest of the sizes measured for many queries; a few queries are scored with so many
-# items that there are as many scores. All three bound the memory of a search.
-ITEM_CHUNK, QUERY_CHUNK, SCORES = 16_384, 1_024, 1 << 20
-# Scores that are represented by their maximum while the best are looked for.
-GROUP = 32
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 # A condition of a filter: a name, and how values are compared with those wanted.
 _CONDITION = re.compile("(.*?)(<=?|>=?|~|)", re.DOTALL)
@@ -712,188 +707,6 @@ class Ragged:
         table = np.full((len(self), max(1, int(self.lengths.max(initial=0)))), fill, dtype=np.int64)
         table[self.rows, self.ranks] = self.values
         return table
-
-
-def search_one(
-    query: np.ndarray,
-    items: np.ndarray,
-    factors: np.ndarray,
-    top_k: int,
-    excluded: np.ndarray,
-    allowed: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """`exact_search` for one query, several times as fast: most of its time would go into calls of small tensors.
-
-    Args:
-        query: float32 `[d]`, of length 1.
-        items, factors: float32 `[n, d]` and `[n]`, of `scorable`.
-        top_k: how many items to return; fewer come back only where fewer remain.
-        excluded: rows of items that must not be returned; those below 0 are ignored.
-        allowed: boolean `[n]`, the items that may be returned at all; by default all.
-
-    Returns:
-        Rows of `items`, int64 `[k]`, and their cosines, float32 `[k]`, best first, equal scores in row order.
-    """
-    scores = items @ query
-    scores *= factors
-    scores[excluded[excluded >= 0]] = -np.inf
-    if allowed is not None:
-        scores[~allowed] = -np.inf
-    # The k-th highest maximum of groups of items is no higher than the k-th highest score.
-    width = len(scores) // GROUP * GROUP
-    maxima = scores[:width].reshape(GROUP, -1).max(axis=0) if width > 2 * top_k * GROUP else scores
-    bound = np.partition(maxima, -top_k)[-top_k] if top_k < len(maxima) else -np.inf
-    candidates = np.flatnonzero((scores >= bound) & (scores > -np.inf))
-    best = candidates[np.argsort(-scores[candidates], kind="stable")[:top_k]]
-    return best, scores[best]
-
-
-def exact_search(
-    queries: torch.Tensor,
-    items: torch.Tensor,
-    factors: torch.Tensor,
-    top_k: int,
-    exclude_queries: torch.Tensor,
-    exclude_items: torch.Tensor,
-    allowed: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The items of highest cosine with each query, best first, equal scores in row order.
-
-    Args:
-        queries: float32 `[B, d]`, unit rows.
-        items, factors: float32 `[n, d]` and `[n]`, of `scorable`.
-        top_k: how many items to return for each query.
-        exclude_queries: int64 `[m]`, with `exclude_items` the pairs that must not be returned: rows of `queries`,
-        exclude_items: int64 `[m]`, and rows of `items`; pairs with a row outside `items` are ignored.
-        allowed: boolean `[n]`, the items that may be returned at all; by default all.
-
-    Returns:
-        Rows of `items`, int64 `[B, top_k]`, and their cosines, float32 `[B, top_k]`; -1 and `-inf` where none is left.
-    """
-    found = [
-        _search_part(part, number * QUERY_CHUNK, items, factors, top_k, exclude_queries, exclude_items, allowed)
-        for number, part in enumerate(queries.split(QUERY_CHUNK))
-    ]
-    rows, scores = found[0] if len(found) == 1 else map(torch.cat, zip(*found))
-    rows = rows.masked_fill(scores == -torch.inf, -1)
-    missing = (0, top_k - rows.shape[1])
-    return F.pad(rows, missing, value=-1), F.pad(scores, missing, value=-torch.inf)
-
-
-def _search_part(
-    queries: torch.Tensor,
-    first: int,
-    items: torch.Tensor,
-    factors: torch.Tensor,
-    top_k: int,
-    exclude_queries: torch.Tensor,
-    exclude_items: torch.Tensor,
-    allowed: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`exact_search` of the queries from row `first` on: rows and cosines `[B, k]`, with k at most `top_k` and the items."""
-    size = max(1, min(len(items), max(ITEM_CHUNK, SCORES // max(1, len(queries)))))
-    # Allocated once: fresh memory for every chunk would cost as much as the product in it.
-    memory = torch.empty(len(queries) * size)
-    mine = (exclude_queries >= first) & (exclude_queries < first + len(queries))
-    excluded, unwanted = exclude_queries[mine] - first, exclude_items[mine]
-    rows, scores = torch.empty(len(queries), 0, dtype=torch.int64), torch.empty(len(queries), 0)
-    for start in range(0, len(items), size):
-        end = min(start + size, len(items))
-        chunk = _cosines(queries, items[start:end], factors[start:end], memory)
-        if len(unwanted):
-            here = (unwanted >= start) & (unwanted < end)
-            chunk[excluded[here], unwanted[here] - start] = -torch.inf
-        if allowed is not None:
-            chunk.masked_fill_(~allowed[start:end], -torch.inf)
-        columns, values = _topk(chunk, top_k)
-        if start:
-            columns, values = torch.cat([rows, columns + start], dim=1), torch.cat([scores, values], dim=1)
-        rows, scores = (part[:, :top_k] for part in _ordered(columns, values))
-    return rows, scores
-
-
-def stable_topk(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The columns of the k highest scores of each row, best first, equal scores in column order.
-
-    `torch.topk` alone does not say which of several equal scores it takes.
-
-    Args:
-        scores: float `[B, n]` without NaN.
-        k: how many.
-
-    Returns:
-        Columns, int64 `[B, min(k, n)]`, and their scores. Columns of score `-inf` may be any.
-    """
-    return _ordered(*_topk(scores, k))
-
-
-def unit_rows(vectors: torch.Tensor) -> torch.Tensor:
-    """The rows of `vectors` `[n, d]` scaled to length 1, as new memory; a zero row stays zero."""
-    # Scaled by the largest element first, so that the squares of tiny and huge values neither vanish nor overflow.
-    scale = vectors.abs().amax(dim=1, keepdim=True)
-    scaled = vectors / torch.where(scale > 0, scale, 1.0)
-    length = scaled.norm(dim=1, keepdim=True)
-    return scaled.div_(torch.where(length > 0, length, 1.0))
-
-
-def scorable(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Vectors `[n, d]` and a factor for each, `[n]`, as `exact_search` takes them: their products have length 1.
-
-    The vectors are the given ones, unless one is so short or long that its product with the factor would not be exact. The factor
-    of a zero vector is zero.
-    """
-    lengths = torch.cat([part.norm(dim=1) for part in vectors.split(ITEM_CHUNK)]) if len(vectors) else vectors[:, 0]
-    is_zero = lengths == 0
-    if ((lengths > 1e-15) & (lengths < 1e15) | is_zero & (vectors == 0).all(dim=1)).all():
-        return vectors, torch.where(is_zero, 0.0, 1 / lengths)
-    return unit_rows(vectors), torch.ones(len(vectors))
-
-
-def _cosines(queries: torch.Tensor, vectors: torch.Tensor, factors: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-    """Cosines of unit `queries` `[B, d]` with the rows of a chunk `[c, d]`, in `memory` of at least B * c numbers: `[B, c]`."""
-    scores = memory[: len(queries) * len(vectors)].view(len(queries), len(vectors))
-    # Whatever is smaller is scaled: the scores [B, c] or the vectors [c, d].
-    if len(queries) < vectors.shape[1]:
-        return torch.mm(queries, vectors.T, out=scores).mul_(factors)
-    return torch.mm(queries, (vectors * factors[:, None]).T, out=scores)
-
-
-def _topk(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Columns `[B, k]`, or all if fewer, and values of the k highest scores, of equal ones the lowest columns, in any order."""
-    width = scores.shape[1] // GROUP * GROUP
-    if 4 * k * GROUP > width or scores.numel() <= ITEM_CHUNK:
-        return _plain_topk(scores, k)
-    # The best k lie in the k groups with the highest maxima (equal ones: the first): else each of these had a better one.
-    groups = scores[:, :width].unflatten(1, (-1, GROUP))  # [B, width / GROUP, GROUP]
-    chosen = _plain_topk(groups.amax(dim=2), k)[0].sort(dim=1).values  # [B, k]
-    columns = (chosen[:, :, None] * GROUP + torch.arange(GROUP, device=chosen.device)).flatten(1)  # [B, k * GROUP]
-    rest = torch.arange(width, scores.shape[1], device=scores.device).expand(len(scores), -1)
-    columns = torch.cat([columns, rest], dim=1)
-    best, values = _plain_topk(scores.gather(1, columns), k)
-    return columns.gather(1, best), values
-
-
-def _plain_topk(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`_topk` for few columns."""
-    # One more than asked for shows whether the last place is tied.
-    values, columns = scores.topk(min(k + 1, scores.shape[1]), dim=1)
-    if scores.shape[1] > k:
-        tied = (values[:, k] == values[:, k - 1]) & (values[:, k] > -torch.inf)
-        if tied.any():
-            cut = values[tied, k - 1 : k]
-            above, equal = scores[tied] > cut, scores[tied] == cut
-            places = k - above.sum(dim=1, keepdim=True)
-            chosen = above | (equal & (equal.cumsum(dim=1) <= places))
-            columns[tied, :k] = chosen.nonzero()[:, 1].view(-1, k)
-            values[tied, :k] = scores[tied].gather(1, columns[tied, :k])
-    return columns[:, :k], values[:, :k]
-
-
-def _ordered(columns: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both `[B, k]` with the highest values first, equal ones in column order."""
-    columns, order = columns.sort(dim=1)
-    values, best = values.gather(1, order).sort(dim=1, descending=True, stable=True)
-    return columns.gather(1, best), values
 
 
 def check_vectors(

@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 
 from .codes import RepositoryFolder, check_repository, damage_named, fetch_repository, read_json, read_whole
 from .configuration_tokenrec import T5GenerativeRetrievalConfig
-from .embedding_store import EmbeddingStore, Store, Where, stable_topk, unit_rows
+from .embedding_store import EmbeddingStore, Store, Where
+from .functional import stable_topk, unit_rows
 from .modeling_collaborative import HistoryEncoder, collaborative_class, load_collaborative
 from .modeling_t5_retrieval import T5ForGenerativeRetrieval
 from .prompts import HISTORY_ONLY_TEMPLATE, HISTORY_TEMPLATES, USER_ONLY_TEMPLATES, PromptTemplate

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..models.embedding_store import Store, stable_topk, unit_rows
+from ..models.embedding_store import Store
+from ..models.functional import stable_topk, unit_rows
 from ..models.recommender import Recommendation, Recommender
 
 # Candidates for each place of a list, and the numbers in the vectors of candidates that are compared at once.

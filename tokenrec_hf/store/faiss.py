@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..models.embedding_store import ITEM_CHUNK, EmbeddingStore, Store, Vectors, check_search, unit_rows
+from ..models.embedding_store import EmbeddingStore, Store, Vectors, check_search
+from ..models.functional import ITEM_CHUNK, unit_rows
 
 INDEXES = ("ivf", "hnsw")
 REBUILD_SHARE = 0.1
