@@ -10,6 +10,7 @@ PEFT = ["peft>=0.17"]
 EVALUATE = ["evaluate>=0.4.6"]
 FAISS = ["faiss-cpu>=1.12"]
 MILVUS = ["pymilvus>=3", "milvus-lite>=3.2"]
+ONNX = ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"]
 BROWSER = ["playwright>=1.50"]
 COMPARE = ["implicit>=0.7.2", "threadpoolctl>=3.5"]
 PAPER = [*COMPARE, "matplotlib>=3.9"]
@@ -26,6 +27,7 @@ TEST = [
     *EVALUATE,
     *FAISS,
     *MILVUS,
+    *ONNX,
     *PAPER,
 ]
 
@@ -73,7 +75,8 @@ setup(
         "evaluate": EVALUATE,
         "milvus": MILVUS,
         "faiss": FAISS,
-        "bench": FAISS,
+        "onnx": ONNX,
+        "bench": [*FAISS, *ONNX],
         "paper": PAPER,
         "docs": DOCS,
         "dev": [*TEST, *DOCS, *BROWSER, "ruff>=0.15", "mypy>=1.15", "types-PyYAML", "pre-commit>=4"],

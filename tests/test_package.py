@@ -105,7 +105,8 @@ DISTRIBUTIONS = {
     "yaml": "pyyaml",
 }
 OPTIONAL = {
-    *("evaluate", "faiss-cpu", "fastapi", "gradio", "implicit", "milvus-lite", "pymilvus", "threadpoolctl"),
+    *("evaluate", "faiss-cpu", "fastapi", "gradio", "implicit", "milvus-lite", "onnx", "onnxruntime"),
+    *("onnxscript", "pymilvus", "threadpoolctl"),
     "uvicorn",
 }
 

@@ -44,6 +44,7 @@ _NAMES = {
     "store.faiss": ("FaissStore",),
     "store.milvus": ("MilvusStore",),
     "repository.reranking": ("rerank",),
+    "repository.onnx": ("export_onnx", "use_onnx"),
     "repository.update": ("NewVectors", "read_vectors"),
     "repository.build": ("train",),
     "repository.repository": ("Repository",),

@@ -48,8 +48,8 @@ def recommending(history: int) -> list[Row]:
         ]
 
 
-def untrained(history: int) -> Recommender:
-    """A recommender whose users have seen `history` items each."""
+def untrained(history: int, **sizes: int) -> Recommender:
+    """A recommender whose users have seen `history` items each; `sizes` of T5 replace those of recipe `best`."""
     random, store = np.random.default_rng(0), EmbeddingStore(DIM)
     items = [f"i{row}" for row in range(NUM_ITEMS)]
     for kind, ids in (("user", [f"u{row}" for row in range(NUM_USERS)]), ("item", items)):
@@ -60,6 +60,7 @@ def untrained(history: int) -> Recommender:
     }
     store.space_ids = {kind: mq.space_id for kind, mq in mqs.items()}
     recipe = Recipe.load("best")
+    recipe = recipe.changed(**{"retrieval.config": {**recipe.retrieval.config, **sizes}})
     tokenizer = build_tokenizer(
         user_mq=mqs["user"], item_mq=mqs["item"], store=store, model_max_length=recipe.prompts.max_length
     )

@@ -30,6 +30,7 @@ NAMES = (
     "training",
     "ranking",
     "recommending",
+    "engines",
     "serving",
     "search",
     "store",

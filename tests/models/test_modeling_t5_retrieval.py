@@ -566,7 +566,7 @@ def test_gradients_are_those_of_the_plain_softmax_however_many_logits_are_comput
     model = reading_history()
     (3 * model(**histories, labels=labels).loss).backward()
     plain = reading_history()
-    hidden, *_ = plain._read_history(**histories)
+    hidden = plain._read_history(plain.read_prompts(**histories))
     embedded = plain.get_input_embeddings()(ITEM_TOKENS).sum(dim=1)
     scores = hidden[:, : labels.shape[1]] @ torch.nn.functional.normalize(embedded, dim=-1).T
     (3 * torch.nn.functional.cross_entropy(scores.flatten(0, 1), labels.flatten())).backward()
@@ -629,12 +629,13 @@ def test_prompts_of_users_alone_do_not_go_through_t5(histories):
 
 def test_later_items_do_not_change_what_is_predicted_before_them(histories):
     model = reading_history()
-    hidden = model._read_history(**histories)[0]
+    hidden = model._read_history(model.read_prompts(**histories))
     changed = histories["input_ids"].clone()
     place = (changed[0] == 26 + 1).nonzero()[-1, 0]  # the first token of the last item
     changed[0, place] = 26
-    assert not torch.allclose(model._read_history(changed, None)[0][0, 3], hidden[0, 3], atol=1e-4)
-    assert torch.allclose(model._read_history(changed, None)[0][0, :3], hidden[0, :3], atol=1e-6)
+    after = model._read_history(model.read_prompts(changed, None))
+    assert not torch.allclose(after[0, 3], hidden[0, 3], atol=1e-4)
+    assert torch.allclose(after[0, :3], hidden[0, :3], atol=1e-6)
 
 
 def test_a_model_that_reads_histories_is_saved_with_its_users_codewords(histories, tmp_path):

@@ -605,6 +605,24 @@ def report(
     return {"repository": repository, "output": to}
 
 
+@_command("tokenrec export out --output encoder.onnx", show=output.show_export)
+def export(
+    repository: Name,
+    to: Annotated[str, Option("--output", metavar="FILE", help="ONNX file to write.")] = "encoder.onnx",
+    revision: Revision = None,
+) -> Document:
+    """Write T5's part of a request as an ONNX graph, for `tokenrec serve --onnx` and other programs.
+
+    The graph is for the weights of T5, so it stays valid when users, items and interactions are added.
+    """
+    from ..repository.onnx import export_onnx
+
+    recommender, _ = open_recommender(repository, revision, None)
+    with working("tracing T5"):
+        export_onnx(recommender.model, to)
+    return {"repository": repository, "output": to, "bytes": Path(to).stat().st_size}
+
+
 @_command("tokenrec info out", show=output.show_info)
 def info(repository: Name, revision: Revision = None) -> Document:
     """Show the contents, settings and results of a trained repository."""
@@ -645,6 +663,9 @@ def serve(
     host: Host = "127.0.0.1",
     port: Annotated[int, Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     store: URI = None,
+    onnx: Annotated[
+        str | None, Option(metavar="FILE", help="Graph of `tokenrec export`; requests take less time.")
+    ] = None,
     revision: Revision = None,
 ) -> None:
     """Answer requests for recommendations and similar items over HTTP.
@@ -658,7 +679,7 @@ def serve(
     listener = service.listen(host, port)
     quiet()
     with working("opening the repository"):
-        answers = service.Service(opened, known_titles(opened.info()["dataset"]), external_store(store))
+        answers = service.Service(opened, known_titles(opened.info()["dataset"]), external_store(store), onnx)
     note(f"serving {repository} on {service.address(listener)}; Ctrl-C stops it.")
     service.run(answers, listener)
 

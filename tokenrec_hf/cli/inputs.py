@@ -118,7 +118,7 @@ def external_store(uri: str | None) -> Store | None:
 
 
 def quiet() -> None:
-    """Turns off the progress bars of transformers and datasets, the log of pymilvus, and torch's beta warning."""
+    """Turns off the progress bars of transformers and datasets, the logs of pymilvus and the ONNX exporter, and torch's beta warning."""
     import logging as std_logging
     import warnings
 
@@ -128,6 +128,8 @@ def quiet() -> None:
     logging.disable_progress_bar()
     # pymilvus logs each error that it raises, with a traceback.
     std_logging.getLogger("pymilvus").setLevel(std_logging.CRITICAL)
+    # The ONNX exporter warns that torchvision is not there.
+    std_logging.getLogger("torch.onnx").setLevel(std_logging.ERROR)
     # datasets takes a tenth of the time of a cold `recommend` to import, which does not need it; when imported, it reads this.
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     if "datasets" in sys.modules:

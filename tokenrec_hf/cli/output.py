@@ -161,6 +161,12 @@ def show_report(document: Document) -> Blocks:
     yield f"The report of {document['repository']} is in {document['output']}."
 
 
+def show_export(document: Document) -> Blocks:
+    """The file, and the command that uses it."""
+    yield f"The graph of {document['repository']} is in {document['output']} ({document['bytes'] / 1e6:.1f} MB)."
+    yield f"Next:\n  tokenrec serve {document['repository']} --onnx {document['output']}"
+
+
 def show_addition(document: Document) -> Blocks:
     """The number of added users and items, and the reconstruction errors of their codes."""
     counts = (

@@ -21,6 +21,7 @@ from .. import __version__
 from ..models.codes import MANIFEST, RepositoryFolder
 from ..models.embedding_store import Store
 from ..models.recommender import OnUnknown, Recommendation, Recommender
+from ..repository.onnx import use_onnx
 from ..repository.repository import Repository
 from .naming import item_titles
 from .output import note
@@ -120,10 +121,17 @@ class Service:
         repository: the repository.
         titles: of items that have no `title` in their metadata.
         store: replaces the repository's own store.
+        onnx: a graph of the repository's T5, see [`use_onnx`].
     """
 
-    def __init__(self, repository: Repository, titles: Mapping[str, str] | None = None, store: Store | None = None):
-        self.repository, self.titles, self.store = repository, titles or {}, store
+    def __init__(
+        self,
+        repository: Repository,
+        titles: Mapping[str, str] | None = None,
+        store: Store | None = None,
+        onnx: str | None = None,
+    ):
+        self.repository, self.titles, self.store, self.onnx = repository, titles or {}, store, onnx
         self._opened = self._open()
 
     def refresh(self) -> bool:
@@ -169,6 +177,8 @@ class Service:
         # In this order, a change that is made meanwhile is noticed later.
         generation = self._generation()
         recommender = self.repository.recommender(self.store)
+        if self.onnx is not None:
+            use_onnx(recommender, self.onnx)
         # Otherwise it is loaded for the first anonymous user, when the folder may be in another state.
         _ = recommender.history_encoder
         return recommender, generation

@@ -8,6 +8,7 @@ store and are bound to the model for training; they are not in its checkpoint. T
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -27,6 +28,8 @@ from .functional import linear_cross_entropy, unit
 SHORT_PROMPT = 32
 # Items whose learned part is computed at once.
 ITEM_CHUNK = 65_536
+# Items in all prompts of a batch up to which another runtime answers; PyTorch is faster for more.
+RUNTIME_POSITIONS = 512
 
 
 @dataclass
@@ -54,6 +57,24 @@ class Entities(NamedTuple):
     tokens: torch.Tensor
     present: torch.Tensor
     covered: torch.Tensor
+
+
+class HistoryPrompts(NamedTuple):
+    """What a query needs of prompts with `"history"` pooling.
+
+    Args:
+        wordings: tokens of the words of each different wording, int64 `[n, W]`; -1 is padding.
+        which: the wording of each prompt, int64 `[B]`.
+        tokens: code tokens of the items, int64 `[B, S, K]`; anything where there is no item.
+        present: whether there is one, boolean `[B, S]`.
+        users: unit vectors p of the users, `[B, d]`; 0 in a prompt that names none.
+    """
+
+    wordings: torch.Tensor
+    which: torch.Tensor
+    tokens: torch.Tensor
+    present: torch.Tensor
+    users: torch.Tensor
 
 
 def find_entities(input_ids: torch.Tensor, mask: torch.Tensor, kind: dict[str, int]) -> Entities:
@@ -131,6 +152,8 @@ class T5ForGenerativeRetrieval(Loader, T5PreTrainedModel):
     items_of_tokens: torch.Tensor | None
     token_offsets: torch.Tensor | None
     user_codewords: torch.Tensor
+    # Computes `history_query` of small batches elsewhere, see [`~tokenrec_hf.use_onnx`].
+    runtime: Callable[..., torch.Tensor] | None = None
     # Trainer passes `forward` the number of positives in all batches of a step.
     accepts_loss_kwargs = True
     _keys_to_ignore_on_load_unexpected = [
@@ -251,7 +274,13 @@ class T5ForGenerativeRetrieval(Loader, T5PreTrainedModel):
             ValueError: `inputs_embeds` with `"history"` pooling, which reads token ids.
         """
         if self.config.pooling == "history":
-            return self._history_query(*self._read_history(input_ids, attention_mask, for_query=True))
+            prompts = self.read_prompts(input_ids, attention_mask)
+            if not self._needs_t5(prompts).any():
+                return self._history_query(prompts.users.new_zeros(len(prompts.users), 1, self.config.d_model), prompts)
+            positions = prompts.present.numel()
+            if self.runtime is None or self.training or torch.is_grad_enabled() or positions > RUNTIME_POSITIONS:
+                return self.history_query(*prompts)
+            return self.runtime(*prompts)
         if attention_mask is None and input_ids is not None:
             attention_mask = input_ids.ne(cast(int, self.config.pad_token_id)).long()
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
@@ -265,14 +294,8 @@ class T5ForGenerativeRetrieval(Loader, T5PreTrainedModel):
         first = getattr(self.config, "decoder_start_token_id", self.config.pad_token_id) or 0
         return torch.full((batch, 1), first, dtype=torch.long, device=self.device)
 
-    def _read_history(
-        self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, for_query: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The decoder's outputs h `[B, 1 + S, d_model]`, the number of items `[B]`, and the users' unit vectors p `[B, d]`.
-
-        Output s follows s items. The vector of a prompt that names no user is 0. If only a query is wanted (`for_query`) and no
-        prompt of the batch needs T5, h is 0.
-        """
+    def read_prompts(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> HistoryPrompts:
+        """Takes prompts apart; arguments and errors of [`~T5ForGenerativeRetrieval.encode_queries`]."""
         if input_ids is None:
             raise ValueError("history pooling reads token ids; give input_ids, not inputs_embeds.")
         kinds = cast(dict, self.config.entity_tokens)
@@ -280,38 +303,51 @@ class T5ForGenerativeRetrieval(Loader, T5PreTrainedModel):
         users, items = (find_entities(input_ids, mask, kinds[kind]) for kind in ("user", "item"))
         rows = (users.tokens - kinds["user"]["first"]).clamp(0, len(self.user_codewords) - 1)
         named = self.user_codewords[rows].sum(dim=2) * users.present[..., None]  # [B, S_u, d]
-        lengths, vectors = items.present.sum(dim=1), F.normalize(named.sum(dim=1), dim=-1)
-        if for_query and not self._needs_t5(lengths, vectors).any():
-            return vectors.new_zeros(len(vectors), 1, self.config.d_model), lengths, vectors
         words = mask & ~users.covered & ~items.covered
         width = max(int(words.sum(dim=1).max()), 1)
         order = (~words).long().argsort(dim=1, stable=True)[:, :width]  # places of the words, [B, W]
-        embed = self._embeddings
-        start = embed(self._start(len(input_ids)))
-        history = embed(items.tokens).sum(dim=2)  # one position per item, [B, S, d_model]
-        # -1 stands for padding. Prompts of the same wording share one row of the encoder's states, [wordings, W, d_model].
         texts = torch.where(words, input_ids, -1).gather(1, order)  # [B, W]
+        # Prompts of the same wording share one row of the encoder's states, [n, W, d_model].
         wordings, which = texts.unique(dim=0, return_inverse=True)
-        states = self.get_encoder()(wordings.clamp(min=0), wordings.ge(0).long()).last_hidden_state
-        hidden = self.transformer(
-            encoder_outputs=(states[which],),
-            attention_mask=texts.ge(0).long(),
-            decoder_inputs_embeds=torch.cat([start, history], dim=1),
-            decoder_attention_mask=F.pad(items.present.long(), (1, 0), value=1),
+        return HistoryPrompts(wordings, which, items.tokens, items.present, F.normalize(named.sum(dim=1), dim=-1))
+
+    def history_query(
+        self,
+        wordings: torch.Tensor,
+        which: torch.Tensor,
+        tokens: torch.Tensor,
+        present: torch.Tensor,
+        users: torch.Tensor,
+    ) -> torch.Tensor:
+        """The query of [`HistoryPrompts`], `[B, query_dim]`; the part that [`~tokenrec_hf.export_onnx`] writes as a graph."""
+        prompts = HistoryPrompts(wordings, which, tokens, present, users)
+        return self._history_query(self._read_history(prompts), prompts)
+
+    def _read_history(self, prompts: HistoryPrompts) -> torch.Tensor:
+        """The decoder's outputs h, `[B, 1 + S, d_model]`. Output s follows s items."""
+        embed = self._embeddings
+        history = embed(prompts.tokens).sum(dim=2)  # one position per item, [B, S, d_model]
+        is_word = prompts.wordings.ge(0).long()
+        states = self.get_encoder()(prompts.wordings.clamp(min=0), is_word).last_hidden_state
+        return self.transformer(
+            encoder_outputs=(states[prompts.which],),
+            attention_mask=is_word[prompts.which],
+            decoder_inputs_embeds=torch.cat([embed(self._start(len(history))), history], dim=1),
+            decoder_attention_mask=F.pad(prompts.present.long(), (1, 0), value=1),
             use_cache=False,
         ).last_hidden_state
-        return hidden, lengths, vectors
 
     @staticmethod
-    def _needs_t5(lengths: torch.Tensor, users: torch.Tensor) -> torch.Tensor:
+    def _needs_t5(prompts: HistoryPrompts) -> torch.Tensor:
         """Whether a prompt has a history, or no user either, boolean `[B]`."""
-        return (lengths > 0) | (users == 0).all(dim=1)
+        return prompts.present.any(dim=1) | (prompts.users == 0).all(dim=1)
 
-    def _history_query(self, hidden: torch.Tensor, lengths: torch.Tensor, users: torch.Tensor) -> torch.Tensor:
+    def _history_query(self, hidden: torch.Tensor, prompts: HistoryPrompts) -> torch.Tensor:
         """The query [p / temperature ; history_weight * h] `[B, query_dim]`, h being the output after the last item."""
+        lengths = prompts.present.sum(dim=1)
         last = hidden[torch.arange(len(hidden), device=hidden.device), lengths]  # [B, d_model]
-        weight = self.config.history_weight * self._needs_t5(lengths, users).to(last)[:, None]
-        return torch.cat([users.to(last) / self.config.temperature, last * weight], dim=1)
+        weight = self.config.history_weight * self._needs_t5(prompts).to(last)[:, None]
+        return torch.cat([prompts.users.to(last) / self.config.temperature, last * weight], dim=1)
 
     @torch.inference_mode()
     def encode_by_length(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -359,8 +395,9 @@ class T5ForGenerativeRetrieval(Loader, T5PreTrainedModel):
             ValueError: labels without bound items, or `cosine_ranking` without negatives.
         """
         if self.config.pooling == "history":
-            hidden, *others = self._read_history(input_ids, attention_mask)
-            queries = self._history_query(hidden, *others)
+            prompts = self.read_prompts(input_ids, attention_mask)
+            hidden = self._read_history(prompts)
+            queries = self._history_query(hidden, prompts)
         else:
             queries = self.encode_queries(input_ids, attention_mask, inputs_embeds)
         if labels is None:
