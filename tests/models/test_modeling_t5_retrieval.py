@@ -627,6 +627,16 @@ def test_prompts_of_users_alone_do_not_go_through_t5(histories):
     assert torch.allclose(query[0], model.encode_queries(**histories)[2]) and len(calls) == 1
 
 
+def test_t5_is_not_asked_where_its_weight_is_zero(histories, monkeypatch):
+    model = reading_history(history_weight=0.0)
+    prompts = model.read_prompts(**histories)
+    with torch.no_grad():
+        expected = model.history_query(*prompts)
+        monkeypatch.setattr(model, "_read_history", None)
+        found = model.encode_queries(**histories)
+    assert found.tolist() == expected.tolist() and found[:, :DIM].abs().sum() > 0
+
+
 def test_later_items_do_not_change_what_is_predicted_before_them(histories):
     model = reading_history()
     hidden = model._read_history(model.read_prompts(**histories))

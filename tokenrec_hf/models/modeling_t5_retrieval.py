@@ -275,8 +275,8 @@ class T5ForGenerativeRetrieval(Loader, T5PreTrainedModel):
         """
         if self.config.pooling == "history":
             prompts = self.read_prompts(input_ids, attention_mask)
-            if not self._needs_t5(prompts).any():
-                return self._history_query(prompts.users.new_zeros(len(prompts.users), 1, self.config.d_model), prompts)
+            if not self.config.history_weight or not self._needs_t5(prompts).any():
+                return F.pad(prompts.users / self.config.temperature, (0, self.config.d_model))
             positions = prompts.present.numel()
             if self.runtime is None or self.training or torch.is_grad_enabled() or positions > RUNTIME_POSITIONS:
                 return self.history_query(*prompts)
