@@ -99,6 +99,7 @@ def fism_repository(tmp_path_factory, demo_splits):
             "d_ff": 64,
             "num_layers": 1,
             "projection_dim": 32,
+            "history_weight": 0.5,
         },
         "retrieval.training": {"num_train_epochs": 4, "warmup_steps": 2},
     }

@@ -631,7 +631,7 @@ def test_t5_is_not_asked_where_its_weight_is_zero(histories, monkeypatch):
     model = reading_history(history_weight=0.0)
     prompts = model.read_prompts(**histories)
     with torch.no_grad():
-        expected = model.history_query(*prompts)
+        expected = model.history_query(prompts)
         monkeypatch.setattr(model, "_read_history", None)
         found = model.encode_queries(**histories)
     assert found.tolist() == expected.tolist() and found[:, :DIM].abs().sum() > 0

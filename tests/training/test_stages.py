@@ -463,6 +463,11 @@ def test_selection_reports_the_ranking_with_the_chosen_weight(run_stage, data, t
     assert result.metrics["ndcg@20"] == pytest.approx(found["ndcg@20"])
 
 
+def test_selection_keeps_a_weight_that_the_recipe_gives(run_stage, data, tmp_path):
+    given = changed(RETRIEVAL, config={"history_weight": 0.3})
+    assert run_stage("history", tmp_path, holdout=data.holdout, settings=given).metrics["history_weight"] == 0.3
+
+
 def test_without_selection_the_weight_stays_as_it_is(run_stage, tmp_path):
     assert run_stage("history", tmp_path, weight=0.5, epochs=1).model.config.history_weight == 0.5
 

@@ -153,7 +153,7 @@ class T5ForGenerativeRetrieval(Loader, T5PreTrainedModel):
     token_offsets: torch.Tensor | None
     user_codewords: torch.Tensor
     # Computes `history_query` of small batches elsewhere, see [`~tokenrec_hf.use_onnx`].
-    runtime: Callable[..., torch.Tensor] | None = None
+    runtime: Callable[[HistoryPrompts], torch.Tensor] | None = None
     # Trainer passes `forward` the number of positives in all batches of a step.
     accepts_loss_kwargs = True
     _keys_to_ignore_on_load_unexpected = [
@@ -279,8 +279,8 @@ class T5ForGenerativeRetrieval(Loader, T5PreTrainedModel):
                 return F.pad(prompts.users / self.config.temperature, (0, self.config.d_model))
             positions = prompts.present.numel()
             if self.runtime is None or self.training or torch.is_grad_enabled() or positions > RUNTIME_POSITIONS:
-                return self.history_query(*prompts)
-            return self.runtime(*prompts)
+                return self.history_query(prompts)
+            return self.runtime(prompts)
         if attention_mask is None and input_ids is not None:
             attention_mask = input_ids.ne(cast(int, self.config.pad_token_id)).long()
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
@@ -311,16 +311,8 @@ class T5ForGenerativeRetrieval(Loader, T5PreTrainedModel):
         wordings, which = texts.unique(dim=0, return_inverse=True)
         return HistoryPrompts(wordings, which, items.tokens, items.present, F.normalize(named.sum(dim=1), dim=-1))
 
-    def history_query(
-        self,
-        wordings: torch.Tensor,
-        which: torch.Tensor,
-        tokens: torch.Tensor,
-        present: torch.Tensor,
-        users: torch.Tensor,
-    ) -> torch.Tensor:
-        """The query of [`HistoryPrompts`], `[B, query_dim]`; the part that [`~tokenrec_hf.export_onnx`] writes as a graph."""
-        prompts = HistoryPrompts(wordings, which, tokens, present, users)
+    def history_query(self, prompts: HistoryPrompts) -> torch.Tensor:
+        """The query of prompts with `"history"` pooling, `[B, query_dim]`, which [`~tokenrec_hf.export_onnx`] writes as a graph."""
         return self._history_query(self._read_history(prompts), prompts)
 
     def _read_history(self, prompts: HistoryPrompts) -> torch.Tensor:

@@ -32,7 +32,7 @@ class _Graph(nn.Module):
         self.model = model
 
     def forward(self, *prompts: torch.Tensor) -> torch.Tensor:
-        return self.model.history_query(*prompts)
+        return self.model.history_query(HistoryPrompts(*prompts))
 
 
 def export_onnx(model: T5ForGenerativeRetrieval, path: str | os.PathLike) -> None:
@@ -124,10 +124,10 @@ def use_onnx(recommender: Recommender, path: str | os.PathLike, threads: int | N
     return recommender
 
 
-def _runtime(session: Any) -> Callable[..., torch.Tensor]:
-    def query(*prompts: torch.Tensor) -> torch.Tensor:
-        inputs = {name: part.cpu().numpy() for name, part in zip(HistoryPrompts._fields, prompts)}
-        return torch.from_numpy(session.run(None, inputs)[0]).to(prompts[-1].device)
+def _runtime(session: Any) -> Callable[[HistoryPrompts], torch.Tensor]:
+    def query(prompts: HistoryPrompts) -> torch.Tensor:
+        inputs = {name: part.cpu().numpy() for name, part in prompts._asdict().items()}
+        return torch.from_numpy(session.run(None, inputs)[0]).to(prompts.users.device)
 
     return query
 

@@ -49,6 +49,7 @@ from .closed_forms import smooth_tables
 from .datasets import HistoryDataset, InteractionDataset, LengthGroupedSampler, VectorDataset
 from .initialization import prepare_mq_tokenizer, start_from_singular_vectors
 from .recipe import (
+    AUTO,
     CollaborativeSettings,
     MQTokenizerSettings,
     RetrievalSettings,
@@ -346,7 +347,7 @@ def train_retrieval(
         settings: the recipe's section.
         folder: for checkpoints.
         holdout: the validation items; the best epoch by NDCG@20 is kept. Without it, all `epochs` count. With `"history"`
-            pooling, `history_weight` is chosen too and is among the metrics: the best one, or 0 if T5's part gains no more
+            pooling, `history_weight` is among the metrics: that of the recipe, or the best one, or 0 if T5's part gains no more
             than the standard error of its gain.
         epochs: stop after so many, with the learning-rate schedule unchanged (the refit).
         seed: of everything random except the collator's draws.
@@ -367,7 +368,10 @@ def train_retrieval(
         queries, items = torch.from_numpy(prediction.predictions).float(), model.bound_vectors().cpu()
         seen, chosen = interactions.of_users(holdout.users), {}
         if model.config.pooling == "history":
-            chosen["history_weight"] = choose_history_weight(queries, items, d, holdout, interactions)
+            given = settings.config.get("history_weight", AUTO)
+            chosen["history_weight"] = (
+                choose_history_weight(queries, items, d, holdout, interactions) if given == AUTO else given
+            )
             queries = weighed(queries, d, chosen["history_weight"])
         return evaluate_embeddings(queries, items, holdout.targets, *seen, cosine=True) | chosen
 
