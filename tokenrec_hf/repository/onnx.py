@@ -91,13 +91,12 @@ def export_onnx(model: T5ForGenerativeRetrieval, path: str | os.PathLike) -> Non
         model.train(was_training)
 
 
-def use_onnx(recommender: Recommender, path: str | os.PathLike, threads: int | None = None) -> Recommender:
-    """Lets a graph answer a recommender's requests of few items.
+def use_onnx(recommender: Recommender, path: str | os.PathLike) -> Recommender:
+    """Lets a graph answer a recommender's requests of few items, with as many threads as PyTorch.
 
     Args:
         recommender: changed in place, and returned.
         path: a file of [`export_onnx`].
-        threads: of ONNX Runtime; by default those of PyTorch.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -112,7 +111,7 @@ def use_onnx(recommender: Recommender, path: str | os.PathLike, threads: int | N
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no ONNX graph {path}; make it with `tokenrec export`.")
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads or torch.get_num_threads(), 3
+    options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime has a dozen kinds, of which none is public.
