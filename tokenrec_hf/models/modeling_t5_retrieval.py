@@ -28,7 +28,7 @@ from .functional import linear_cross_entropy, unit
 SHORT_PROMPT = 32
 # Items whose learned part is computed at once.
 ITEM_CHUNK = 65_536
-# Items in all prompts of a batch up to which another runtime answers; PyTorch is faster for more.
+# Positions of items in a batch, padding included, up to which another runtime answers; it gains little with more.
 RUNTIME_POSITIONS = 512
 
 
