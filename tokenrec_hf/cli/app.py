@@ -48,7 +48,6 @@ from .arguments import (
     read_where,
     repeat_options,
 )
-from .hints import check_filters, suggestions
 from .inputs import (
     check_dataset,
     check_files,
@@ -62,7 +61,7 @@ from .inputs import (
     read_metadata,
     read_splits,
 )
-from .naming import code_tokens, item_titles, known_titles, ranked, recommended
+from .naming import check_filters, code_tokens, item_titles, known_titles, ranked, recommended, suggestions
 from .output import Blocks, Document, note, working
 
 app = typer.Typer(
