@@ -252,11 +252,10 @@ def stable_topk(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tenso
 
 def unit_rows(vectors: torch.Tensor) -> torch.Tensor:
     """The rows of `vectors` `[n, d]` scaled to length 1, as new memory; a zero row stays zero."""
+    tiny = torch.finfo(vectors.dtype).tiny
     # Scaled by the largest element first, so that the squares of tiny and huge values neither vanish nor overflow.
-    scale = vectors.abs().amax(dim=1, keepdim=True)
-    scaled = vectors / torch.where(scale > 0, scale, 1.0)
-    length = scaled.norm(dim=1, keepdim=True)
-    return scaled.div_(torch.where(length > 0, length, 1.0))
+    scaled = vectors / vectors.abs().amax(dim=1, keepdim=True).clamp_(min=tiny)
+    return scaled.div_(torch.linalg.vector_norm(scaled, dim=1, keepdim=True).clamp_(min=tiny))
 
 
 def scorable(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
