@@ -54,7 +54,7 @@ def encoder(templates: Sequence[PromptTemplate], history: int = HISTORY) -> Call
         tokenizer.ids("user"),
         tokenizer.ids("item"),
         evaluation_templates=templates,
-        max_length=1280,
+        max_length=768,
         shuffle_history=False,
     )
     return lambda: encode_prompts(model, collator, np.arange(NUM_USERS))

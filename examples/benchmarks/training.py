@@ -80,7 +80,7 @@ def token_shares() -> list[Row]:
     users, ids = np.arange(NUM_USERS), [tokenizer.ids(kind) for kind in ("user", "item")]
     found = []
     for recipe, size, settings in (
-        ("best", 32, {"max_length": 1280, "next_items": True, "shuffle_history": False}),
+        ("best", 32, {"max_length": 768, "next_items": True, "shuffle_history": False}),
         ("paper", 64, {"max_length": 512}),
     ):
         collator = DataCollatorForGenerativeRetrieval(tokenizer, interactions, *ids, **settings)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 RECIPES = ("paper", "best", "quickstart")
 AUTO = "auto"
+# The largest residual codebook of items whose size is `auto`; k-means of more codewords takes minutes.
+MOST_CODEWORDS = 4096
 _FOLDER = Path(__file__).parents[1] / "assets" / "recipes"
 # Sections with the fields of a configuration class or of TrainingArguments.
 _OPEN = ("config", "training")
@@ -108,13 +110,17 @@ class MQTokenizerSettings(StageSettings):
         """The configuration of the MQ-Tokenizer of `"user"` or `"item"`.
 
         A `codebook_size` of `auto` is 256 for up to 10,000 vectors and 512 for more, the paper's choices for small and large
-        data.
+        data. For items with `residual`, it is the first power of two from a third of their number on, at most `MOST_CODEWORDS`:
+        T5 learns more about items when few of them share a codeword.
         """
         from ..models.configuration_tokenrec import MQTokenizerConfig
 
         config = {**self.config, "embedding_dim": embedding_dim}
         if config.get("codebook_size") == AUTO:
-            config["codebook_size"] = 256 if num_vectors <= 10_000 else 512
+            size = 256 if num_vectors <= 10_000 else 512
+            if kind == "item" and config.get("residual"):
+                size = min(max(size, 1 << max(num_vectors // 3 - 1, 0).bit_length()), MOST_CODEWORDS)
+            config["codebook_size"] = size
         if kind == "user" and self.user_codebooks is not None:
             config["num_codebooks"] = self.user_codebooks
         return MQTokenizerConfig(**config)
