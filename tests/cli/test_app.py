@@ -299,15 +299,13 @@ def test_a_dry_run_shows_what_would_be_trained_on_and_writes_nothing(capsys, csv
         "--min-rating",
         "2",
     )
-    found = document(capsys, *argv, "--dry-run", "--split", "temporal", "--at", "0.5")
+    found = document(capsys, *argv, "--dry-run", "--split", "temporal", "--at", "0.75")
     assert (found["dataset"], found["rows"], found["dropped"]) == ("table.csv", 30, {"rated below 2": 10})
-    assert found["splits"] == {"train": 5, "validation": 5, "test": 5}
+    assert found["splits"] == {"train": 10, "validation": 5, "test": 5}
     assert found["format"]["columns"] == {"user": "person", "item": "movie", "rating": "stars", "timestamp": "when"}
-    status, out, err = run(capsys, *argv, "--dry-run", "--split", "temporal", "--at", "0.5")
+    status, out, err = run(capsys, *argv, "--dry-run", "--split", "temporal", "--at", "0.75")
     assert (status, err) == (0, "") and found["summary"] in out
-    assert (
-        "a test item of each of 5 users, 5 later interactions left out.\n\ncollaborative vectors (fism): at most" in out
-    )
+    assert "a validation and a test item of each of 5 users.\n\ncollaborative vectors (fism): at most" in out
     assert [line for line in out.splitlines() if line.endswith("GB of memory")] == [
         one["summary"] for one in found["stages"]
     ]

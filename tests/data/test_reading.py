@@ -304,7 +304,7 @@ def test_any_table_of_items_is_metadata_that_a_store_takes(tmp_path):
     assert metadata[0] == {
         "title": "Alien", "_2020_sales": 1.5, "ratio": "inf", "tags": "x, y", "new": True, "year": 1979,
     }  # fmt: skip
-    assert metadata[1] == {"ratio": "1.0", "tags": "", "new": False, "year": 1986}
+    assert metadata[1] == {"ratio": "1.0", "new": False, "year": 1986}
 
 
 @pytest.mark.parametrize("name", ["items.csv", "items.jsonl"])
@@ -316,3 +316,60 @@ def test_numbers_of_items_are_numbers_and_text_is_text(tmp_path, name):
         text if name.endswith("csv") else "\n".join(json.dumps({**row, "year": row["year"] or None}) for row in rows)
     )
     assert read_items(path) == (["7", "9"], [{"title": "Up", "year": 2009}, {"title": "1917"}])
+
+
+def test_a_header_after_blank_lines_is_no_interaction(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("\n\nuser_id,item_id\nu1,i1\nu1,i2\n")
+    assert load_interactions(path)["user_id"][:] == ["u1", "u1"]
+
+
+LONG_IDS = [1234567890123456780 + number for number in range(4)]
+
+
+def test_long_ids_of_json_stay_whole_where_a_row_has_none(tmp_path):
+    path = tmp_path / "table.jsonl"
+    rows = [{"user_id": 7, "item_id": one} for one in LONG_IDS] + [{"user_id": 7}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert load_interactions(path, drop_incomplete=True)["item_id"][:] == list(map(str, LONG_IDS))
+
+
+def test_long_ids_of_items_stay_whole_where_values_are_missing(tmp_path):
+    path = tmp_path / "items.jsonl"
+    rows = [{"item_id": one, "year": 1999} for one in LONG_IDS[:2]] + [{"item_id": LONG_IDS[2]}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert read_items(path) == (list(map(str, LONG_IDS[:3])), [{"year": 1999}, {"year": 1999}, {}])
+
+
+def test_parts_with_ids_as_numbers_and_as_text_are_one_table(tmp_path):
+    (tmp_path / "a.csv").write_text("user_id,item_id\nu1,i1\n")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"user_id": 1, "item_id": 2}))
+    assert load_interactions(tmp_path)[:] == {"user_id": ["u1", "1"], "item_id": ["i1", "2"]}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "latin-1"])
+def test_quotes_are_characters_between_double_colons(tmp_path, encoding):
+    path = tmp_path / "ratings.dat"
+    path.write_text('u1::5" disc::5\nu1::café::4\nu2::café::3\n', encoding=encoding)
+    found = load_interactions(path, user_column="1", item_column="2")
+    assert found["item_id"][:] == ['5" disc', "café", "café"]
+
+
+def test_missing_values_of_items_are_no_values(tmp_path):
+    path = tmp_path / "items.csv"
+    path.write_text("id,title,year\n1,Up,1999\n2,N/A,nan\n3,NULL,2005\n")
+    assert read_items(path)[1] == [{"title": "Up", "year": 1999}, {}, {"year": 2005}]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("id,title\n1,Up\n,Alien\n", "row 2 has no id; give every item an id"),
+        ("id,withdrawn\n1,true\n", "withdraw items with"),
+    ],
+)
+def test_tables_of_items_that_would_do_harm_are_refused(tmp_path, text, message):
+    path = tmp_path / "items.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_items(path)

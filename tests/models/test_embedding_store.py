@@ -964,3 +964,20 @@ def test_bounds_that_do_not_fit_the_values_are_not_valid(indptr):
     assert Ragged(np.array([0, 0, 2]), np.array([0, 1], dtype=np.int32)).is_valid(2)
     assert not Ragged(np.array([0, 0, 2]), np.array([0, 2], dtype=np.int32)).is_valid(2)
     assert not Ragged(np.array([[0, 2]]), np.array([[0, 1]], dtype=np.int32)).is_valid(2)
+
+
+def test_a_folder_may_be_named_by_way_of_another(tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    store = EmbeddingStore(2)
+    store.upsert("item", ["a"], np.ones((1, 2)))
+    for _ in range(2):
+        store.save_pretrained("../store")
+    assert EmbeddingStore.open(tmp_path / "store").ids("item") == ["a"]
+
+
+def test_a_filter_that_is_no_mapping_is_refused():
+    store = EmbeddingStore(2)
+    store.upsert("item", ["a"], np.ones((1, 2)))
+    with pytest.raises(ValueError, match="where is 'x=1'; give values by name"):
+        store.search(np.ones((1, 2)), 1, where="x=1")

@@ -386,14 +386,27 @@ def test_somebody_without_an_id_is_written_in_the_tokens_of_the_history(parts, m
     assert {row["item"] for row in found} == {f"i{n}" for n in range(NUM_ITEMS)} - {"i3", "i4"}
 
 
-def test_a_history_that_tells_nothing_of_its_user_is_shown_alone(parts, recommender):
-    reader = Recommender(*parts)
-    reader.history_encoder = Reader(parts[2], "cid")
-    for one in (reader, recommender):
-        assert prompts(one, [None], [["i30"]]) == tokens(one, "What fits item_i30 best?")
-    assert prompts(recommender, [None], [["i3"]]) == tokens(recommender, "What fits item_i3 best?")
+def test_without_a_history_encoder_a_history_is_shown_alone(recommender):
+    for item in ("i3", "i30"):
+        assert prompts(recommender, [None], [[item]]) == tokens(recommender, f"What fits item_{item} best?")
     with pytest.raises(ValueError, match="names a user, but request 0 has no user id"):
-        reader.tokenize([None], [["i30"]], UNSEEN_TEMPLATE)
+        recommender.tokenize([None], [["i30"]], UNSEEN_TEMPLATE)
+
+
+def test_items_that_the_history_encoder_does_not_know_count_by_their_own_vectors(parts, mqs):
+    model, tokenizer, store = parts
+    tokenizer.attach(user_mq=mqs["user"])
+    recommender = Recommender(model, tokenizer, store)
+    recommender.history_encoder = Reader(store, "cid")
+    mean = torch.nn.functional.normalize(store.get("item", ["i29", "i30"]), dim=1).mean(dim=0, keepdim=True)
+    own = tokenizer.vector_token_ids("user", torch.nn.functional.normalize(mean, dim=1))[0].tolist()
+    [prompt] = prompts(recommender, [None], [["i29", "i30"]])
+    assert any(prompt[at : at + len(own)] == own for at in range(len(prompt)))
+
+
+def test_an_item_counts_once_in_a_history(recommender):
+    repeated, once = (recommender.recommend(["ann"], [items]) for items in (["i3", "i4", "i3"], ["i3", "i4"]))
+    assert repeated == once
 
 
 def test_neither_a_user_nor_a_history_is_refused(recommender):

@@ -279,8 +279,56 @@ def test_a_second_call_repeats_nothing(splits, recipe, tmp_path, monkeypatch):
     log = []
     assert train(splits, recipe, tmp_path, log=log.append).metrics == first
     assert weights(tmp_path) == before
-    assert len(log) == 10
-    assert all("finished already" in line for line in log)
+    assert log == ["selection is finished already", "refit is finished already"]
+
+
+def test_a_second_call_leaves_a_repository_that_has_changed(splits, recipe, trained, tmp_path):
+    folder = shutil.copytree(trained.folder, tmp_path / "out")
+    store = EmbeddingStore.open(folder / "store")
+    Repository(folder).add(
+        items=NewVectors(["new"], store.vectors("item")[:1, : recipe.collaborative.config["embedding_dim"]])
+    )
+    Repository(folder).remove(users=store.ids("user")[:1])
+    changed = EmbeddingStore.open(folder / "store")
+    train(splits, recipe, folder, dataset_name="small")
+    store = EmbeddingStore.open(folder / "store")
+    assert store.ids("user") == changed.ids("user") and store.ids("item") == changed.ids("item")
+    Repository(folder).verify()
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ([(user, item) for user in "abcd" for item in "xyz"], "no user has two interactions to train on"),
+        ([(user, item) for user in ("a", "<u1-2>") for item in "vwxyz"], "'<u1-2>' begins like a code token"),
+    ],
+)
+def test_data_that_cannot_be_learned_from_are_refused_at_once(recipe, tmp_path, pairs, message):
+    users, items = zip(*pairs)
+    times = list(range(len(pairs)))
+    splits = leave_one_out(Dataset.from_dict({"user_id": users, "item_id": items, "timestamp": times}))
+    with pytest.raises(ValueError, match=message):
+        train(splits, recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_backbone_that_cannot_be_had_is_found_before_the_first_stage(splits, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    missing = Recipe.load("paper", overrides={**TINY, "retrieval.backbone": "nobody/no-such-t5"})
+    with pytest.raises((ValueError, OSError), match="nobody/no-such-t5"):
+        train(splits, missing, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_a_half_life_is_trained_once(splits, tmp_path, monkeypatch):
+    recipe = Recipe.load("best", overrides={"collaborative.model": "lightgcn", "collaborative.num_negatives": 1})
+    assert not recipe.collaborative.chooses_half_life and Recipe.load("best").collaborative.chooses_half_life
+    log = []
+    monkeypatch.setattr(training, "train_mq_tokenizer", cut)
+    small = recipe.changed(**{"collaborative.training": {"num_train_epochs": 1}})
+    with pytest.raises(PowerCut):
+        train(splits, small, tmp_path, log=log.append)
+    assert [line.split(" took ")[0] for line in log] == ["selection: collaborative"]
 
 
 def test_a_run_that_stops_before_each_of_its_stages_goes_on(trained, splits, recipe, tmp_path, monkeypatch):
@@ -313,7 +361,8 @@ def test_a_run_that_stops_before_each_of_its_stages_goes_on(trained, splits, rec
             train(splits, recipe, tmp_path, dataset_name="small", log=log.append)
         assert called[-1] == stage and not (tmp_path / "metrics.json").exists()
         finished.append(sum("finished already" in line for line in log))
-    assert finished == [0, *range(9)]
+    # A finished selection is one line.
+    assert finished == [0, 0, 1, 2, 3, 4, 1, 2, 3, 4]
     called.clear()
     metrics = train(splits, recipe, tmp_path, dataset_name="small").metrics
     assert called == ["evaluate_retrieval"]
@@ -377,7 +426,12 @@ def test_given_item_vectors_take_the_place_of_the_collaborative_model(splits, tm
     }
     recipe, ids = Recipe.load("best", overrides=small), index_splits(splits, "test").item_ids
     random = torch.Generator().manual_seed(0)
-    given = NewVectors([*ids, "cold"], 5 * torch.randn(len(ids) + 1, 12, generator=random))
+    titles = [{"title": f"Title of {name}"} for name in (*ids, "cold")]
+    given = NewVectors([*ids, "cold"], 5 * torch.randn(len(ids) + 1, 12, generator=random), titles)
+    with pytest.raises(ValueError, match="the metadata 'title' is"):
+        train(
+            splits, recipe, tmp_path, item_vectors=NewVectors(given.ids, given.vectors, [{"title": []}] * len(titles))
+        )
     with pytest.raises(ValueError, match=f"1 of {len(ids)} items have no vector, such as '{ids[0]}'"):
         train(splits, recipe, tmp_path, item_vectors=NewVectors(given.ids[1:], given.vectors[1:]))
     with pytest.raises(ValueError, match="item vectors replace FISM, but the recipe's model is lightgcn"):
@@ -385,6 +439,7 @@ def test_given_item_vectors_take_the_place_of_the_collaborative_model(splits, tm
     repository = train(splits, recipe, tmp_path, item_vectors=given, refit=False)
     store, unit = EmbeddingStore.open(repository.parts.store), torch.nn.functional.normalize(given.vectors, dim=1)
     torch.testing.assert_close(store.get("item", given.ids)[:, :12], unit)
+    assert store.metadata(given.ids) == titles
     user = splits["test"]["user_id"][0]
     train_pairs = zip(splits["train"]["user_id"], splits["train"]["item_id"])
     history = [item for name, item in train_pairs if name == user]

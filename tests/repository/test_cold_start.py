@@ -259,6 +259,45 @@ def test_retraining_keeps_the_space(repository):
     check_codes(repository)
 
 
+@pytest.mark.parametrize("model", ["lightgcn", "fism"])
+def test_retraining_leaves_vectors_that_no_interaction_belongs_to(request, tmp_path, model):
+    folder = request.getfixturevalue({"lightgcn": "trained_repository", "fism": "fism_repository"}[model])
+    folder = shutil.copytree(folder, tmp_path / "repository")
+    given = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
+    Repository(folder).add(items=NewVectors(["silent"], given[:1]), users=NewVectors(["quiet"], given[1:]))
+    report = Repository(folder).add(retrain=True)
+    store = EmbeddingStore.open(folder)
+    kept = torch.cat([store.get("item", ["silent"]), store.get("user", ["quiet"])])
+    assert torch.equal(kept[:, :16], given)
+    assert (report["users_changed"], report["items_changed"]) == (store.count("user") - 1, store.count("item") - 1)
+    check_codes(folder)
+    # The measured error is that of the two, not of what was trained.
+    for kind, vectors in (("item", given[:1]), ("user", given[1:])):
+        mq = MQTokenizerModel.from_pretrained(folder / f"mq_{kind}")
+        noted = json.loads((folder / "additions.json").read_text())[kind]
+        assert noted == {"count": 1, "reconstruction_error": pytest.approx(mq.reconstruction_error(vectors), rel=1e-5)}
+
+
+def test_given_item_vectors_are_not_retrained(repository):
+    metrics = json.loads((repository / "metrics.json").read_text())
+    metrics["epochs"]["collaborative"] = 0
+    (repository / "metrics.json").write_text(json.dumps(metrics))
+    before = contents(repository)
+    with pytest.raises(ValueError, match="were given and not trained, so they cannot be retrained"):
+        Repository(repository).add(retrain=True)
+    assert contents(repository) == before
+
+
+def test_a_withdrawal_is_no_metadata(repository):
+    item = EmbeddingStore.open(repository).ids("item")[0]
+    for given in (
+        {"metadata": {item: {"withdrawn": False}}},
+        {"items": NewVectors([item], torch.ones(1, 16), [{"withdrawn": True}])},
+    ):
+        with pytest.raises(ValueError, match="'withdrawn' are not to be given; withdraw items with `remove`"):
+            Repository(repository).add(**given)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -404,3 +443,15 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     pq.write_table(pa.table({"id": ["a"], "vector": [[1.0]], "age": [3]}), tmp_path / "u.parquet")
     with pytest.raises(ValueError, match="has the column 'age' besides ids and vectors; only items have metadata"):
         read_vectors(tmp_path / "u.parquet", "user")
+
+
+@pytest.mark.parametrize("column", [pa.array([7.0, 8.0]), pa.array([7, 8]), pa.array(["7", "8"])])
+def test_ids_of_vectors_are_text_as_those_of_interactions(tmp_path, column):
+    pq.write_table(pa.table({"id": column, "vector": [[1.0], [2.0]]}), tmp_path / "x.parquet")
+    assert read_vectors(tmp_path / "x.parquet", "item").ids == ["7", "8"]
+
+
+def test_a_vector_without_an_id_is_refused(tmp_path):
+    pq.write_table(pa.table({"id": ["a", None], "vector": [[1.0], [2.0]]}), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match="x.parquet: row 2 has no id"):
+        read_vectors(tmp_path / "x.parquet", "item")

@@ -100,7 +100,10 @@ def test_users_who_are_unknown_are_skipped_or_get_popular_items(trained_reposito
     assert "user 'nobody' is unknown" in capsys.readouterr().err and not path.exists()
     assert main([*argv, "--on-unknown", "skip"]) == 0
     assert "2 users" in (out := capsys.readouterr().out) and "1 of them not as asked" in out
-    assert READ[".csv"](path).user_id.tolist() == ["u003"] * 2
+    table = READ[".csv"](path)
+    assert table.user_id.tolist() == ["u003"] * 2 + ["nobody"]
+    assert table.item_id.isna().tolist() == [False, False, True] == table["rank"].isna().tolist()
+    assert table.note.tolist()[2] == "user 'nobody' is unknown"
     assert main([*argv, "--on-unknown", "popular"]) == 0
     table = READ[".csv"](path)
     assert table.item_id.tolist()[2:] == list(recommender.store.popular(2))

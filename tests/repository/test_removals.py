@@ -103,3 +103,11 @@ def test_users_are_deleted_where_there_was_no_refit(tmp_path):
     shutil.rmtree(tmp_path / "tiny" / "training" / "selection")
     assert Repository(tmp_path / "tiny").remove(users=["u0"])["users"] == 1
     assert all(check.passed for check in Repository(tmp_path / "tiny").verify())
+
+
+@pytest.mark.parametrize("arguments", [{"users": "u002"}, {"items": "f001"}, {"users": [3]}])
+def test_what_is_no_list_of_ids_is_refused(repository, arguments):
+    before = contents(repository)
+    with pytest.raises(ValueError, match="must be a list of ids"):
+        Repository(repository).remove(**arguments)
+    assert contents(repository) == before

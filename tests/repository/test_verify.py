@@ -80,7 +80,7 @@ DAMAGE = [
     ("collaborative", lambda f: change_item_ids(f, lambda ids: [*ids, "more"]), r"has (\d+) item ids for (?!\1)"),
     ("collaborative", lambda f: change_item_ids(f, lambda ids: ids[1:]), r"has (\d+) item ids for (?!\1)"),
     ("settings", lambda f: (f / "metrics.json").write_text("["), "metrics.json is damaged"),
-    ("settings", lambda f: (f / "recipe.yaml").write_text("seed: many"), "recipe.yaml.*seed"),
+    ("settings", lambda f: (f / "recipe.yaml").write_text("seed: many"), "recipe.yaml.*setting recipe is missing"),
     ("codes", lambda f: flip(f / "codes.safetensors"), "codes.safetensors is damaged|are not those of the vectors"),
     ("codes", drop_a_user, "1 users, such as 'u0', are in one of tokenizer and store only"),
     (

@@ -262,3 +262,32 @@ def test_errors_of_structure_are_found_without_torch():
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+def test_a_saved_recipe_is_the_same_again(tmp_path):
+    """Without entries of the named recipe that it does not have."""
+    recipe = Recipe.load("best").changed(**{"collaborative.config": {"embedding_dim": 64}})
+    recipe.save(tmp_path / "recipe.yaml")
+    assert Recipe.open(tmp_path / "recipe.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": -1}, "seed is -1 but must be greater than or equal to 0"),
+        ({"seed": 2**32}, "seed is 4294967296 but must be less than"),
+        ({"collaborative.model": "lightgcn"}, "collaborative.num_negatives is 0, but the loss of lightgcn needs 1"),
+    ],
+)
+def test_what_would_fail_in_training_is_refused(changes, message):
+    with pytest.raises(SettingError, match=message):
+        Recipe.load("best", overrides=changes)
+
+
+@pytest.mark.parametrize(
+    ("items", "size"), [(1, 256), (700, 256), (1_682, 1024), (3_646, 2048), (12_101, 4096), (10**6, 4096)]
+)
+def test_residual_codebooks_of_items_grow_with_their_number(items, size):
+    settings = Recipe.load("best").mq_tokenizer
+    assert settings.model_configuration("item", 128, items).codebook_size == size
+    assert settings.model_configuration("user", 128, items).codebook_size == (256 if items <= 10_000 else 512)

@@ -347,6 +347,13 @@ def test_training_stops_early_and_keeps_the_best_by_ndcg(
     assert_equal_weights(weights(result), best)
 
 
+def test_evaluations_are_counted_in_epochs_with_a_limit_of_steps_too(run_stage, data, scripted_metrics, tmp_path):
+    seen = scripted_metrics([0.1] * 20)
+    settings = changed(RETRIEVAL, training={**RETRIEVAL.training, "max_steps": 8}, evaluate_every=1)
+    run_stage("retrieval", tmp_path, settings=settings, holdout=data.holdout)
+    assert len(seen) == 2  # of four steps an epoch
+
+
 def test_early_stopping_goes_on_counting_after_an_interruption(
     run_stage, data, scripted_metrics, interrupt_at, tmp_path
 ):

@@ -61,7 +61,7 @@ from .inputs import (
     read_metadata,
     read_splits,
 )
-from .naming import check_filters, code_tokens, item_titles, known_titles, ranked, recommended, suggestions
+from .naming import code_tokens, item_titles, known_titles, ranked, recommended, suggestions, typed_filters
 from .output import Blocks, Document, note, working
 
 app = typer.Typer(
@@ -407,10 +407,11 @@ def recommend(
     if user is None and not shown and not several:
         raise UsageError("there is no user to recommend to; give --user, --history or both.")
     options: dict[str, Any] = {"top_k": top_k, "exclude_seen": not include_seen, "on_unknown": on_unknown}
-    options |= {"where": read_where(where or ()), "diversity": diversity, "max_per": read_limits(max_per or ())}
+    options |= {"diversity": diversity, "max_per": read_limits(max_per or ())}
+    filters = read_where(where or ())
     users = None if users_file is None else read_lines(users_file)
     recommender, titles = open_recommender(repository, revision, store)
-    check_filters(recommender.store, options["where"], options["max_per"])
+    options["where"] = typed_filters(recommender.store, filters, options["max_per"])
     if to is not None:
         from ..repository.export import export_recommendations
 
@@ -439,9 +440,9 @@ def similar(
     """List the items whose vectors are most similar to the vectors of given items."""
     filters = read_where(where or ())
     recommender, titles = open_recommender(repository, revision, store)
-    check_filters(recommender.store, filters)
+    typed = typed_filters(recommender.store, filters)
     with suggestions(recommender, item=item):
-        found = recommender.similar_items(item, top_k=top_k, where=filters)
+        found = recommender.similar_items(item, top_k=top_k, where=typed)
     return {
         "repository": repository,
         "items": [

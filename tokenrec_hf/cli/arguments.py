@@ -138,16 +138,16 @@ def read_scalar(text: str) -> Scalar:
     return text
 
 
-def read_where(pairs: Iterable[str]) -> dict[str, list[Scalar]]:
-    """`genre=jazz genre=folk price<30` as `{"genre": ["jazz", "folk"], "price<": [30]}`."""
-    where: dict[str, list[Scalar]] = {}
+def read_where(pairs: Iterable[str]) -> dict[str, list[str]]:
+    """`genre=jazz genre=folk price<30` as `{"genre": ["jazz", "folk"], "price<": ["30"]}`."""
+    where: dict[str, list[str]] = {}
     for pair in pairs:
         match = re.fullmatch(r"([^\W\d]\w*)(=|<=?|>=?|~)(.*)", pair, re.ASCII | re.DOTALL)
         if match is None:
             raise UsageError(f"--where {pair} is not NAME=VALUE, NAME<VALUE, NAME>VALUE or NAME~TEXT.")
         name, sign, value = match.groups()
         condition = name if sign == "=" else name + sign
-        where.setdefault(condition, []).append(value if sign == "~" else read_scalar(value))
+        where.setdefault(condition, []).append(value)
     return where
 
 

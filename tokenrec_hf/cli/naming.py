@@ -6,11 +6,13 @@ Also the recommendations as documents, which are lists of named items.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import compress, islice
 from typing import TYPE_CHECKING, Any
 
+from .arguments import read_scalar
 from .output import Document
 
 if TYPE_CHECKING:
@@ -101,13 +103,13 @@ def suggestions(recommender: Recommender, **given: Sequence[str] | None) -> Iter
         raise KeyError(f"{error.args[0]}{hint}") from None
 
 
-def check_filters(store: Store, where: Mapping[str, Sequence[Any]], names: Iterable[str] = ()) -> None:
-    """Makes sure that some item has each value of a filter.
+def typed_filters(store: Store, where: Mapping[str, Sequence[str]], names: Iterable[str] = ()) -> dict[str, list[Any]]:
+    """A filter with the values as the metadata have them: `1984` may be a number or a text.
 
     Args:
         store: holds the metadata.
-        where: a filter with a list of values for each condition.
-        names: further names of metadata.
+        where: the text of the values for each condition.
+        names: further names of metadata, which some item must have.
 
     Raises:
         ValueError: no item has a value or a name; the message lists those that there are.
@@ -118,10 +120,17 @@ def check_filters(store: Store, where: Mapping[str, Sequence[Any]], names: Itera
 
     # Any query finds an item if one is left.
     query = np.ones((1, store.embedding_dim), dtype=np.float32)
-    wanted = [(condition, value) for condition, values in where.items() for value in values]
-    unmet = [(one, value) for one, value in wanted if not store.search(query, 1, where={one: [value]})[0][0]]
+    filters: dict[str, list[Any]] = {}
+    unmet = []
+    for condition, text in ((condition, text) for condition, texts in where.items() for text in texts):
+        number = read_scalar(text)
+        is_typed = not isinstance(number, str) and math.isfinite(number) and not condition.endswith("~")
+        candidates = [number, text] if is_typed else [text]
+        met = [value for value in candidates if store.search(query, 1, where={condition: [value]})[0][0]]
+        filters.setdefault(condition, []).extend(met)
+        unmet += [(condition, text)] * (not met)
     if not unmet and not names:
-        return
+        return filters
     known: dict[str, dict[Any, None]] = {}
     for values in store.metadata(store.ids("item")):
         for name, value in values.items():
@@ -133,9 +142,10 @@ def check_filters(store: Store, where: Mapping[str, Sequence[Any]], names: Itera
                 f"there are {_listed(known)}" if known else "items have none; give them some with `add --item-metadata`"
             )
             raise ValueError(f"no item has the metadata {name!r:.100}; {there}.")
-    for condition, value in unmet:
+    for condition, text in unmet:
         name, sign = condition_parts(condition)
-        raise ValueError(f"no item fits {name}{sign or '='}{value!s:.100}; {name} is {_described(list(known[name]))}.")
+        raise ValueError(f"no item fits {name}{sign or '='}{text:.100}; {name} is {_described(list(known[name]))}.")
+    return filters
 
 
 def _described(values: Sequence[Any]) -> str:

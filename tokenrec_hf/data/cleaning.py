@@ -21,7 +21,7 @@ from .files import counted, quoted
 logger = logging.getLogger(__name__)
 
 # Spellings of a value that is not there.
-_MISSING = ("", "NULL", "null", "Null", "NaN", "nan", "NAN", "N/A", "n/a", r"\N", "<NA>", "NaT")
+MISSING = ("", "NULL", "null", "Null", "NaN", "nan", "NAN", "N/A", "n/a", r"\N", "<NA>", "NaT")
 # By the largest timestamp: how many make a second. Seconds of 1973 to 5138 are 1e8 to 1e11.
 _UNITS = ((1e8, 1), (1e11, 10**3), (1e14, 10**6), (1e17, 10**9))
 _TIMES = [pa.timestamp(unit, zone) for unit in ("us", "ns") for zone in (None, "UTC")]
@@ -146,7 +146,7 @@ def _with_nulls(column: pa.ChunkedArray) -> pa.ChunkedArray:
     if not _is_text(column.type):
         return column
     column = pc.utf8_trim_whitespace(column)
-    is_missing = pc.is_in(column, pa.array(_MISSING, column.type))
+    is_missing = pc.is_in(column, pa.array(MISSING, column.type))
     return pc.if_else(is_missing, pa.scalar(None, column.type), column)
 
 

@@ -230,7 +230,7 @@ def _find(source: Any) -> RawFile | Dataset | IterableDataset:
     if isinstance(source, DatasetDict) and len(source) == 1:
         return next(iter(source.values()))
     if not isinstance(source, (str, os.PathLike)):
-        found = f"a {type(source).__name__}" + f" of {', '.join(source)}" * isinstance(source, DatasetDict)
+        found = f"a {type(source).__name__}" + (f" of {', '.join(source)}" if isinstance(source, DatasetDict) else "")
         raise TypeError(
             f"interactions come from a name, a path, one datasets.Dataset, a data frame or a list of dicts, not from {found}."
         )

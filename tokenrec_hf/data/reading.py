@@ -26,6 +26,8 @@ import pyarrow as pa
 import pyarrow.parquet as pa_parquet
 from datasets import Dataset, IterableDataset
 
+from ..models.embedding_store import WITHDRAWN
+from .cleaning import MISSING
 from .files import RawFile, quoted
 
 logger = logging.getLogger(__name__)
@@ -162,7 +164,7 @@ def read_items(path: str | os.PathLike) -> tuple[list[str], list[dict[str, Any]]
         with raw.open() as stream:
             text = io.TextIOWrapper(stream, encoding="utf-8-sig")
             filled = [(number, line) for number, line in enumerate(_one_a_line(text, raw), 1) if line.strip()]
-        frame = pd.DataFrame(_objects(filled, raw))
+        frame = pd.DataFrame(_objects(filled, raw), dtype=object)
     else:
         layout = _layout(raw, {})
         places = dict(zip(layout.names, range(len(layout.names))))
@@ -175,17 +177,23 @@ def read_items(path: str | os.PathLike) -> tuple[list[str], list[dict[str, Any]]
     found = _match_columns(columns, {"item": "id" if "id" in columns else None}).get("item")
     if found is None:
         raise ValueError(f"{path} has no column of item ids; its columns are {quoted(columns)}. Call it id or item_id.")
-    ids = [str(_as_text(value)).strip() for value in frame.pop(found)]
+    ids = ["" if pd.isna(value) else str(as_text(value)).strip() for value in frame.pop(found)]
+    if (row := next((row for row, name in enumerate(ids, 1) if name in MISSING), None)) is not None:
+        raise ValueError(f"{path}: row {row} has no {found}; give every item an id.")
     # As the store takes them, so that nothing is refused after a training.
     names = [re.sub(r"\W|^(?=\d|$)", "_", str(name).split(":")[0], flags=re.ASCII)[:64] for name in frame.columns]
     if len(set(names)) < len(names):
         raise ValueError(f"{path} has two columns of one name, as {quoted(sorted(names))} shows; rename one.")
+    if WITHDRAWN in names:
+        raise ValueError(
+            f"{path} has a column {WITHDRAWN!r}; drop it, and withdraw items with `tokenrec remove --items`."
+        )
     described: dict[str, list[Any]] = {}
     for name, (_, column) in zip(names, frame.items()):
         # A list of tags becomes "rock, jazz".
         values = [value if pd.api.types.is_scalar(value) else ", ".join(map(str, value)) for value in column.tolist()]
         numbers = [value if isinstance(value, bool) else pd.to_numeric(value, errors="coerce") for value in values]
-        present = [not pd.isna(value) for value in values]
+        present = [not pd.isna(value) and value not in MISSING for value in values]
         is_numeric = all(math.isfinite(number) for number, is_there in zip(numbers, present) if is_there)
         described[name] = [
             (number if is_numeric else str(value)) if is_there else None
@@ -205,6 +213,9 @@ def _read_folder(folder: Path, asked: Mapping[str, str | None]) -> tuple[pa.Tabl
         return _read_sequences(folder), TableFormat("a line of items for each user", {}, {}, [])
     tables, formats = zip(*(read_table(RawFile(path), asked, str(path)) for path in parts))
     name = f"{len(parts)} files, {formats[0].name}"
+    if any(table.schema != tables[0].schema for table in tables):
+        # Ids may be numbers in some files and text in others.
+        tables = tuple(table.cast(pa.schema([(role, pa.string()) for role in table.schema.names])) for table in tables)
     return pa.concat_tables(tables, promote_options="permissive"), replace(formats[0], name=name)
 
 
@@ -363,26 +374,27 @@ def _read_delimited(raw: RawFile, asked: Mapping[str, str | None]) -> tuple[pa.T
 def _read_columns(raw: RawFile, layout: _Layout, chosen: Mapping[str, int], encoding: str) -> pa.Table:
     """The columns at these places, as text."""
     delimiter = layout.delimiter
+    has_quotes = raw.suffix != ".inter" and delimiter != "::"
+    # Columns that are not needed may be in any encoding.
+    errors = "surrogateescape" if encoding == "utf-8-sig" else "strict"
     with raw.open() as packed:
         stream: Any = packed
         if delimiter == "::":  # pandas is fast with a single character only
-            stream, delimiter = io.BytesIO(packed.read().replace(b"::", b"\t")), "\t"
+            stream, delimiter = io.StringIO(packed.read().decode(encoding, errors).replace("::", "\t")), "\t"
         try:
             chunks = pd.read_csv(
                 stream,
                 sep=delimiter,
-                header=None,
-                skiprows=int(layout.has_header),
+                header=0 if layout.has_header else None,
                 names=range(len(layout.names)),
                 # "007" is not 7, and "NA" is an id. An empty field is missing.
                 dtype=object,
                 keep_default_na=False,
                 na_values=[""],
-                quoting=csv.QUOTE_NONE if raw.suffix == ".inter" else csv.QUOTE_MINIMAL,
+                quoting=csv.QUOTE_MINIMAL if has_quotes else csv.QUOTE_NONE,
                 skipinitialspace=True,
                 encoding=encoding,
-                # Columns that are not needed may be in any encoding.
-                encoding_errors="surrogateescape" if encoding == "utf-8-sig" else "strict",
+                encoding_errors=errors,
                 chunksize=_BATCH_ROWS,
             )
         except pd.errors.EmptyDataError:
@@ -404,15 +416,17 @@ def _read_json(raw: RawFile, asked: Mapping[str, str | None]) -> tuple[pa.Table,
         lines = enumerate(_one_a_line(text, raw), 1)
         filled = ((number, line) for number, line in lines if line.strip())
         while batch := list(islice(filled, _BATCH_ROWS)):
-            frame = pd.DataFrame(_objects(batch, raw))
+            # As objects: a column of numbers with a gap would become floats, which do not hold long ids.
+            frame = pd.DataFrame(_objects(batch, raw), dtype=object)
             names |= dict.fromkeys(frame.columns)
             frames.append(frame[list(dict.fromkeys(_match_columns(list(frame.columns), asked).values()))])
     chosen = _choose_columns(list(names), asked, str(raw))
     # The types are those of all rows: the first rating may be 5 and the second 4.5, or the first id 7 and the second "A7".
     frame = pd.concat(frames, ignore_index=True)
     columns = {
-        role: frame[name].map(_as_text) if frame[name].dtype == object else frame[name] for role, name in chosen.items()
+        role: frame[name] if role in ("user", "item") else frame[name].infer_objects() for role, name in chosen.items()
     }
+    columns |= {role: column.map(as_text) for role, column in columns.items() if column.dtype == object}
     table = pa.table({role: pa.array(column, from_pandas=True) for role, column in columns.items()})
     return table, _format("JSON", list(names), chosen, asked)
 
@@ -446,7 +460,7 @@ def _objects(batch: Sequence[tuple[int, str]], raw: RawFile) -> list[dict[str, o
     return found
 
 
-def _as_text(value: object) -> object:
+def as_text(value: object) -> object:
     """A number as text; other values unchanged."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)

@@ -517,7 +517,7 @@ class EmbeddingStore(Store):
 
     def _check_unchanged(self, folder: Path) -> None:
         path, known = folder / MANIFEST, self._manifests.get(folder.resolve())
-        if current(folder) != folder.absolute() or known and path.is_file() and read_json(path) != known:
+        if current(folder) != Path(os.path.abspath(folder)) or known and path.is_file() and read_json(path) != known:
             raise ValueError(
                 f"the store in {folder} was changed by another process or object since it was opened, or a change of its "
                 "repository was interrupted (see `tokenrec verify`); open it again and repeat the change."
@@ -800,6 +800,8 @@ def check_metadata(metadata: Sequence[Mapping[str, Any]], num_items: int) -> lis
 
 def check_where(where: Where) -> dict[str, list[Any]]:
     """A filter with a list of values for every condition; errors of [`check_metadata`]."""
+    if not isinstance(where, Mapping):
+        raise ValueError(f"where is {where!r:.100}; give values by name, such as {{'genre': 'jazz'}}.")
     several = (list, tuple, set, frozenset)
     lists = {condition: wanted if isinstance(wanted, several) else [wanted] for condition, wanted in where.items()}
     names = {condition: _checked_name(condition_parts(condition)[0]) for condition in lists}

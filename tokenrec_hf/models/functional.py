@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Logits that are computed at once on a CPU: they fit into its cache.
-LOGITS = 1 << 19
+# Logits that are computed at once: on a CPU they fit into its cache, on an accelerator they take 1 GB.
+LOGITS, ACCELERATOR_LOGITS = 1 << 19, 1 << 28
 # Rows scored at once. 16,384 items was the fastest of the sizes measured for many queries; a few queries are scored with so many
 # items that there are as many scores. All three bound the memory of a search.
 ITEM_CHUNK, QUERY_CHUNK, SCORES = 16_384, 1_024, 1 << 20
@@ -38,7 +38,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets = targets.clamp(min=0)
         shares = known * (weights / known.sum(dim=1).clamp(min=1))[:, None]  # [n, P]
         weights = weights * known.any(dim=1)
-        size = max(1, LOGITS // len(y) if x.device.type == "cpu" else len(x))
+        size = max(1, (LOGITS if x.device.type == "cpu" else ACCELERATOR_LOGITS) // len(y))
         memory = x.new_empty(min(size, len(x)) * len(y))
         for start in range(0, len(x), size):
             block = slice(start, start + size)

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypedDict, cast, get_args
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 
 from .codes import RepositoryFolder, check_repository, damage_named, fetch_repository, read_json, read_whole
@@ -326,9 +327,12 @@ class Recommender:
         anonymous = [row for row, user in enumerate(users) if user is None and histories[row]]
         if anonymous and self.history_encoder is not None:
             vectors, is_known = self.history_encoder.encode([histories[row] for row in anonymous])
-            made = self.tokenizer.vector_token_ids("user", vectors)
-            for row, own, useful in zip(anonymous, made, is_known):
-                tokens[row] = own if useful else None
+            for place in np.flatnonzero(~is_known):
+                # Items that have vectors only: their mean, which is in the same space.
+                given = self.store.get("item", histories[anonymous[place]])[:, : vectors.shape[1]]
+                vectors[place] = F.normalize(unit_rows(given).mean(dim=0), dim=0)
+            for row, own in zip(anonymous, self.tokenizer.vector_token_ids("user", vectors)):
+                tokens[row] = own
         return tokens
 
     def _prompt(
@@ -365,7 +369,8 @@ class Recommender:
         # Nobody is called "".
         seen = iter(self.store.seen([user or "" for user, history in zip(users, given) if history is None]))
         return [
-            next(seen) if history is None else check_list(history, f"the history of request {row}")
+            # An item counts once, as in training.
+            next(seen) if history is None else list(dict.fromkeys(check_list(history, f"the history of request {row}")))
             for row, history in enumerate(given)
         ]
 

@@ -608,11 +608,16 @@ def token_names(kind: str, num_codebooks: int, codebook_size: int) -> np.ndarray
     return np.array(names, dtype=object)
 
 
-def code_table(kind: str, ids: Sequence[str], vectors: torch.Tensor, mq: MQTokenizerModel) -> CodeTable:
-    """The table of new, unique ids with the codes of their vectors `[n, d]`."""
+def check_names(kind: str, ids: Sequence[str]) -> None:
+    """Refuses ids that begin like a code token, because no text could name them."""
     like_code = next((name for name in ids if _CODE_TOKEN.match(name)), None)
     if like_code is not None:
         raise ValueError(f"{kind} {like_code[:60]!r} begins like a code token, so no text could name it; rename it.")
+
+
+def code_table(kind: str, ids: Sequence[str], vectors: torch.Tensor, mq: MQTokenizerModel) -> CodeTable:
+    """The table of new, unique ids with the codes of their vectors `[n, d]`."""
+    check_names(kind, ids)
     expected = mq.config.embedding_dim
     if vectors.shape[1] != expected:
         raise ValueError(

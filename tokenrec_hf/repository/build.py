@@ -30,13 +30,13 @@ from ..data.splits import SPLITS, Holdout, IndexedSplits, fingerprint, index_spl
 from ..evaluation.ranking import evaluate_baselines, evaluate_retrieval
 from ..evaluation.variants import VARIANTS
 from ..models.codes import COLLABORATIVE, MQ_FOLDERS, IdIndex, RepositoryFolder, atomic_write, read_json
-from ..models.embedding_store import EmbeddingStore
+from ..models.embedding_store import EmbeddingStore, check_metadata
 from ..models.modeling_collaborative import COLLABORATIVE_MODELS, load_collaborative, save_collaborative
 from ..models.modeling_mq_tokenizer import MQTokenizerModel
 from ..models.pipeline_generative_retrieval import GenerativeRetrievalPipeline
-from ..models.tokenization_tokenrec import TokenRecTokenizer
+from ..models.tokenization_tokenrec import TokenRecTokenizer, check_names
 from ..training.datasets import past_user_embeddings
-from ..training.initialization import build_retrieval_model, build_tokenizer, retrieval_store
+from ..training.initialization import build_retrieval_model, build_tokenizer, load_t5_tokenizer, retrieval_store
 from ..training.recipe import AUTO, Recipe, Setting
 from ..training.stages import (
     SELECT_BY,
@@ -99,8 +99,15 @@ def train(
             "train T5 in several processes."
         )
     data = index_splits(splits, "validation")
+    check_trainable(data)
     vectors = None if item_vectors is None else _vectors_of(item_vectors, data.item_ids, recipe)
-    RepositoryFolder(output_dir).training.mkdir(parents=True, exist_ok=True)
+    if item_vectors is not None and item_vectors.metadata is not None:
+        check_metadata(item_vectors.metadata, len(item_vectors.ids))
+    parts = RepositoryFolder(output_dir)
+    if not parts.training.is_dir():
+        # A backbone that cannot be fetched should not be found after the first stages.
+        load_t5_tokenizer(recipe.retrieval.vocabulary or recipe.retrieval.backbone)
+    parts.training.mkdir(parents=True, exist_ok=True)
     repository = Repository(output_dir)
     with space_named(repository.folder, "finished stages are kept"), exclusive(repository.folder):
         _claim(repository, splits, recipe, refit, vectors)
@@ -144,8 +151,22 @@ def train(
         _write_json(repository.parts.metrics, metrics)
         write_model_card(repository)
     if item_vectors is not None:
-        _add_cold_start(repository, item_vectors)
+        _add_given(repository, item_vectors)
     return repository
+
+
+def check_trainable(data: IndexedSplits) -> None:
+    """Refuses data that no stage could learn from, before the first one begins.
+
+    Raises:
+        ValueError: an id begins like a code token, or no user has two interactions for training.
+    """
+    check_names("user", data.user_ids)
+    check_names("item", data.item_ids)
+    if data.interactions.lengths.max(initial=0) < 2:
+        raise ValueError(
+            "no user has two interactions to train on, besides those that are held out; there must be users with four or more."
+        )
 
 
 def build_collator(
@@ -192,7 +213,7 @@ class _TrainingRun:
         self.item_vectors = item_vectors
         self.name, self.parts, self.recipe, self.log = name, RepositoryFolder(folder), recipe, log
         self.fixed_epochs = epochs
-        self.half_lives = HALF_LIVES if recipe.collaborative.config.get("half_life") == AUTO else ()
+        self.half_lives = HALF_LIVES if recipe.collaborative.chooses_half_life else ()
         self.checkpoints = repository.parts.training / "checkpoints" / name
         self.record_path = repository.record(name)
         self.record: dict[str, Outcome] = read_json(self.record_path) if self.record_path.is_file() else {}
@@ -212,7 +233,8 @@ class _TrainingRun:
         """The recipe with the values chosen on validation in place of `auto`."""
         half_life, prompts, changes = self.recipe.collaborative.config.get("half_life"), self.recipe.prompts, {}
         if half_life == AUTO:
-            half_life = changes["collaborative.config.half_life"] = self.record[COLLABORATIVE]["half_life"]
+            half_life = self.record[COLLABORATIVE]["half_life"] if self.half_lives else None
+            changes["collaborative.config.half_life"] = half_life
         if prompts.shuffle_history == AUTO:
             changes["prompts.shuffle_history"] = half_life is None
         if self.recipe.retrieval.config.get("history_weight") == AUTO and RETRIEVAL in self.record:
@@ -231,6 +253,10 @@ class _TrainingRun:
 
     def complete(self, data: IndexedSplits) -> dict[str, dict[str, float]]:
         """Runs the unfinished stages and returns the metrics on the held-out items."""
+        if EVALUATION in self.record:
+            # The files of a finished run may hold further users and items by now.
+            self.log(f"{self.name} is finished already")
+            return self.record[EVALUATION]["metrics"]
         self.parts.path.mkdir(parents=True, exist_ok=True)
         holdout = None if self.fixed_epochs else data.holdout
         self._collaborative_stages(data, holdout)
@@ -404,12 +430,15 @@ def _vectors_of(given: NewVectors, item_ids: list[str], recipe: Recipe) -> torch
     return torch.as_tensor(given.vectors)[torch.from_numpy(rows)].float()
 
 
-def _add_cold_start(repository: Repository, given: NewVectors) -> None:
-    """Adds the items with vectors and without interactions, unless an earlier call has."""
-    known = EmbeddingStore.open(repository.parts.store).contains("item", list(given.ids))
-    if not known.all():
+def _add_given(repository: Repository, given: NewVectors) -> None:
+    """Adds the items with vectors and without interactions, and the metadata of all, unless an earlier call has."""
+    store = EmbeddingStore.open(repository.parts.store)
+    known = store.contains("item", list(given.ids))
+    described = given.metadata is not None and not any(store.metadata(list(compress(given.ids, known))))
+    if not known.all() or described:
         vectors = F.normalize(torch.as_tensor(given.vectors)[torch.from_numpy(~known)].float(), dim=1)
-        repository.add(items=NewVectors(list(compress(given.ids, ~known)), vectors))
+        new = None if known.all() else NewVectors(list(compress(given.ids, ~known)), vectors)
+        repository.add(items=new, metadata=dict(zip(given.ids, given.metadata or ())))
 
 
 def _claim(

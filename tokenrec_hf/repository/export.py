@@ -55,7 +55,7 @@ def export_recommendations(
         recommender: an open repository.
         path: a `.parquet`, `.csv` or `.jsonl` file, which is replaced whole or not at all. Its columns are `user_id`, `rank` (from
             1), `item_id`, `score` (the cosine), `title` and `note` (what was left out of the request). A user without items has
-            no row.
+            no row, or one with the note alone.
         users: their ids; by default all users of the store.
         top_k, exclude_seen, where, on_unknown: see [`Recommender.recommend`].
         diversity, max_per: see [`rerank`].
@@ -78,6 +78,7 @@ def export_recommendations(
     options: dict[str, Any] = {"top_k": top_k, "exclude_seen": exclude_seen, "where": where, "on_unknown": on_unknown}
     options |= {"diversity": diversity, "max_per": max_per}
     noted = 0
+    found: Sequence[Sequence[Mapping[str, Any]]]
     starts = range(0, len(asked), BATCH)
     with atomic_write(path) as temporary, _writer(temporary, path.suffix.lower()) as writer:
         for start in tqdm(starts, desc="recommending", unit="batch", disable=None):
@@ -85,14 +86,20 @@ def export_recommendations(
             inputs = recommender.tokenize(batch, on_unknown=on_unknown)
             noted += sum(map(bool, inputs["notes"]))
             found = answer_reranked(recommender, inputs, **options)
+            # A user who was left out has the note alone.
+            notes = ([{"item": None, "score": None, "note": note}] * bool(note) for note in inputs["notes"])
+            found = [rows or own for rows, own in zip(found, notes)]
             items = [row["item"] for rows in found for row in rows]
-            known = {item: values.get("title") for item, values in zip(items, recommender.store.metadata(items))}
+            named = [item for item in items if item is not None]
+            known = {item: values.get("title") for item, values in zip(named, recommender.store.metadata(named))}
             columns = {
                 "user_id": [user for user, rows in zip(batch, found) for _ in rows],
-                "rank": [rank for rows in found for rank in range(1, len(rows) + 1)],
+                "rank": [row["item"] and rank for rows in found for rank, row in enumerate(rows, 1)],
                 "item_id": items,
                 "score": [row["score"] for rows in found for row in rows],
-                "title": [str(title) if (title := known[item] or (titles or {}).get(item)) else None for item in items],
+                "title": [
+                    str(title) if (title := known.get(item) or (titles or {}).get(item)) else None for item in items
+                ],
                 "note": [row.get("note") for rows in found for row in rows],
             }
             writer.write_table(pa.table(columns, schema=SCHEMA))

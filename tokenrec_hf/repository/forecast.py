@@ -17,7 +17,7 @@ from ..models.configuration_tokenrec import MQTokenizerConfig, T5GenerativeRetri
 from ..models.modeling_collaborative import COLLABORATIVE_MODELS, USER_CHUNK
 from ..training.recipe import AUTO, CollaborativeSettings, Recipe
 from ..training.stages import step_counts
-from .build import HALF_LIVES, USER_VECTORS
+from .build import HALF_LIVES, USER_VECTORS, check_trainable
 from .update import NewVectors
 
 # Bytes of Python with torch, transformers and datasets, and of an interaction with its ids, in all stages.
@@ -65,7 +65,9 @@ class _Sizes:
 
 def forecast(splits: DatasetDict, recipe: Recipe, item_vectors: NewVectors | None = None) -> list[StageForecast]:
     """The most training steps and the memory of each stage; arguments as in [`train`]."""
-    interactions, settings = index_splits(splits, "validation").interactions, recipe.collaborative
+    data, settings = index_splits(splits, "validation"), recipe.collaborative
+    check_trainable(data)
+    interactions = data.interactions
     lengths = interactions.lengths
     histories = COLLABORATIVE_MODELS[settings.model].users_are_histories
     dim = settings.model_configuration().embedding_dim
@@ -74,7 +76,7 @@ def forecast(splits: DatasetDict, recipe: Recipe, item_vectors: NewVectors | Non
         vectors, dim = "collaborative vectors (given)", item_vectors.vectors.shape[1]
     else:
         most = step_counts(settings, int((lengths > 1).sum() if histories else lengths.sum()))[1]
-        tries = f" for each of {len(HALF_LIVES)} half-lives" * (settings.config.get("half_life") == AUTO)
+        tries = f" for each of {len(HALF_LIVES)} half-lives" * settings.chooses_half_life
         length = f"at most {most:,} steps{tries}"
     sizes = _Sizes(interactions.num_users, interactions.num_items, dim, lengths)
     codes = f"{step_counts(recipe.mq_tokenizer, 1)[1]:,} steps each"

@@ -106,7 +106,7 @@ def push(
         read_whole(repository.parts.store, lambda: copy_shared(repository.folder, prepared, include_users))
         write_model_card(Repository(prepared), repo_id)
         shutil.copyfile(HANDLER, prepared / HANDLER.name)
-        if revision is not None:
+        if revision is not None and not revision.startswith("refs/pr"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repo_id,

@@ -104,7 +104,7 @@ class Repository:
         """The settings of the training, with the values chosen on validation in place of `auto`."""
         from ..training.recipe import Recipe
 
-        return Recipe.load(config=self.parts.recipe)
+        return Recipe.open(self.parts.recipe)
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -141,7 +141,7 @@ class Repository:
             FileNotFoundError: the repository is unfinished or has no interactions.
             ValueError: `store` with a split that another model is evaluated on.
         """
-        from ..data.splits import index_splits
+        from ..data.splits import SPLITS, index_splits
         from ..evaluation.metrics import embedding_ranks
         from ..evaluation.ranking import (
             calibration,
@@ -150,9 +150,13 @@ class Repository:
             hit_rates_by_size,
             retrieval_queries,
         )
+        from ..evaluation.variants import VARIANTS
         from ..models.recommender import Recommender
 
         check_repository(self.folder)
+        for name, value, choices in (("split", split, SPLITS[1:]), ("variant", variant, VARIANTS)):
+            if value not in choices:
+                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}.")
         data, recipe, folder = index_splits(self.splits(), split), self.recipe, self.folder
         if split == "validation" and read_json(self.record("run"))["refit"]:
             if store is not None:

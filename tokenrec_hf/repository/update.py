@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import compress
+from itertools import chain, compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,9 +23,10 @@ import torch
 import torch.nn.functional as F
 
 from ..data.interaction_matrix import InteractionMatrix
+from ..data.reading import as_text
 from ..models.codes import COLLABORATIVE, IdIndex, RepositoryFolder, check_repository, read_json
 from ..models.configuration_tokenrec import T5GenerativeRetrievalConfig
-from ..models.embedding_store import KINDS, EmbeddingStore
+from ..models.embedding_store import KINDS, WITHDRAWN, EmbeddingStore
 from ..models.modeling_collaborative import (
     CollaborativeModel,
     FISMModel,
@@ -34,7 +35,7 @@ from ..models.modeling_collaborative import (
     save_collaborative,
 )
 from ..models.modeling_mq_tokenizer import MQTokenizerModel
-from ..models.recommender import load_history_encoder, load_model
+from ..models.recommender import check_list, load_history_encoder, load_model
 from ..models.tokenization_tokenrec import TokenRecTokenizer
 from ..training.closed_forms import UnreachedError, align, fold_in, fold_in_items
 
@@ -99,8 +100,11 @@ def read_vectors(path: str | os.PathLike, kind: str) -> NewVectors:
             f"{path}: {vectors!r} does not hold one vector of the same length in each row, but lengths {lengths[:5]}."
         )
     flat = np.array(column.flatten().to_numpy(zero_copy_only=False), dtype=np.float32)
+    names = table[ids].to_pylist()
+    if (row := next((row for row, name in enumerate(names, 1) if name is None or name != name), None)) is not None:
+        raise ValueError(f"{path}: row {row} has no {ids}; give every vector an id.")
     return NewVectors(
-        [str(name) for name in table[ids].to_pylist()],
+        [str(as_text(name)) for name in names],
         torch.from_numpy(flat.reshape(len(column), -1)),
         table.select(others).to_pylist() if others else None,
     )
@@ -137,7 +141,7 @@ def add(
             interaction gets the vector of the whole history, and cold-start items count in histories from then on.
         metadata: by item id, names and values, such as `{"title": "Alien"}`; items that are not in the store are ignored.
         retrain: continue the training of the collaborative model on all seen items, for a quarter of its epochs, and rotate
-            the result into the old space; all vectors and codes change.
+            the result into the old space; the vectors and codes of all change, but those of ids that never had interactions.
 
     Returns:
         The numbers of new `users` and `items`, of known ones with new vectors (`users_changed`, `items_changed`), of new
@@ -149,6 +153,9 @@ def add(
         ValueError: an argument is wrong; then nothing has changed.
     """
     check_repository(repository.folder)
+    for described in chain((items.metadata if items else None) or (), (metadata or {}).values()):
+        if WITHDRAWN in described:
+            raise ValueError(f"the metadata {WITHDRAWN!r} are not to be given; withdraw items with `remove`.")
     with repository.change() as staged:
         space = _Space(repository)
         store = space.store
@@ -175,11 +182,11 @@ def add(
         described = dict(compress((metadata or {}).items(), is_known))
         store.set_metadata(list(described), list(described.values()))
         if retrain:
-            _retrain(space, staged)
-            changed = {kind: store.ids(kind) for kind in KINDS}
+            for kind, ids in _retrain(space, staged).items():
+                changed[kind] = list(dict.fromkeys([*changed.get(kind, ()), *ids]))
         errors = _update_codes(space, staged, changed)
         added = {kind: store.count(kind) - count for kind, count in before.items()}
-        _note_additions(repository.parts, staged, added, errors)
+        _note_additions(space, staged, added)
         store.save_pretrained(staged.store)
     return {
         **{f"{kind}s": count for kind, count in added.items()},
@@ -364,8 +371,11 @@ def _record(store: EmbeddingStore, pairs: _Pairs) -> int:
     return sum(map(len, new.values()))
 
 
-def _retrain(space: _Space, staged: RepositoryFolder) -> None:
-    """Continues the training of the collaborative model on all seen items; all users and items get new vectors."""
+def _retrain(space: _Space, staged: RepositoryFolder) -> Ids:
+    """Continues the training of the collaborative model on all seen items; returns the ids, which get new vectors.
+
+    Ids that were not trained before and have no interactions keep their vectors: there is nothing to learn about them.
+    """
     # Trainer takes longer to import than a fold-in takes.
     from ..training.stages import train_collaborative
 
@@ -377,24 +387,40 @@ def _retrain(space: _Space, staged: RepositoryFolder) -> None:
             f"{repository.folder} was pushed without users, so its collaborative model cannot be retrained; add without "
             "retraining."
         )
-    ids = {kind: store.ids(kind) for kind in KINDS}
-    matrix = InteractionMatrix(*space.seen(ids["user"]), len(ids["user"]), len(ids["item"]))
+    recipe, epochs = repository.recipe, repository.metrics["epochs"][COLLABORATIVE]
+    if not epochs:
+        raise ValueError(
+            f"the item vectors of {repository.folder} were given and not trained, so they cannot be retrained; add without "
+            "retraining."
+        )
+    rows = dict(zip(KINDS, space.seen(store.ids("user"))))
+    ids: Ids = {}
+    for kind in KINDS:
+        names = store.ids(kind)
+        trained = former[kind].rows(names) >= 0
+        trained[rows[kind]] = True
+        ids[kind] = list(compress(names, trained.tolist()))
+        rows[kind] = np.cumsum(trained)[rows[kind]] - 1
+    matrix = InteractionMatrix(rows["user"], rows["item"], len(ids["user"]), len(ids["item"]))
     model = old.resized(matrix)
     model.config.num_folded_items = 0
-    rows = {kind: former[kind].rows(ids[kind]) for kind in KINDS}
-    common = {kind: torch.from_numpy(found >= 0) for kind, found in rows.items()}
+    earlier = {kind: torch.from_numpy(former[kind].rows(ids[kind])) for kind in KINDS}
     with torch.no_grad():
         for (kind, table), (_, previous) in zip(model.tables(), old.tables()):
-            table.weight[common[kind]] = previous.weight[torch.from_numpy(rows[kind][rows[kind] >= 0])]
-    recipe, epochs = repository.recipe, max(1, round(RETRAIN_SHARE * repository.metrics["epochs"][COLLABORATIVE]))
+            table.weight[earlier[kind] >= 0] = previous.weight[earlier[kind][earlier[kind] >= 0]]
     with tempfile.TemporaryDirectory() as checkpoints:
         train_collaborative(
-            matrix, recipe.collaborative, Path(checkpoints), epochs=epochs, seed=recipe.seed, start=model
+            matrix,
+            recipe.collaborative,
+            Path(checkpoints),
+            epochs=max(1, round(RETRAIN_SHARE * epochs)),
+            seed=recipe.seed,
+            start=model,
         )
     vectors = {"user": model.user_embeddings(), "item": model.item_embeddings()}
     rotation = align(
-        torch.cat([space.plain(kind)[known] for kind, known in common.items()]),
-        torch.cat([vectors[kind][known] for kind, known in common.items()]),
+        torch.cat([store.get(kind, ids[kind])[earlier[kind] >= 0, : space.dim] for kind in KINDS]),
+        torch.cat([vectors[kind][earlier[kind] >= 0] for kind in KINDS]),
     )
     with torch.no_grad():
         # Vectors are linear in the tables up to their length, so rotated tables give rotated vectors.
@@ -403,6 +429,7 @@ def _retrain(space: _Space, staged: RepositoryFolder) -> None:
     for kind, new in (("user", model.user_embeddings()), ("item", model.item_embeddings())):
         store.upsert(kind, ids[kind], space.lifted(kind, new))
     save_collaborative(model, ids, staged.collaborative)
+    return ids
 
 
 def _update_codes(space: _Space, staged: RepositoryFolder, changed: Ids) -> dict[str, float]:
@@ -429,21 +456,18 @@ def _update_codes(space: _Space, staged: RepositoryFolder, changed: Ids) -> dict
     return errors
 
 
-def _note_additions(
-    parts: RepositoryFolder, staged: RepositoryFolder, added: dict[str, int], errors: dict[str, float]
-) -> None:
-    """Counts the additions since the training, and averages the error of their codes."""
-    known: dict[str, dict[str, Any]] = {kind: {"count": 0, "reconstruction_error": 0.0} for kind in added}
-    if parts.additions.is_file():
-        known = read_json(parts.additions)
-    for kind, error in errors.items():
-        before, count = known[kind], max(added[kind], 1)
-        total = before["count"] * before["reconstruction_error"] + count * error
-        known[kind] = {
-            "count": before["count"] + added[kind],
-            "reconstruction_error": total / (before["count"] + count),
-        }
-    staged.additions.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+def _note_additions(space: _Space, staged: RepositoryFolder, added: dict[str, int]) -> None:
+    """Counts the additions since the training, and measures the error of their codes."""
+    parts = space.repository.parts
+    known = read_json(parts.additions) if parts.additions.is_file() else {}
+    noted = {}
+    for kind, count in added.items():
+        total = count + (known[kind]["count"] if known else 0)
+        # They are the last of the store; users that were deleted may be among those counted.
+        vectors = space.plain(kind)[-total:] if total else ()
+        error = MQTokenizerModel.from_pretrained(parts.mq(kind)).reconstruction_error(vectors) if len(vectors) else 0.0
+        noted[kind] = {"count": total, "reconstruction_error": error}
+    staged.additions.write_text(json.dumps(noted, indent=2) + "\n", encoding="utf-8")
 
 
 # Removal --------------------------------------------------------------------------------------------------------------
@@ -467,10 +491,10 @@ def remove(repository: Repository, *, users: Sequence[str] = (), items: Sequence
 
     Raises:
         FileNotFoundError: the repository is unfinished.
-        ValueError: another process is changing the repository.
+        ValueError: an argument is no list of ids, or another process is changing the repository.
     """
     check_repository(repository.folder)
-    asked: Ids = {"user": list(dict.fromkeys(users)), "item": list(dict.fromkeys(items))}
+    asked: Ids = {kind: list(dict.fromkeys(check_list(ids, f"{kind}s"))) for kind, ids in zip(KINDS, (users, items))}
     with repository.change() as staged:
         store = EmbeddingStore.open(repository.parts.store)
         is_there = {kind: store.contains(kind, ids) for kind, ids in asked.items()}

@@ -96,6 +96,11 @@ class CollaborativeSettings(SelectedStageSettings):
         known = config_class().to_dict()
         return config_class(**{name: value for name, value in self.config.items() if name in known and value != AUTO})
 
+    @property
+    def chooses_half_life(self) -> bool:
+        """Whether the half-life is chosen on validation: it is `auto`, and this kind of model has one."""
+        return self.config.get("half_life") == AUTO and hasattr(_collaborative_configs()[self.model](), "half_life")
+
 
 class MQTokenizerSettings(StageSettings):
     """Step 1, see [`StageSettings`].
@@ -178,7 +183,7 @@ class Recipe(_Section):
     """
 
     recipe: Literal["paper", "best", "quickstart"]
-    seed: int
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
     collaborative: CollaborativeSettings
     mq_tokenizer: MQTokenizerSettings
     prompts: PromptSettings
@@ -244,6 +249,16 @@ class Recipe(_Section):
         _check_combinations(recipe)
         return recipe
 
+    @classmethod
+    def open(cls, path: str | os.PathLike) -> Recipe:
+        """The recipe in a file that [`~Recipe.save`] wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is no YAML file, or has an unknown or impossible setting, or not all.
+        """
+        return cls.from_dict(_read(Path(path)))
+
     def to_dict(self) -> dict[str, Setting]:
         """All settings as plain values."""
         return self.model_dump()
@@ -260,7 +275,7 @@ class Recipe(_Section):
         return Recipe.from_dict(settings)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the recipe, whole or not at all; `Recipe.load(config=path)` returns it."""
+        """Writes the recipe, whole or not at all; [`~Recipe.open`] returns it."""
         with atomic_write(path) as temporary:
             temporary.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
 
@@ -370,7 +385,13 @@ def _check_field(place: str, value: Setting, is_known: bool, usual: Setting, own
 
 
 def _check_combinations(recipe: Recipe) -> None:
-    """Refuses settings that contradict each other across sections."""
+    """Refuses settings that contradict each other."""
+    collaborative = recipe.collaborative
+    if getattr(collaborative.model_configuration(), "loss_type", None) == "bpr" and not collaborative.num_negatives:
+        raise SettingError(
+            "collaborative.num_negatives",
+            f"collaborative.num_negatives is 0, but the loss of {collaborative.model} needs 1 (collaborative.config.loss_type=bpr).",
+        )
     if recipe.reads_history and not recipe.mq_tokenizer.config.get("residual"):
         raise SettingError(
             "retrieval.config.pooling",

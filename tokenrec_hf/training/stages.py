@@ -459,7 +459,8 @@ def _fit(
     callbacks.append(StopAt(math.inf if epochs is None else max(1, round(epochs * steps_per_epoch))))
     if eval_batch_size is not None:
         chosen["per_device_eval_batch_size"] = eval_batch_size
-    every = max(1, round(settings.evaluate_every * (1 if "max_steps" in chosen else steps_per_epoch)))
+    unit = steps_per_epoch if isinstance(settings, SelectedStageSettings) else 1
+    every = max(1, round(settings.evaluate_every * unit))
     arguments = {
         "output_dir": str(folder),
         "eval_strategy": "steps" if evaluates else "no",
@@ -476,14 +477,14 @@ def _fit(
         "report_to": "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
-        # Item vectors and graph are the same in every process, so broadcasting them at each step would only cost time.
-        "ddp_broadcast_buffers": False,
-        "ddp_find_unused_parameters": False,
         **chosen,
     }
+    args = TrainingArguments(**arguments)
+    # Trainer would split batches over several GPUs, which a loss over a whole batch and shared histories do not survive.
+    args._n_gpu = min(args.n_gpu, 1)
     trainer = _Trainer(
         model=model,
-        args=TrainingArguments(**arguments),
+        args=args,
         data_collator=collator,
         train_dataset=dataset,
         eval_dataset=evaluation,
@@ -493,7 +494,8 @@ def _fit(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=_last_whole_checkpoint(folder))
-    model.eval()
+    # Trainer leaves the model on the accelerator; what follows combines it with vectors of the store.
+    model.cpu().eval()
     state = trainer.state
     best = state.best_global_step if selects else None
     evaluations = [entry for entry in state.log_history if "eval_runtime" in entry and best in (None, entry["step"])]
@@ -519,10 +521,10 @@ def step_counts(settings: StageSettings, num_examples: int) -> tuple[int, int]:
 
 
 def _examples_per_step(settings: StageSettings) -> int:
-    """Training examples between two updates of the weights, over all devices and processes."""
+    """Training examples between two updates of the weights, over all processes."""
     names = ("per_device_train_batch_size", "gradient_accumulation_steps", "use_cpu")
     sizes = TrainingArguments(**{name: value for name, value in settings.training.items() if name in names})
-    return sizes.train_batch_size * sizes.gradient_accumulation_steps * sizes.world_size
+    return sizes.per_device_train_batch_size * sizes.gradient_accumulation_steps * sizes.world_size
 
 
 def _last_whole_checkpoint(folder: Path) -> str | None:
