@@ -242,6 +242,13 @@ def test_saved_again_it_is_the_same_pipeline(recommend, requests, tmp_path):
     assert again(requests) == recommend(requests)
 
 
+def test_saved_again_it_reads_histories_the_same(fism_repository, tmp_path):
+    first = pipeline(TASK, model=str(fism_repository), device="cpu")
+    first.save_pretrained(tmp_path / "again")
+    again = pipeline(TASK, model=str(tmp_path / "again"), device="cpu")
+    assert again({"history": ["f026", "f036"]}) == first({"history": ["f026", "f036"]})
+
+
 def test_it_is_not_pushed_with_the_users_in_it(recommend):
     with pytest.raises(NotImplementedError, match="tokenrec push"):
         recommend.push_to_hub("somebody/something")

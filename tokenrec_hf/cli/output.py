@@ -74,7 +74,10 @@ def show_train(document: Document) -> Blocks:
     yield _results(document, LABELS)
     yield _precision(document)
     yield _code_statistics(document["codes"])
-    yield f"Next:\n  tokenrec recommend {folder} --user <id>\n  tokenrec info {folder}"
+    yield (
+        f"Next:\n  tokenrec recommend {folder} --user <id>\n  tokenrec info {folder}\n"
+        f"Before it serves, record the held-out items too:\n  tokenrec add {folder} --interactions <the same data>"
+    )
 
 
 def show_evaluation(document: Document) -> Blocks:

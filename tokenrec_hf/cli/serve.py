@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from .. import __version__
-from ..models.codes import MANIFEST, RepositoryFolder
+from ..models.codes import MANIFEST, RepositoryFolder, current
 from ..models.embedding_store import Store
 from ..models.recommender import OnUnknown, Recommendation, Recommender
 from ..repository.onnx import use_onnx
@@ -184,8 +184,8 @@ class Service:
         return recommender, generation
 
     def _generation(self) -> str:
-        # The manifest is the last file that a change replaces.
-        manifest = RepositoryFolder(self.repository.folder).store / MANIFEST
+        # Every change replaces the manifest; readers see it from its commit on.
+        manifest = current(RepositoryFolder(self.repository.folder).store) / MANIFEST
         return hashlib.sha256(manifest.read_bytes()).hexdigest()[:16]
 
     def _answer(self, recommender: Recommender, found: list[list[Recommendation]]) -> dict[str, Any]:

@@ -7,13 +7,15 @@ its import takes 0.02 s after that of T5, but also brings torchvision and other 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import Pipeline
 from transformers.dynamic_module_utils import custom_object_save
 
-from .codes import RepositoryFolder, fetch_repository
+from .codes import COLLABORATIVE, MQ_FOLDERS, RepositoryFolder, fetch_repository
 from .embedding_store import EmbeddingStore, Store
 from .modeling_t5_retrieval import T5ForGenerativeRetrieval
 from .prompts import PromptTemplate
@@ -96,7 +98,7 @@ class GenerativeRetrievalPipeline(Pipeline):
         return super().__call__(inputs, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Writes a repository: store, tokenizer, model, and the code that `trust_remote_code=True` runs.
+        """Writes a repository: store, tokenizer, models, and the code that `trust_remote_code=True` runs.
 
         Args:
             save_directory: the folder, which is created if absent.
@@ -106,6 +108,11 @@ class GenerativeRetrievalPipeline(Pipeline):
         custom_object_save(self, save_directory)
         self.recommender.store.save_pretrained(RepositoryFolder(save_directory).store)
         self.tokenizer.save_pretrained(save_directory)
+        # What makes user tokens of histories, where the repository has it.
+        for part in (COLLABORATIVE, *MQ_FOLDERS.values()):
+            source, target = Path(self.recommender.folder or save_directory, part), Path(save_directory, part)
+            if source.is_dir() and source.resolve() != target.resolve():
+                shutil.copytree(source, target, dirs_exist_ok=True)
         # The model comes last, because config.json marks the folder as a repository.
         self.model.save_pretrained(save_directory, **kwargs)
 

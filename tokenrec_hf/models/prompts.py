@@ -75,7 +75,7 @@ UNSEEN_TEMPLATE = PromptTemplate("Since {user} has spent time with {history} lat
 """The template that is never trained on."""
 
 HISTORY_ONLY_TEMPLATE = PromptTemplate("What fits {history} best?")
-"""The template for anonymous users. The recipe's `prompts.history_only` is its share of the training prompts."""
+"""The template for anonymous users."""
 
 
 def render(template: PromptTemplate, user: str, history: Iterable[str] = ()) -> str:
