@@ -833,6 +833,23 @@ def test_recommendations_can_be_filtered_by_metadata(capsys, repository):
     assert_fails(capsys, "recommend", repository, "--user", user, "--where", "genre", says="NAME=VALUE", status=2)
 
 
+def test_a_filter_means_numbers_and_text_that_looks_like_them(capsys, repository):
+    store = EmbeddingStore.open(repository)
+    items = store.ids("item")[:4]
+    metadata = [{"size": "38", "stock": "true"}, {"size": 38, "stock": True}, {"size": "M"}, {"size": "Infinity"}]
+    store.set_metadata(items, metadata)
+    store.save_pretrained(repository / "store")
+    argv = ("recommend", repository, "--user", store.ids("user")[0], "--include-seen", "--where")
+    for where, expected in {
+        "size=38": items[:2],
+        "stock=true": items[:2],
+        "size=M": items[2:3],
+        "size=Infinity": items[3:],
+    }.items():
+        found = document(capsys, *argv, where)["recommendations"]
+        assert {row["item"] for row in found} == set(expected), where
+
+
 def test_filters_that_no_item_can_fit_say_what_there_is(capsys, repository, tmp_path):
     argv = ("recommend", repository, "--user", "u001")
     assert_fails(

@@ -517,12 +517,14 @@ def remove(
     Deleted users leave no trace in the files, those of the training included. Withdrawn items are never recommended again;
     histories may still name them.
     """
+    # An option without ids is one empty value.
+    users, items = ([one for one in ids or () if one] for ids in (users, items))
     if not (users or items):
         raise UsageError("there is nothing to remove; give --users or --items.")
     opened = open_local(repository)
     quiet()
     with working("removing"):
-        return {"repository": repository, **opened.remove(users=users or (), items=items or ())}
+        return {"repository": repository, **opened.remove(users=users, items=items)}
 
 
 @_command("tokenrec verify out", "tokenrec verify out --repair", show=output.show_verification)

@@ -360,7 +360,7 @@ class EmbeddingStore(Store):
         rows = self.rows(kind, ids)
         if (rows < 0).any():
             name = str(list(ids)[int(np.argmax(rows < 0))])
-            raise KeyError(f"{kind} {name!r:.100} is not in the store; add it with upsert.")
+            raise KeyError(f"{kind} {name!r:.100} is not in the store; add it first.")
         return self._vectors[kind][rows]
 
     @_locked

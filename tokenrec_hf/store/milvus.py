@@ -226,7 +226,7 @@ class MilvusStore(Store):
         found = {row["id"]: row["vector"] for row in self._rows(kind, _unique(kind, ids), ["vector"])}
         missing = next((name for name in ids if _encoded(name) not in found), None)
         if missing is not None:
-            raise KeyError(f"{kind} {missing!r} is not in the store; add it with upsert.")
+            raise KeyError(f"{kind} {missing!r} is not in the store; add it first.")
         matrix = np.array([found[_encoded(name)] for name in ids], dtype=np.float32)
         return torch.from_numpy(matrix.reshape(-1, self.embedding_dim))
 
