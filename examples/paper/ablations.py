@@ -67,7 +67,11 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
     "best": {
         "whole": {},
         "16 codes a user instead of 32": {"mq_tokenizer.user_codebooks": 16},
-        "3 codes an item instead of 8": {"mq_tokenizer.config.num_codebooks": 3},
+        "8 codes an item of small codebooks": {
+            "mq_tokenizer.config.num_codebooks": 8,
+            "mq_tokenizer.config.codebook_size": 512,
+            "prompts.max_length": 1280,
+        },
         "without smoothing": {
             "collaborative.config.history_smoothing": 0.0,
             "collaborative.config.item_smoothing": 0.0,
