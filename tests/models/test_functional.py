@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as hnp
 
 from tokenrec_hf.models import functional
 from tokenrec_hf.models.functional import (
-    Dropout,
+    dropout,
     exact_search,
     linear_cross_entropy,
     scorable,
@@ -96,19 +96,17 @@ def test_a_vector_of_zeros_stays_zero():
 
 def test_the_fast_dropout_drops_its_share_and_keeps_the_mean():
     torch.manual_seed(0)
-    dropout = Dropout(0.25)
-    dropped = dropout(torch.ones(1001, 301))
+    dropped = dropout(torch.ones(1001, 301), 0.25)
     assert (dropped == 0).float().mean().item() == pytest.approx(0.25, abs=0.01)
     assert dropped.mean().item() == pytest.approx(1, abs=0.01)
-    dropout.eval()
-    assert dropout(torch.ones(3)).equal(torch.ones(3))
+    assert dropout(torch.ones(3), 0.25, training=False).equal(torch.ones(3))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("probability", [0.0, 0.001, 0.5, 1.0])
 def test_dropped_tensors_keep_their_type_and_gradients_are_dropped_alike(dtype, probability):
     x = torch.ones(37, 3, dtype=dtype, requires_grad=True)
-    dropped = Dropout(probability)(x)
+    dropped = dropout(x, probability)
     dropped.sum().backward()
     assert dropped.dtype == dtype
     assert x.grad.equal(dropped)

@@ -15,8 +15,16 @@ from torch import nn
 
 from ..data.interaction_matrix import InteractionMatrix
 from ..data.splits import Holdout
-from ..models.functional import Dropout, linear_cross_entropy
+from ..models.functional import dropout, linear_cross_entropy
 from .fitting import device, train_epochs
+
+
+class Dropout(nn.Dropout):
+    """`torch.nn.Dropout` with [`dropout`]."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Drops elements of a tensor of any shape, in training."""
+        return dropout(input, self.p, self.training)
 
 
 class SequenceModel:

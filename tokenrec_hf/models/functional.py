@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 # Logits that are computed at once: on a CPU they fit into its cache, on an accelerator they take 1 GB.
 LOGITS, ACCELERATOR_LOGITS = 1 << 19, 1 << 28
@@ -123,14 +122,6 @@ def dropout(x: torch.Tensor, probability: float, training: bool = True) -> torch
     numbers = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
     kept = numbers.view(torch.uint8)[: x.numel()].view(x.shape) >= threshold
     return x * (kept * (256 / (256 - threshold))).to(x.dtype)
-
-
-class Dropout(nn.Dropout):
-    """`torch.nn.Dropout` with [`dropout`]."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Drops elements of a tensor of any shape, in training."""
-        return dropout(input, self.p, self.training)
 
 
 def search_one(

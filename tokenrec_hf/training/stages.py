@@ -242,7 +242,7 @@ def train_collaborative(
         folder,
         dataset,
         name="collaborative model",
-        evaluation=InteractionDataset(interactions, negatives, seed, holdout) if holdout else None,
+        evaluation=InteractionDataset(interactions, 0, seed, holdout) if holdout else None,
         compute_metrics=lambda prediction: metrics(torch.from_numpy(prediction.predictions)),
         # All users in one batch, so that the graph is propagated once.
         eval_batch_size=len(holdout.users) if holdout else None,

@@ -25,7 +25,7 @@ from tokenrec_hf.data.interaction_matrix import InteractionMatrix
 from tokenrec_hf.data.splits import Holdout
 from tokenrec_hf.data.stateless_random import bounded, stateless_random
 from tokenrec_hf.evaluation.fitting import device, train_epochs
-from tokenrec_hf.models.functional import Dropout
+from tokenrec_hf.evaluation.sequence import Dropout
 from tokenrec_hf.models.prompts import HISTORY_TEMPLATES
 from tokenrec_hf.training.initialization import load_t5_tokenizer
 
