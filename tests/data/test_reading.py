@@ -159,6 +159,19 @@ def test_an_object_as_people_have_it_gives_the_interactions(make):
     assert tuples(load_interactions(make())) == CLEAN
 
 
+@pytest.mark.parametrize("make", [list, pd.DataFrame])
+def test_ids_of_several_types_are_refused_in_a_sentence(make):
+    rows = [{"user_id": "a", "item_id": 1}, {"user_id": 2, "item_id": 1}]
+    with pytest.raises(ValueError, match="values of several types .*; make ids text"):
+        load_interactions(make(rows))
+
+
+@pytest.mark.parametrize("source", [None, 5, ["a"]])
+def test_what_is_no_source_of_interactions_is_refused(source):
+    with pytest.raises(TypeError, match="interactions come from a name, a path, .*, not from a"):
+        load_interactions(source)
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
 def test_a_folder_of_parts_is_one_table(tmp_path, suffix):
     for number, rows in enumerate((ROWS[:2], ROWS[2:])):

@@ -225,6 +225,14 @@ def test_vectors_of_the_refit_are_not_evaluated_on_validation_items(trained_repo
         Repository(trained_repository).evaluate("validation", store=store)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"), [(("train",), "split is 'train'"), (("test", "all"), "variant is 'all'")]
+)
+def test_what_cannot_be_evaluated_is_named(trained_repository, arguments, message):
+    with pytest.raises(ValueError, match=f"{message}; it must be one of"):
+        Repository(trained_repository).evaluate(*arguments)
+
+
 def test_one_seed_gives_one_result(trained, splits, recipe, tmp_path):
     again = train(splits, recipe, tmp_path, dataset_name="small").metrics
     assert without_seconds(again) == without_seconds(trained.metrics)

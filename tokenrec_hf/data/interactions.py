@@ -221,12 +221,17 @@ def read_interactions(source: Any, options: ReadingOptions) -> tuple[Dataset, Re
 def _find(source: Any) -> RawFile | Dataset | IterableDataset:
     if isinstance(source, (Dataset, IterableDataset)):
         return source
-    if isinstance(source, pd.DataFrame):
-        return Dataset.from_pandas(source, preserve_index=False)
+    is_list = isinstance(source, list) and source and all(isinstance(row, dict) for row in source)
+    if isinstance(source, pd.DataFrame) or is_list:
+        try:
+            return Dataset.from_list(source) if is_list else Dataset.from_pandas(source, preserve_index=False)
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            reason = str(error).split("\n")[0]
+            raise ValueError(
+                f"a column of the interactions has values of several types ({reason}); make ids text."
+            ) from None
     if isinstance(source, pa.Table) or hasattr(source, "to_arrow"):  # a table of Arrow, or a frame of polars
         return Dataset(source if isinstance(source, pa.Table) else source.to_arrow())
-    if isinstance(source, list) and source and all(isinstance(row, dict) for row in source):
-        return Dataset.from_list(source)
     if isinstance(source, DatasetDict) and len(source) == 1:
         return next(iter(source.values()))
     if not isinstance(source, (str, os.PathLike)):
