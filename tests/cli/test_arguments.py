@@ -8,6 +8,7 @@ from tokenrec_hf.cli.arguments import (
     UsageError,
     name_options,
     read_limits,
+    read_lines,
     read_scalar,
     read_settings,
     read_where,
@@ -120,3 +121,9 @@ def test_an_option_with_several_values_is_repeated(arguments, expected):
 )
 def test_messages_name_the_options_of_the_command(command, message, expected):
     assert name_options(message, typer.main.get_command(app).commands[command]) == expected
+
+
+def test_a_file_that_is_no_text_has_no_ids(tmp_path):
+    (tmp_path / "users").write_bytes(b"\xff\x00\xfe")
+    with pytest.raises(ValueError, match="users is not UTF-8 text; give a file with an id on each line"):
+        read_lines(str(tmp_path / "users"))

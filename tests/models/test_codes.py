@@ -385,3 +385,9 @@ def test_a_new_file_has_the_permissions_that_files_have(tmp_path):
         path.unlink()
         path.touch(mode=0o600)
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_folder_is_no_file_to_write(tmp_path):
+    with pytest.raises(IsADirectoryError, match="is a folder; name a file in it"), atomic_write(tmp_path):
+        pass
+    assert list(tmp_path.parent.glob("*.tmp")) == []

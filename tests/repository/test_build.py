@@ -320,6 +320,13 @@ def test_data_that_cannot_be_learned_from_are_refused_at_once(recipe, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_is_no_folder_to_train_in(splits, recipe, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(ValueError, match="out is a file; give a folder to write"):
+        train(splits, recipe, tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
 def test_a_backbone_that_cannot_be_had_is_found_before_the_first_stage(splits, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     missing = Recipe.load("paper", overrides={**TINY, "retrieval.backbone": "nobody/no-such-t5"})

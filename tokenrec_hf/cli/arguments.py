@@ -166,5 +166,8 @@ def read_lines(path: str) -> list[str]:
     """The lines of a file, or of stdin, that are not blank."""
     if path != "-" and not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}; give a file with an id on each line.")
-    text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
+    try:
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text; give a file with an id on each line.") from None
     return [line.strip() for line in text.splitlines() if line.strip()]

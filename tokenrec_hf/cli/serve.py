@@ -293,8 +293,10 @@ async def _watch(service: Service) -> None:
 
 
 def _sentence(error: Mapping[str, Any]) -> str:
-    place = ".".join(map(str, error["loc"]))
-    return f"{place}: {error['msg'][:1].lower()}{error['msg'][1:]}."
+    place, message = ".".join(map(str, error["loc"])), error["msg"]
+    # "JSON" keeps its capitals.
+    first = message[:1] if message[:2].isupper() else message[:1].lower()
+    return f"{place}: {first}{message[1:]}."
 
 
 def _problem(sentence: str) -> Response:

@@ -279,6 +279,8 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     removed and the former file stays. A killed process leaves a hidden file that ends in `.tmp`.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file in it.")
     temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}.tmp")
     temporary.touch(exist_ok=False)
     mode = temporary.stat().st_mode

@@ -104,6 +104,8 @@ def train(
     if item_vectors is not None and item_vectors.metadata is not None:
         check_metadata(item_vectors.metadata, len(item_vectors.ids))
     parts = RepositoryFolder(output_dir)
+    if parts.path.is_file():
+        raise ValueError(f"{output_dir} is a file; give a folder to write.")
     if not parts.training.is_dir():
         # A backbone that cannot be fetched should not be found after the first stages.
         load_t5_tokenizer(recipe.retrieval.vocabulary or recipe.retrieval.backbone)
