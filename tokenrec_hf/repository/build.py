@@ -88,8 +88,8 @@ def train(
         The repository; its `metrics` are the measurements.
 
     Raises:
-        ValueError: the folder holds a run of other settings or data, another process is changing it, or this is one of several
-            processes.
+        ValueError: nothing can be learned from the data, see [`check_trainable`], the folder holds a run of other settings or
+            data, another process is changing it, or this is one of several processes.
         OSError: the disk is full; the same call continues where it stopped.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

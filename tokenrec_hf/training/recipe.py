@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 RECIPES = ("paper", "best", "quickstart")
 AUTO = "auto"
-# The largest residual codebook of items whose size is `auto`; k-means of more codewords takes minutes.
+# The largest residual codebook of items whose size is `auto`; the time of k-means grows with it.
 MOST_CODEWORDS = 4096
 _FOLDER = Path(__file__).parents[1] / "assets" / "recipes"
 # Sections with the fields of a configuration class or of TrainingArguments.
