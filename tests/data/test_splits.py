@@ -37,6 +37,22 @@ def test_rows_are_numbered_in_order_of_first_appearance(train, validation, test,
     assert held_out == (validation if evaluate_on == "validation" else test)
 
 
+def test_filtered_splits_are_those_of_their_rows():
+    pairs = [(f"u{row % 7}", f"i{row % 11}") for row in range(40)]
+    every = splits_of(train=pairs, validation=pairs[:3], test=pairs[3:6])
+    some = index_splits(
+        DatasetDict({name: split.filter(lambda row: row["item_id"] != "i4") for name, split in every.items()}), "test"
+    )
+    kept = {
+        name: [pair for pair in part if pair[1] != "i4"]
+        for name, part in (("train", pairs), ("validation", pairs[:3]), ("test", pairs[3:6]))
+    }
+    same = index_splits(splits_of(**kept), "test")
+    assert (some.user_ids, some.item_ids) == (same.user_ids, same.item_ids)
+    assert some.interactions.items.tolist() == same.interactions.items.tolist()
+    assert some.holdout.targets.tolist() == same.holdout.targets.tolist()
+
+
 def test_an_item_that_is_only_held_out_has_a_row():
     splits = splits_of(train=[("a", "x"), ("b", "y")], validation=[("a", "z")], test=[("a", "new")])
     data = index_splits(splits, "validation")

@@ -173,6 +173,8 @@ def timestamp_unit(timestamp: float) -> int | None:
 
 def encode_column(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
     """Each value as a number, int64 `[n]`, and the distinct values in order of first appearance."""
+    # A filtered data set has a chunk for each row, and every chunk would get a dictionary of its own.
+    column = pa.table({"values": column}).combine_chunks()["values"]
     encoded = column.dictionary_encode("encode").unify_dictionaries().combine_chunks()
     return encoded.indices.to_numpy().astype(np.int64), encoded.dictionary
 
