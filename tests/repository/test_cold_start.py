@@ -89,6 +89,21 @@ def test_with_fism_users_are_what_they_have_had_by_now(fism_repository, tmp_path
     check_codes(folder)
 
 
+def test_a_whole_history_says_where_new_items_stand(fism_repository, tmp_path):
+    folder = shutil.copytree(fism_repository, tmp_path / "repository")
+    before = EmbeddingStore.open(folder)
+    one, other = before.ids("user")[:2]
+    whole, part = [before.seen([user])[0] for user in (one, other)]
+    log = [whole[0], "nova", *whole[1:], whole[0]]
+    rows = [(one, item) for item in log] + [(other, item) for item in ("nova", part[1], part[0])]
+    report = Repository(folder).add(interactions=interactions(*rows))
+    assert report["interactions"] == 2
+    store = EmbeddingStore.open(folder)
+    assert store.seen([one, other]) == [log[:-1], [*part, "nova"]]
+    expected = load_history_encoder(folder).encode(store.seen([one, other]))[0]
+    torch.testing.assert_close(store.get("user", [one, other])[:, :16], expected, rtol=0, atol=1e-5)
+
+
 def test_with_fism_an_item_that_nobody_has_had_is_no_part_of_histories(fism_repository, tmp_path):
     folder = shutil.copytree(fism_repository, tmp_path / "repository")
     store = EmbeddingStore.open(folder)

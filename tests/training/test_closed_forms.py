@@ -220,7 +220,7 @@ def test_new_items_are_found_from_what_comes_before_and_after_them(half_life, ch
             else:
                 expected = features[1 - best, item] @ maps[1 - best] * (1 if number == 1 else module.FAINT)
             if number == 1:
-                expected = naive_lengthened(expected, gram)
+                expected = naive_lengthened(unit(expected) * np.linalg.norm(expected) ** module.PREDICTED_LENGTH, gram)
             np.testing.assert_allclose(row, expected, rtol=1e-3, atol=1e-3)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, compress
 from pathlib import Path
@@ -49,6 +49,8 @@ RETRAIN_SHARE = 0.25
 VECTOR_COLUMNS = ("vector", "embedding", "embeddings")
 # Ids by kind, `"user"` or `"item"`.
 Ids = dict[str, list[str]]
+# Item ids by user, oldest first.
+_Histories = dict[str, list[str]]
 
 
 @dataclass
@@ -137,8 +139,9 @@ def add(
         users: vectors of users.
         items: vectors of items.
         interactions: columns `user_id` and `item_id`, in time order. Cold-start users and items without given vectors are
-            folded in; all interactions become seen items. Known ids keep their vectors. With FISM, every user of an
-            interaction gets the vector of the whole history, and cold-start items count in histories from then on.
+            folded in; all interactions become seen items, after those of a user that are known, unless these are repeated
+            here too: then the order of these rows counts. Known ids keep their vectors. With FISM, every user of an interaction
+            gets the vector of the whole history, and cold-start items count in histories from then on.
         metadata: by item id, names and values, such as `{"title": "Alien"}`; items that are not in the store are ignored.
         retrain: continue the training of the collaborative model on all seen items, for a quarter of its epochs, and rotate
             the result into the old space; the vectors and codes of all change, but those of ids that never had interactions.
@@ -169,15 +172,15 @@ def add(
                     store.set_metadata(given.ids, given.metadata)
         recorded = 0
         if interactions is not None:
-            pairs = _Pairs(interactions["user_id"][:], interactions["item_id"][:])
+            histories, recorded = _histories(store, interactions["user_id"][:], interactions["item_id"][:])
             encoder = load_history_encoder(repository.folder)
             if encoder is None:
-                found = _fold_in(space, pairs)
+                found = _fold_in(space, histories)
             else:
-                found = _fold_in_histories(space, encoder, pairs, set(changed.get("user", ())), staged)
+                found = _fold_in_histories(space, encoder, histories, set(changed.get("user", ())), staged)
             for kind, ids in found.items():
                 changed[kind] = list(dict.fromkeys([*changed.get(kind, ()), *ids]))
-            recorded = _record(store, pairs)
+            store.set_seen(list(histories), list(histories.values()))
         is_known = store.contains("item", list(metadata or ())).tolist()
         described = dict(compress((metadata or {}).items(), is_known))
         store.set_metadata(list(described), list(described.values()))
@@ -197,12 +200,21 @@ def add(
     }
 
 
-@dataclass
-class _Pairs:
-    """Interactions as ids: user and item of each, in time order."""
+def _histories(store: EmbeddingStore, users: Sequence[str], items: Sequence[str]) -> tuple[_Histories, int]:
+    """The histories of these users with further interactions, and the number of these that are not in the store.
 
-    users: list[str]
-    items: list[str]
+    New items stand at the end of a history, unless the interactions of a user name all items seen so far: then their order counts.
+    """
+    given: dict[str, dict[str, None]] = {user: {} for user in users}
+    for user, item in zip(users, items):
+        given[user].setdefault(item)
+    histories, recorded = {}, 0
+    for (user, mine), seen in zip(given.items(), store.seen(list(given))):
+        known = set(seen)
+        new = [item for item in mine if item not in known]
+        histories[user] = list(mine) if len(mine) - len(new) == len(known) else [*seen, *new]
+        recorded += len(new)
+    return histories, recorded
 
 
 class _Space:
@@ -227,7 +239,7 @@ class _Space:
             )
         return F.pad(vectors[:, : self.dim], (0, self.store.embedding_dim - self.dim))
 
-    def new(self, kind: str, ids: Sequence[str]) -> list[str]:
+    def new(self, kind: str, ids: Iterable[str]) -> list[str]:
         """The ids that are not in the store, each once."""
         unique = list(dict.fromkeys(ids))
         return [name for name, known in zip(unique, self.store.contains(kind, unique)) if not known]
@@ -252,21 +264,17 @@ def _unreached(kind: str, name: str) -> ValueError:
     )
 
 
-def _fold_in(space: _Space, pairs: _Pairs) -> Ids:
+def _fold_in(space: _Space, histories: _Histories) -> Ids:
     """Puts cold-start users and items into the store; returns their ids."""
     store = space.store
-    new = {"user": space.new("user", pairs.users), "item": space.new("item", pairs.items)}
+    new = {"user": space.new("user", histories), "item": space.new("item", chain.from_iterable(histories.values()))}
     if not any(new.values()):
         return {}
-    seen = dict(zip(KINDS, space.seen(store.ids("user"))))
-    if not len(seen["user"]):
+    if not len(space.seen(store.ids("user"))[0]):
         raise space.no_interactions()
-    rows = {}
-    for kind, ids in (("user", pairs.users), ("item", pairs.items)):
-        index = IdIndex([*store.ids(kind), *new[kind]], kind)
-        rows[kind] = np.concatenate([seen[kind], index.rows(ids)])
+    rows = _all_interactions(space, histories, [*store.ids("item"), *new["item"]])
     try:
-        vectors = fold_in(space.plain("user"), space.plain("item"), rows["user"], rows["item"])
+        vectors = fold_in(space.plain("user"), space.plain("item"), *rows)
     except UnreachedError as error:
         raise _unreached(error.kind, new[error.kind][error.row - store.count(error.kind)]) from None
     for kind, found in zip(KINDS, vectors):
@@ -276,32 +284,28 @@ def _fold_in(space: _Space, pairs: _Pairs) -> Ids:
 
 
 def _fold_in_histories(
-    space: _Space, encoder: HistoryEncoder, pairs: _Pairs, supplied: set[str], staged: RepositoryFolder
+    space: _Space, encoder: HistoryEncoder, histories: _Histories, supplied: set[str], staged: RepositoryFolder
 ) -> Ids:
     """The fold-in where users are histories: cold-start items get rows and vectors, users the vectors of whole histories.
 
     Args:
         space: changed.
         encoder: the history encoder of the repository.
-        pairs: the new interactions.
+        histories: those that have changed.
         supplied: users with given vectors, which they keep.
         staged: receives the collaborative model with the cold-start items.
 
     Returns:
         The ids with new vectors.
     """
-    new_items = space.new("item", pairs.items)
-    encoder = _with_new_items(space, encoder, pairs, new_items, staged)
-    users = [user for user in dict.fromkeys(pairs.users) if user not in supplied]
+    new_items = space.new("item", chain.from_iterable(histories.values()))
+    encoder = _with_new_items(space, encoder, histories, new_items, staged)
+    users = [user for user in histories if user not in supplied]
     if not users:
         return {"user": [], "item": new_items}
-    histories = {user: dict.fromkeys(seen) for user, seen in zip(users, space.store.seen(users))}
-    for user, item in zip(pairs.users, pairs.items):
-        if user in histories:
-            histories[user].setdefault(item)
-    vectors, known = encoder.encode([list(history) for history in histories.values()])
+    vectors, known = encoder.encode([list(dict.fromkeys(histories[user])) for user in users])
     known &= (vectors != 0).any(dim=1).numpy()
-    encoded = [user for user, useful in zip(users, known) if useful]
+    encoded = list(compress(users, known.tolist()))
     if unreached := set(space.new("user", users)) - set(encoded):
         raise _unreached("user", next(user for user in users if user in unreached))
     if encoded:
@@ -310,7 +314,7 @@ def _fold_in_histories(
 
 
 def _with_new_items(
-    space: _Space, encoder: HistoryEncoder, pairs: _Pairs, new_items: list[str], staged: RepositoryFolder
+    space: _Space, encoder: HistoryEncoder, histories: _Histories, new_items: list[str], staged: RepositoryFolder
 ) -> HistoryEncoder:
     """Puts cold-start items into the store and stages a model with a row for every item that has interactions.
 
@@ -326,7 +330,7 @@ def _with_new_items(
         raise space.no_interactions()
     if not former or (rows >= 0).all():
         return encoder
-    user_rows, item_rows = _all_interactions(space, pairs, names)
+    user_rows, item_rows = _all_interactions(space, histories, names)
     added = np.flatnonzero((rows < 0) & (np.bincount(item_rows, minlength=len(rows)) > 0))
     rows[added] = trained + np.arange(len(added))
     tables = fold_in_items(cast(FISMModel, model), user_rows, rows[item_rows], trained)
@@ -347,28 +351,19 @@ def _with_new_items(
     return HistoryEncoder(larger.eval(), IdIndex(ids, "item"))
 
 
-def _all_interactions(space: _Space, pairs: _Pairs, item_names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """User and item rows of the seen items and the new interactions, each pair once, by user and then in time order."""
+def _all_interactions(space: _Space, histories: _Histories, item_names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """User and item rows of all histories, those that have changed included; each pair once, by user and then in time order."""
     known = space.store.ids("user")
+    index = IdIndex([*known, *space.new("user", histories)], "user")
     users, items = space.seen(known)
-    index = IdIndex([*known, *space.new("user", pairs.users)], "user")
-    users = np.concatenate([users, index.rows(pairs.users)])
-    items = np.concatenate([items, IdIndex(item_names, "item").rows(pairs.items)])
+    changed = index.rows(list(histories))
+    others = ~np.isin(users, changed)
+    users = np.concatenate([users[others], np.repeat(changed, [len(history) for history in histories.values()])])
+    more = IdIndex(item_names, "item").rows(list(chain.from_iterable(histories.values())))
+    items = np.concatenate([items[others], more])
     first = np.sort(np.unique(users * len(item_names) + items, return_index=True)[1])
     order = first[np.argsort(users[first], kind="stable")]
     return users[order], items[order]
-
-
-def _record(store: EmbeddingStore, pairs: _Pairs) -> int:
-    """Appends interactions to the seen items, except those that are there already; returns their number."""
-    names = list(dict.fromkeys(pairs.users))
-    lists = {user: dict.fromkeys(seen) for user, seen in zip(names, store.seen(names))}
-    before = {user: len(seen) for user, seen in lists.items()}
-    for user, item in zip(pairs.users, pairs.items):
-        lists[user].setdefault(item)
-    new = {user: list(seen)[before[user] :] for user, seen in lists.items() if len(seen) > before[user]}
-    store.add_seen(list(new), list(new.values()))
-    return sum(map(len, new.values()))
 
 
 def _retrain(space: _Space, staged: RepositoryFolder) -> Ids:

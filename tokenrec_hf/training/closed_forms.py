@@ -23,6 +23,10 @@ SIDES = (("user", "item"), ("item", "user"))
 
 # Of the mean eigenvalue of X^T X. On LastFM with a fifth of the users, or of the items, left out, 1e-4 to 3e-2 were alike.
 RIDGE = 1e-2
+# The power of its length that the predicted part of a cold-start item's vector gets. On validation items with 5 % of Beauty's items
+# folded in, HR@20 of users with such a target is .091 with 1, .103 with .4 and .122 with 0 (.124 if trained), that of the others
+# .155, .154 and .153 (.154 if trained).
+PREDICTED_LENGTH = 0.4
 # Weight in a history of an item that no known item came after.
 FAINT = 1e-3
 # Interactions of a chunk: few enough that their vectors stay in the cache.
@@ -106,8 +110,9 @@ def fold_in_items(model: FISMModel, users: np.ndarray, items: np.ndarray, num_tr
     items' rows on their features. An item that no known item came after gets its other rows from x_i, with weight `FAINT`, so
     that it matters only in histories without any other item. Without a `half_life`, both sides are the rest of the history.
 
-    x_i W is shorter than 1, by the part of q_i that it does not predict. Its products with users have the right size; divided
-    by its length it would be recommended to too many. So q_i gets length 1 in the directions in which users differ least.
+    x_i W is shorter than 1, by the part of q_i that it does not predict. As it is, too few users would be near to it, and divided
+    by its length r too many. So it gets the length r^`PREDICTED_LENGTH`, and q_i length 1 in the directions in which users
+    differ least.
 
     Args:
         model: its tables; rows of items from `num_trained` on are ignored.
@@ -144,7 +149,10 @@ def fold_in_items(model: FISMModel, users: np.ndarray, items: np.ndarray, num_tr
             estimates = [x @ w for x, w in zip(features, maps[number])]
             instead = estimates[other] if is_target else FAINT * estimates[other]
             found = torch.where((known_of[best] > 0)[:, None], estimates[best], instead)[reached]
-            table[reached] = _lengthened(found, basis) if is_target else found
+            if is_target:
+                length = found.norm(dim=1, keepdim=True).clamp(min=1e-12)
+                found = _lengthened(found * length ** (PREDICTED_LENGTH - 1), basis)
+            table[reached] = found
         unknown &= ~reached
     return [table[num_trained:] for table in tables]
 
