@@ -5,9 +5,10 @@
     python examples/paper/unseen_users.py --dataset lastfm --kind items --output_dir lastfm-unseen-items --reference lastfm
 
 The 5 % of users with the shortest histories (or a random 5 % of items) are held out from all training: the collaborative model,
-the MQ-Tokenizers and T5. Their interactions, without the test items, are then added by fold-in, as `tokenrec add` does (of items
-with the whole histories of their users, as in a log), and the test items are ranked. This is stricter than the paper, whose collaborative model has seen the users. The reference is a
-repository trained on all users and evaluated on the same ones. The first run takes as long as `tokenrec train`.
+the MQ-Tokenizers and T5. Their interactions, without the test items, are then added by fold-in, as `tokenrec add` does (of
+items with the whole histories of their users, as in a log), and the test items are ranked. This is stricter than the paper,
+whose collaborative model has seen the users. The reference is a repository trained on all users and evaluated on the same ones.
+The first run takes as long as `tokenrec train`.
 """
 
 from __future__ import annotations
