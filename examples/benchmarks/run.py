@@ -1,7 +1,7 @@
 """The speed of the package, side by side with the usual ways, as one table.
 
     pip install -c constraints.txt ".[bench,serve]"
-    OMP_NUM_THREADS=1 python examples/benchmarks/run.py [--only tokens search] [--json FILE] > docs/performance.md
+    OMP_NUM_THREADS=1 python examples/benchmarks/run.py [--only NAME ...] [--plot docs/images/growth.png] > docs/performance.md
 
 Each benchmark is a module of this folder with a function `rows`, and runs in a process of its own.
 """
@@ -47,6 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="benchmarks to run (default: all)")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the rows of `growth`")
     arguments = parser.parse_args()
     print(introduction(), flush=True)
     found = {}
@@ -55,6 +56,9 @@ def main() -> None:
             title, rows = pool.submit(run, name).result()
         found[name] = [asdict(row) for row in rows]
         print(f"\n## {title}\n\n`--only {name}`\n\n{table(rows)}", flush=True)
+        if name == "growth" and arguments.plot:
+            importlib.import_module(name).plot(rows, arguments.plot)
+            print(f"\n![Costs by size, with the fitted lines](images/{arguments.plot.name})", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 

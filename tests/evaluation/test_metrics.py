@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tokenrec_hf.evaluation.metrics import RankingMetrics, evaluate_embeddings, hit_rate, mrr, ndcg, target_ranks
+from tokenrec_hf.evaluation.metrics import (
+    RankingMetrics,
+    evaluate_embeddings,
+    hit_rate,
+    mrr,
+    ndcg,
+    target_ranks,
+    weighted_ranks,
+)
 
 DATA = Path(os.environ.get("TOKENREC_DATA_DIR") or Path(__file__).parents[3] / "shared" / "data")
 
@@ -244,3 +252,25 @@ def test_popularity_ranking_of_lastfm_has_the_metrics_measured_independently():
     # Ties count against us here, so the number may lie a little below one that breaks them by row order.
     assert found["hr@20"] == pytest.approx(0.0606, abs=0.004)
     assert found["ndcg@20"] == pytest.approx(0.0243, abs=0.002)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 600), st.integers(2, 30), st.integers(0, 2**32 - 1))
+def test_ranks_of_several_weights_are_those_of_each_weight(num_users, num_items, seed):
+    random = np.random.default_rng(seed)
+    # Whole numbers, so that no score depends on the order of a sum but by the items' lengths.
+    queries, items = (torch.from_numpy(random.integers(-9, 9, (count, 5))).float() for count in (num_users, num_items))
+    targets, counts = random.integers(num_items, size=num_users), random.integers(0, 4, num_users)
+    seen = np.concatenate([[0], np.cumsum(counts)]), random.integers(num_items, size=counts.sum())
+    weights = (0.0, 0.5, 2.0)
+    found = weighted_ranks(queries, items, 3, weights, targets, *seen)
+    assert found.shape == (len(weights), num_users)
+    for weight, ranks in zip(weights, found):
+        scale = torch.tensor([1.0] * 3 + [weight] * 2)
+        scores = (queries * scale).double() @ torch.nn.functional.normalize(items.double(), dim=1).T
+        for user in range(num_users):
+            mine, others = scores[user, targets[user]], np.ones(num_items, dtype=bool)
+            others[[*seen[1][seen[0][user] : seen[0][user + 1]], targets[user]]] = False
+            gap = (scores[user, others] - mine).numpy()
+            # Scores that are equal but for rounding may come in any order.
+            assert (gap > 1e-4).sum() <= ranks[user] <= (gap > -1e-4).sum()

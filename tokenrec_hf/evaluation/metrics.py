@@ -188,6 +188,31 @@ def embedding_ranks(
     return torch.cat([_ranks(*_masked(*batch)) for batch in batches])
 
 
+def weighted_ranks(
+    queries: torch.Tensor,
+    items: torch.Tensor,
+    dim: int,
+    weights: Sequence[float],
+    targets: Array,
+    seen_indptr: np.ndarray,
+    seen_indices: np.ndarray,
+) -> torch.Tensor:
+    """The rank of each user's target by cosine for each weight of the queries' dimensions from `dim` on, int64 `[weights, U]`.
+
+    Scores are linear in the weight, so that all weights share one product; other arguments as of [`evaluate_embeddings`].
+    """
+    items, known = unit_rows(items), (targets, seen_indptr, seen_indices)
+    first, second = (
+        _score_batches(queries[:, part], items[:, part], *known, cosine=False, batch_size=512)
+        for part in (slice(None, dim), slice(dim, None))
+    )
+    found = [
+        torch.stack([_ranks(*_masked(torch.add(scores, more, alpha=weight), own, seen)) for weight in weights])
+        for (scores, own, seen), (more, _, _) in zip(first, second)
+    ]
+    return torch.cat(found, dim=1)
+
+
 def embedding_hits(
     queries: torch.Tensor,
     items: torch.Tensor,

@@ -39,7 +39,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from ..data.collator import DataCollatorForGenerativeRetrieval, PromptDataset
 from ..data.interaction_matrix import InteractionMatrix
 from ..data.splits import Holdout
-from ..evaluation.metrics import embedding_ranks, evaluate_embeddings, user_ndcg
+from ..evaluation.metrics import evaluate_embeddings, user_ndcg, weighted_ranks
 from ..models.codes import read_json
 from ..models.configuration_tokenrec import FISMConfig
 from ..models.modeling_collaborative import COLLABORATIVE_MODELS, CollaborativeModel, FISMModel
@@ -408,11 +408,8 @@ def choose_history_weight(
     """
     some = slice(None, None, math.ceil(len(queries) / WEIGHING_USERS))
     known = holdout.targets[some], *interactions.of_users(holdout.users[some])
-    found = [
-        user_ndcg(embedding_ranks(weighed(queries[some], dim, weight), items, *known, cosine=True), 20)
-        for weight in (0.0, *HISTORY_WEIGHTS)
-    ]
-    gains = torch.stack(found[1:]) - found[0]  # [weights, users]
+    found = user_ndcg(weighted_ranks(queries[some], items, dim, (0.0, *HISTORY_WEIGHTS), *known), 20)
+    gains = found[1:] - found[0]  # [weights, users]
     best = int(gains.mean(dim=1).argmax())
     count = gains.shape[1]
     clear = count > 1 and gains[best].mean() > gains[best].std() / math.sqrt(count)
