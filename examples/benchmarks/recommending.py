@@ -17,7 +17,8 @@ from tokenrec_hf.repository.export import export_recommendations
 from tokenrec_hf.training.initialization import build_retrieval_model, build_tokenizer, retrieval_store
 
 DIM, NUM_USERS, NUM_ITEMS = 128, 2_000, 12_000
-CODEBOOKS = {"user": 32, "item": 8}
+# Number and size.
+CODEBOOKS = {"user": (32, 512), "item": (4, 4096)}
 
 
 def rows() -> list[Row]:
@@ -54,9 +55,11 @@ def untrained(history: int, **sizes: int) -> Recommender:
     items = [f"i{row}" for row in range(NUM_ITEMS)]
     for kind, ids in (("user", [f"u{row}" for row in range(NUM_USERS)]), ("item", items)):
         store.upsert(kind, ids, torch.from_numpy(random.standard_normal((len(ids), DIM), dtype=np.float32)))
-    settings = {"embedding_dim": DIM, "codebook_size": 256, "residual": True}
     mqs = {
-        kind: MQTokenizerModel(MQTokenizerConfig(num_codebooks=count, **settings)) for kind, count in CODEBOOKS.items()
+        kind: MQTokenizerModel(
+            MQTokenizerConfig(embedding_dim=DIM, num_codebooks=count, codebook_size=size, residual=True)
+        )
+        for kind, (count, size) in CODEBOOKS.items()
     }
     store.space_ids = {kind: mq.space_id for kind, mq in mqs.items()}
     recipe = Recipe.load("best")

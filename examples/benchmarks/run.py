@@ -53,9 +53,9 @@ def main() -> None:
     found = {}
     for name in arguments.only:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            title, rows = pool.submit(run, name).result()
+            title, notes, rows = pool.submit(run, name).result()
         found[name] = [asdict(row) for row in rows]
-        print(f"\n## {title}\n\n`--only {name}`\n\n{table(rows)}", flush=True)
+        print("\n\n".join([f"\n## {title}", *notes, f"`--only {name}`", table(rows)]), flush=True)
         if name == "growth" and arguments.plot:
             importlib.import_module(name).plot(rows, arguments.plot)
             print(f"\n![Costs by size, with the fitted lines](images/{arguments.plot.name})", flush=True)
@@ -63,12 +63,13 @@ def main() -> None:
         arguments.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
-def run(name: str) -> tuple[str, list[Row]]:
-    """The first line of a benchmark's docstring, and its rows."""
+def run(name: str) -> tuple[str, list[str], list[Row]]:
+    """The first line of a benchmark's docstring, its paragraphs, and its rows."""
     module = importlib.import_module(name)
     # What a benchmark prints is no part of the page.
     with redirect_stdout(sys.stderr):
-        return module.__doc__.split("\n")[0].rstrip("."), module.rows()
+        title, *notes = module.__doc__.strip().split("\n\n")
+        return title.rstrip("."), [textwrap.fill(" ".join(note.split()), 100) for note in notes], module.rows()
 
 
 def introduction() -> str:
