@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import typer
+from hub_double import TOKEN
 from huggingface_hub import RepoCard
 
 import tokenrec_hf
@@ -217,6 +218,18 @@ def test_a_private_repository_needs_a_token(hub, repository):
         with pytest.raises(FileNotFoundError, match="no repository of that name that your token may read"):
             read(NAME, token=False)
     assert Recommender.from_pretrained(NAME).store.count("item")
+
+
+def test_a_token_that_is_given_reaches_the_mq_tokenizers_too(hub, repository, tmp_path):
+    Repository(repository).push_to_hub(NAME, private=True)
+    script = f"""
+from tokenrec_hf import TokenRecTokenizer
+tokenizer = TokenRecTokenizer.from_pretrained({NAME!r}, token={TOKEN!r})
+size = tokenizer.codes("item").shape[1]
+tokenizer.add_items({{"nova": [0.5] * {EmbeddingStore.open(repository).embedding_dim}}})
+print(tokenizer.codes("item", ["nova"]).shape == (1, size))
+"""
+    assert run(script, hub.environment(tmp_path / "elsewhere", token=None)) == "True\n"
 
 
 def test_who_may_not_write_is_told_to_log_in(hub, repository):

@@ -142,7 +142,7 @@ class TokenRecTokenizer(TokenizersBackend):
                 if path.is_file():
                     read_json(path)
             raise
-        tokenizer._revision = kwargs.get("revision")
+        tokenizer._revision, tokenizer._transient.token = kwargs.get("revision"), kwargs.get("token")
         return tokenizer
 
     def ids(self, kind: str) -> list[str]:
@@ -425,7 +425,8 @@ class TokenRecTokenizer(TokenizersBackend):
             try:
                 if not name:
                     raise OSError("this tokenizer was not loaded from a folder or repository")
-                mq = MQTokenizerModel.from_pretrained(name, subfolder=folder, revision=self._revision or "main")
+                access = {"revision": self._revision or "main", "token": self._transient.token}
+                mq = MQTokenizerModel.from_pretrained(name, subfolder=folder, **access)
             except OSError as error:
                 raise ValueError(
                     f"no MQ-Tokenizer to make {kind} codes with: there is none in {folder} of {name or 'the tokenizer'!r}; give "
@@ -534,12 +535,14 @@ class _Transient:
         words: the tokens of texts without entities.
         found: by kind, the table of ids and the entity that each run of characters begins with.
         mqs: the MQ-Tokenizer of each kind.
+        token: that the tokenizer was loaded with, for private repositories of the Hub.
     """
 
     def __init__(self) -> None:
         self.words: dict[str, list[int]] = {}
         self.found: dict[str, tuple[CodeTable, dict[str, _Entity | None]]] = {}
         self.mqs: dict[str, MQTokenizerModel] = {}
+        self.token: str | bool | None = None
 
     def __reduce__(self) -> tuple:
         return _Transient, ()
