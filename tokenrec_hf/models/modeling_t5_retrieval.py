@@ -317,18 +317,17 @@ class T5ForGenerativeRetrieval(Loader, T5PreTrainedModel):
 
     def _read_history(self, prompts: HistoryPrompts) -> torch.Tensor:
         """The decoder's outputs h, `[B, 1 + S, d_model]`. Output s follows s items."""
-        batch, items, num_codes = prompts.tokens.shape
         # One look-up, because each one has a gradient of the size of the vocabulary.
         ids = torch.cat([self._start(1), prompts.wordings.clamp(min=0).view(1, -1), prompts.tokens.view(1, -1)], dim=1)
         start, words, codes = self._embeddings(ids[0]).split([1, prompts.wordings.numel(), prompts.tokens.numel()])
-        history = codes.view(batch, items, num_codes, -1).sum(dim=2)  # one position per item, [B, S, d_model]
+        history = codes.view(*prompts.tokens.shape, -1).sum(dim=2)  # one position per item, [B, S, d_model]
         is_word = prompts.wordings.ge(0).long()
         words = words.view(*prompts.wordings.shape, -1)  # [n, W, d_model]
         states = self.get_encoder()(inputs_embeds=words, attention_mask=is_word).last_hidden_state
         return self.transformer(
             encoder_outputs=(states[prompts.which],),
             attention_mask=is_word[prompts.which],
-            decoder_inputs_embeds=torch.cat([start.expand(batch, 1, -1), history], dim=1),
+            decoder_inputs_embeds=torch.cat([start.expand(len(history), 1, -1), history], dim=1),
             decoder_attention_mask=F.pad(prompts.present.long(), (1, 0), value=1),
             use_cache=False,
         ).last_hidden_state
