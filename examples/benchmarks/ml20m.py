@@ -1,7 +1,7 @@
 """Training in the shape of MovieLens-20M.
 
-138,000 users, 27,000 items and 20 million interactions, made up. Reading and splitting are the benchmark `preparation`. FISM and T5
-take 100 steps of their training; the other stages are whole.
+138,000 users, 27,000 items and 20 million interactions, made up. Reading and splitting are the benchmark `preparation`.
+FISM and T5 take 100 steps of their training; the other stages are whole.
 """
 
 from __future__ import annotations
