@@ -39,7 +39,7 @@ def ranking(users: int) -> Callable[[], dict[str, float]]:
 
 def preparation(books: int) -> Callable[[], None]:
     """The k-means that an MQ-Tokenizer of recipe `paper` starts from."""
-    config = MQTokenizerConfig(embedding_dim=64, num_codebooks=books, codebook_size=256, kmeans_init=True)
+    config = MQTokenizerConfig(embedding_dim=64, num_codebooks=books, codebook_size=256)
     vectors = torch.randn(NUM_ITEMS, 64, generator=torch.Generator().manual_seed(0))
     return lambda: prepare_mq_tokenizer(MQTokenizerModel(config), vectors)
 
@@ -47,12 +47,7 @@ def preparation(books: int) -> Callable[[], None]:
 # Made of a cost: its name, the sizes that it is measured at, the function to time for a size, and how much a call of it does.
 COSTS: list[tuple[str, tuple[int, ...], Callable[[int], Callable[[], Any]], int]] = [
     ("a query among {:,} items", (10_000, 100_000, 1_000_000, 10_000_000), query, 1),
-    (
-        f"metrics of {{:,}} users, {NUM_ITEMS:,} items",
-        (1_000, 10_000, 100_000, 1_000_000),
-        ranking,
-        1,
-    ),
+    (f"metrics of {{:,}} users, {NUM_ITEMS:,} items", (1_000, 10_000, 100_000, 1_000_000), ranking, 1),
     ("query of a user with {} items", (10, 30, HISTORY), partial(encoder, HISTORY_TEMPLATES), NUM_USERS),
     ("start of {} codebooks, not residual", (2, 4, 8), preparation, 1),
 ]

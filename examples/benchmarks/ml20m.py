@@ -37,8 +37,8 @@ CHANGES = {
 def rows() -> list[Row]:
     """All stages, the ranking of all users, and the most memory."""
     data = index_splits(leave_one_out(load_interactions(ratings(INTERACTIONS))), "test")
-    recipe, interactions, found = Recipe.load("best", overrides=CHANGES), data.interactions, list[Row]()
-    settings = recipe.collaborative
+    whole, recipe = Recipe.load("best"), Recipe.load("best", overrides=CHANGES)
+    interactions, settings, found = data.interactions, recipe.collaborative, list[Row]()
     model = FISMModel.from_interactions(settings.model_configuration(), interactions)
     with once(found, "FISM: start from the singular vectors"):
         start_from_singular_vectors(model, interactions)
@@ -47,7 +47,8 @@ def rows() -> list[Row]:
         with once(found, "FISM: a step", amount=STEPS, unit="ms"):
             train_collaborative(interactions, settings, Path(folder) / "fism", epochs=STEPS / epoch, start=model)
         found.append(Row(f"FISM: its {settings.most_steps:,} steps", found[-1].ours * settings.most_steps / 1000, "s"))
-        model.config.history_smoothing, model.config.item_smoothing = 0.5, 0.25
+        for name in ("history_smoothing", "item_smoothing"):
+            setattr(model.config, name, whole.collaborative.config[name])
         with once(found, "FISM: smoothing of the tables"):
             smooth_tables(model, interactions.users, interactions.items)
         store = EmbeddingStore(settings.config["embedding_dim"])
@@ -69,7 +70,7 @@ def rows() -> list[Row]:
         t5.bind_items(store.vectors("item"), tokenizer.item_tokens(data.item_ids))
         with once(found, "T5: a step", amount=STEPS, unit="ms"):
             train_retrieval(t5, build_collator(tokenizer, data, recipe), recipe.retrieval, Path(folder) / "t5")
-        most = Recipe.load("best").retrieval.most_steps
+        most = whole.retrieval.most_steps
         found.append(Row(f"T5: its {most:,} steps", found[-1].ours * most / 1000, "s"))
     users = store.vectors("user")[torch.from_numpy(data.holdout.users)]
     with once(found, "full ranking of all users by vectors"):

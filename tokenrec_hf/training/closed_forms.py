@@ -23,10 +23,9 @@ SIDES = (("user", "item"), ("item", "user"))
 
 # Of the mean eigenvalue of X^T X. On LastFM with a fifth of the users, or of the items, left out, 1e-4 to 3e-2 were alike.
 RIDGE = 1e-2
-# The power of its length that the predicted part of a cold-start item's vector gets. On validation items with 5 % of
-# Beauty's items folded in, HR@20 of users with such a target is .091 with 1, .101 with .5 and .122 with 0 (.124 if
-# trained), that of the others .155, .154 and .153 (.154 if trained). With 30 % of MovieLens-100K's items it is .347
-# for all with .5 and .339 with .4 (.351 if trained).
+# The power of its length that the predicted part of a cold-start item's vector gets. Chosen on the validation items
+# of Beauty, LastFM and MovieLens-100K: with 1, cold-start items are found too rarely on Beauty; below .5, they
+# displace too many others on MovieLens-100K (`examples/paper/new_items.py`).
 PREDICTED_LENGTH = 0.5
 # Weight in a history of an item that no known item came after.
 FAINT = 1e-3
