@@ -236,7 +236,7 @@ class MQTokenizerModel(Loader, PreTrainedModel):
         residuals: list[torch.Tensor] = []
         codes: list[torch.Tensor] = []
         books = self.codebooks.detach()
-        for codebook, squares in zip(books, books.square().sum(-1)):
+        for codebook, squares in zip(books, squared_lengths(books)):
             residuals.append(x)
             codes.append(first_least(torch.addmm(squares, x.detach(), codebook.T, alpha=-2)))
             x = x - nn.functional.embedding(codes[-1], codebook)
@@ -294,8 +294,13 @@ class MQTokenizerModel(Loader, PreTrainedModel):
 
 def nearest(points: torch.Tensor, codebooks: torch.Tensor) -> torch.Tensor:
     """Indices of the nearest codewords: points `[K, B, d_c]`, codebooks `[K, L, d_c]`, LongTensor `[K, B]`."""
-    squares = codebooks.square().sum(-1)[:, None, :]
+    squares = squared_lengths(codebooks)[:, None, :]
     return first_least(torch.baddbmm(squares, points, codebooks.transpose(1, 2), alpha=-2))
+
+
+def squared_lengths(vectors: torch.Tensor) -> torch.Tensor:
+    """||c||^2 of each vector, `[..., d]` to `[...]`, without a second tensor of the vectors' size, whose making takes longer."""
+    return torch.linalg.vector_norm(vectors, dim=-1).square()
 
 
 def first_least(values: torch.Tensor) -> torch.Tensor:
