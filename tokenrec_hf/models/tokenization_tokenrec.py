@@ -13,7 +13,7 @@ import os
 import re
 import threading
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -366,6 +366,11 @@ class TokenRecTokenizer(TokenizersBackend):
             data = {"input_ids": tokens, "attention_mask": is_token.astype(np.int64)}
             if not return_tensors:
                 data = {name: array.tolist() for name, array in data.items()}
+            elif return_tensors == "pt":
+                import torch
+
+                # BatchEncoding would copy them, which takes a tenth of the time of a short batch.
+                data = {name: torch.from_numpy(array) for name, array in data.items()}
         else:
             data = {"input_ids": rows, "attention_mask": [[1] * length for length in lengths.tolist()]}
         if return_attention_mask is False:
@@ -442,9 +447,12 @@ class TokenRecTokenizer(TokenizersBackend):
                 raise ValueError(f"text {row} has {len(text)} characters, more than {MAX_TEXT_LENGTH}; shorten it.")
             if not text.isascii() and _SURROGATE.search(text):
                 raise ValueError(f"text {row} holds half of a surrogate pair, so it is not Unicode text: {text!r:.80}.")
-        matches = [[(m.end(), m[1], m[2].replace(SPACE, " ")) for m in _MENTION.finditer(text)] for text in texts]
-        runs = {(kind, run) for mentions in matches for _, kind, run in mentions}
-        found = {kind: self._resolved(kind, [run for of, run in runs if of == kind]) for kind in LETTERS}
+        matches = [[(m.end(), m[1], m[2]) for m in _MENTION.finditer(text)] for text in texts]
+        tables = self._tables
+        found = {kind: self._remembered(kind, table) for kind, table in tables.items()}
+        missing = {(kind, run) for mentions in matches for _, kind, run in mentions if run not in found[kind]}
+        for kind in {kind for kind, _ in missing}:
+            found[kind] |= self._find(kind, tables[kind], [run for of, run in missing if of == kind])
         parsed = []
         for text, mentions in zip(texts, matches):
             words: list[str] = []
@@ -456,6 +464,7 @@ class TokenRecTokenizer(TokenizersBackend):
                     continue
                 if (entity := found[kind][run]) is None:
                     if self.on_unknown == "error" and (name := run.rstrip("".join(filter(_may_follow, run)))):
+                        name = name.replace(SPACE, " ")
                         raise KeyError(
                             f"the text names {kind} {name!r:.100}, which is unknown to this tokenizer; add it with `tokenrec add`, give "
                             f"it codes with add_{kind}s, or set on_unknown='keep' to leave such words as they are."
@@ -467,20 +476,17 @@ class TokenRecTokenizer(TokenizersBackend):
             parsed.append(([*words, text[end:]], entities))
         return parsed
 
-    def _resolved(self, kind: str, runs: Iterable[str]) -> Mapping[str, _Entity | None]:
-        """The known id that begins each run of characters, if there is any, among those of earlier texts."""
-        table = self._tables[kind]
+    def _remembered(self, kind: str, table: CodeTable) -> dict[str, _Entity | None]:
+        """The known id that begins each run of characters, if there is any, of earlier texts."""
         of_table, known = self._transient.found.get(kind, (None, {}))
         if of_table is not table or len(known) > _REMEMBERED:
             known = {}
             self._transient.found[kind] = table, known
-        if missing := [run for run in runs if run not in known]:
-            known |= self._find(kind, table, missing)
         return known
 
     def _find(self, kind: str, table: CodeTable, runs: Sequence[str]) -> dict[str, _Entity | None]:
-        """The known id that begins each run of characters."""
-        candidates = {run: _beginnings(run, table.longest) for run in runs}
+        """The known id that begins each run of characters, if there is any."""
+        candidates = {run: _beginnings(run.replace(SPACE, " "), table.longest) for run in runs}
         ids = list(dict.fromkeys(chain.from_iterable(candidates.values())))
         rows = table.index.rows(ids)
         at = np.flatnonzero(rows >= 0)
