@@ -291,6 +291,18 @@ def test_a_fresh_fism_starts_from_singular_vectors_and_a_given_one_as_it_is(data
     assert_equal_weights(weights(kept), given)
 
 
+def test_ndcg_of_each_held_out_user_has_the_mean_that_a_stage_reports(data, tmp_path):
+    settings = changed(COLLABORATIVE, model="fism", config={"embedding_dim": 8, "half_life": 4})
+    found = train_collaborative(data.interactions, settings, tmp_path, holdout=data.holdout, seed=1)
+    each = stages.held_out_ndcg(found.model, data.interactions, data.holdout)
+    assert each.shape == (len(data.holdout.users),) and float(each.mean()) == pytest.approx(found.metrics["ndcg@20"])
+    user, target = data.holdout.users[0], data.holdout.targets[0]
+    scores = found.model.user_embeddings()[user] @ found.model.item_embeddings().T
+    scores[data.interactions.of(user)] = -torch.inf
+    rank = int((scores > scores[target]).sum())
+    assert float(each[0]) == pytest.approx(1 / np.log2(rank + 2) if rank < 20 else 0.0)
+
+
 def test_fism_is_smoothed_after_its_training_and_measured_then(data, tmp_path):
     settings = changed(COLLABORATIVE, model="fism", config={"embedding_dim": 8, "half_life": 4})
     plain = train_collaborative(data.interactions, settings, tmp_path / "plain", holdout=data.holdout, seed=1)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shutil
 import time
@@ -31,16 +30,24 @@ from ..evaluation.ranking import evaluate_baselines, evaluate_retrieval
 from ..evaluation.variants import VARIANTS
 from ..models.codes import COLLABORATIVE, MQ_FOLDERS, IdIndex, RepositoryFolder, atomic_write, read_json
 from ..models.embedding_store import EmbeddingStore, check_metadata
-from ..models.modeling_collaborative import COLLABORATIVE_MODELS, load_collaborative, save_collaborative
+from ..models.modeling_collaborative import (
+    COLLABORATIVE_MODELS,
+    CollaborativeModel,
+    load_collaborative,
+    save_collaborative,
+)
 from ..models.modeling_mq_tokenizer import MQTokenizerModel
 from ..models.pipeline_generative_retrieval import GenerativeRetrievalPipeline
 from ..models.tokenization_tokenrec import TokenRecTokenizer, check_names
 from ..training.datasets import past_user_embeddings
 from ..training.initialization import build_retrieval_model, build_tokenizer, load_t5_tokenizer, retrieval_store
-from ..training.recipe import AUTO, Recipe, Setting
+from ..training.recipe import AUTO, CollaborativeSettings, Recipe, Setting
 from ..training.stages import (
     SELECT_BY,
+    StageResult,
     fixed_collaborative,
+    held_out_ndcg,
+    is_clear,
     train_collaborative,
     train_mq_tokenizer,
     train_retrieval,
@@ -51,6 +58,7 @@ from .update import NewVectors
 
 # The choices of `half_life: auto`, made on validation: whether the order of a history matters.
 HALF_LIVES = (None, 8)
+HALF_LIFE = "half_life"
 # Where users are histories, vectors of partial histories complete the users' vectors to this number for the k-means.
 USER_VECTORS = 12_000
 # The measurements of a stage, by name.
@@ -215,7 +223,6 @@ class _TrainingRun:
         self.item_vectors = item_vectors
         self.name, self.parts, self.recipe, self.log = name, RepositoryFolder(folder), recipe, log
         self.fixed_epochs = epochs
-        self.half_lives = HALF_LIVES if recipe.collaborative.chooses_half_life else ()
         self.checkpoints = repository.parts.training / "checkpoints" / name
         self.record_path = repository.record(name)
         self.record: dict[str, Outcome] = read_json(self.record_path) if self.record_path.is_file() else {}
@@ -235,7 +242,7 @@ class _TrainingRun:
         """The recipe with the values chosen on validation in place of `auto`."""
         half_life, prompts, changes = self.recipe.collaborative.config.get("half_life"), self.recipe.prompts, {}
         if half_life == AUTO:
-            half_life = self.record[COLLABORATIVE]["half_life"] if self.half_lives else None
+            half_life = self.record[HALF_LIFE][HALF_LIFE] if self.recipe.collaborative.chooses_half_life else None
             changes["collaborative.config.half_life"] = half_life
         if prompts.shuffle_history == AUTO:
             changes["prompts.shuffle_history"] = half_life is None
@@ -261,7 +268,9 @@ class _TrainingRun:
             return self.record[EVALUATION]["metrics"]
         self.parts.path.mkdir(parents=True, exist_ok=True)
         holdout = None if self.fixed_epochs else data.holdout
-        self._collaborative_stages(data, holdout)
+        if self.recipe.collaborative.chooses_half_life:
+            self._stage(HALF_LIFE, partial(self._half_life, data))
+        self._stage(COLLABORATIVE, partial(self._collaborative, data, holdout))
         store = self._store(data)
         for kind, stage in MQ_FOLDERS.items():
             self._stage(stage, partial(self._mq_tokenizer, data, store, kind))
@@ -283,43 +292,39 @@ class _TrainingRun:
             self.log(f"{self.name}: {name} took {outcome['seconds']:.0f} s")
         shutil.rmtree(checkpoints, ignore_errors=True)
 
-    def _collaborative_stages(self, data: IndexedSplits, holdout: Holdout | None) -> None:
-        """Trains the collaborative model, or one for each half-life to choose from."""
-        if not self.half_lives:
-            self._stage(COLLABORATIVE, partial(self._collaborative, data, holdout, {}))
-            return
-        for half_life in self.half_lives:
-            self._stage(f"half_life_{half_life}", partial(self._collaborative, data, holdout, {"half_life": half_life}))
-        # The model of the chosen half-life is the saved one.
-        chosen = self._chosen(len(data.holdout.users))
-        assert chosen is not None
-        self.record.setdefault(COLLABORATIVE, {**chosen, "seconds": 0.0})
+    def _half_life(self, data: IndexedSplits, checkpoints: Path) -> Outcome:
+        """Chooses the half-life by short trainings: the first that no later one is clearly better than."""
+        found = {}
+        for half_life in HALF_LIVES:
+            settings = self.recipe.collaborative.trial(half_life)
+            model = self._vectors(data, settings, data.holdout, checkpoints / str(half_life)).model
+            found[half_life] = held_out_ndcg(model, data.interactions, data.holdout)
+        chosen = HALF_LIVES[0]
+        for half_life in HALF_LIVES[1:]:
+            if is_clear(found[half_life] - found[chosen]):
+                chosen = half_life
+        return {
+            HALF_LIFE: chosen,
+            "metrics": {str(name): {SELECT_BY: float(ndcg.mean())} for name, ndcg in found.items()},
+        }
 
-    def _chosen(self, num_users: int) -> Outcome | None:
-        """The outcome of the chosen half-life, of those tried so far: the first that no later one clearly beats."""
-        chosen = None
-        for half_life in self.half_lives:
-            outcome = self.record.get(f"half_life_{half_life}")
-            if outcome is not None and (chosen is None or _clearly_better(outcome, chosen, num_users)):
-                chosen = outcome
-        return chosen
-
-    def _collaborative(
-        self, data: IndexedSplits, holdout: Holdout | None, config: dict[str, Setting], checkpoints: Path
-    ) -> Outcome:
-        settings = self.recipe.collaborative
-        settings = settings.model_copy(update={"config": {**settings.config, **config}})
+    def _vectors(
+        self, data: IndexedSplits, settings: CollaborativeSettings, holdout: Holdout | None, checkpoints: Path
+    ) -> StageResult[CollaborativeModel]:
+        """The trained collaborative model, or that of given vectors."""
         if self.item_vectors is not None:
-            result = fixed_collaborative(data.interactions, settings, self.item_vectors, holdout)
-        else:
-            result = train_collaborative(
-                data.interactions,
-                settings,
-                checkpoints,
-                holdout=holdout,
-                epochs=(self.fixed_epochs or {}).get(COLLABORATIVE),
-                seed=self.recipe.seed,
-            )
+            return fixed_collaborative(data.interactions, settings, self.item_vectors, holdout)
+        return train_collaborative(
+            data.interactions,
+            settings,
+            checkpoints,
+            holdout=holdout,
+            epochs=(self.fixed_epochs or {}).get(COLLABORATIVE),
+            seed=self.recipe.seed,
+        )
+
+    def _collaborative(self, data: IndexedSplits, holdout: Holdout | None, checkpoints: Path) -> Outcome:
+        result = self._vectors(data, self.resolved.collaborative, holdout, checkpoints)
         users, items = (
             [ids[row] for row in rows]
             for ids, rows in ((data.user_ids, data.interactions.users), (data.item_ids, data.interactions.items))
@@ -328,17 +333,13 @@ class _TrainingRun:
             "epochs": result.epochs,
             "metrics": result.metrics,
             "curve": result.curve,
-            **config,
             # For the audit: matrix factorisation keeps no interactions.
             "trained_on": fingerprint(users, items),
         }
-        count = len(data.holdout.users)
-        former = self._chosen(count)
-        if former is None or _clearly_better(outcome, former, count):
-            ids = {"user": data.user_ids, "item": data.item_ids}
-            save_collaborative(result.model, ids, self.parts.collaborative)
-            # transformers looks for remote code in the root, even when it loads a model from a subfolder.
-            custom_object_save(result.model, self.parts.path)
+        ids = {"user": data.user_ids, "item": data.item_ids}
+        save_collaborative(result.model, ids, self.parts.collaborative)
+        # transformers looks for remote code in the root, even when it loads a model from a subfolder.
+        custom_object_save(result.model, self.parts.path)
         return outcome
 
     def _store(self, data: IndexedSplits) -> EmbeddingStore:
@@ -406,15 +407,6 @@ class _TrainingRun:
         prompts = self.resolved.collator_arguments
         results = evaluate_retrieval(self.parts.path, data, prompts, list(VARIANTS), store, batch_size)
         return {"metrics": evaluate_baselines(data, store) | results}
-
-
-def _clearly_better(outcome: Outcome, former: Outcome, num_users: int) -> bool:
-    """Whether a collaborative model is better than a simpler one by more than a standard error.
-
-    The standard error of the mean m of n numbers from 0 to 1 is at most sqrt(m (1 - m) / n).
-    """
-    new, old = (one["metrics"][SELECT_BY] for one in (outcome, former))
-    return new - old > math.sqrt(old * (1 - old) / num_users)
 
 
 def _vectors_of(given: NewVectors, item_ids: list[str], recipe: Recipe) -> torch.Tensor:

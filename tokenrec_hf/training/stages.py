@@ -39,7 +39,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from ..data.collator import DataCollatorForGenerativeRetrieval, PromptDataset
 from ..data.interaction_matrix import InteractionMatrix
 from ..data.splits import Holdout
-from ..evaluation.metrics import evaluate_embeddings, user_ndcg, weighted_ranks
+from ..evaluation.metrics import embedding_ranks, evaluate_embeddings, user_ndcg, weighted_ranks
 from ..models.codes import read_json
 from ..models.configuration_tokenrec import FISMConfig
 from ..models.modeling_collaborative import COLLABORATIVE_MODELS, CollaborativeModel, FISMModel
@@ -257,6 +257,13 @@ def train_collaborative(
     return result
 
 
+def held_out_ndcg(model: CollaborativeModel, interactions: InteractionMatrix, holdout: Holdout) -> torch.Tensor:
+    """NDCG@20 of each held-out user by dot product, float64 `[users]`."""
+    users, items = model.user_embeddings().cpu()[holdout.users], model.item_embeddings().cpu()
+    seen = interactions.of_users(holdout.users)
+    return user_ndcg(embedding_ranks(users, items, holdout.targets, *seen, cosine=False), 20)
+
+
 def fixed_collaborative(
     interactions: InteractionMatrix,
     settings: CollaborativeSettings,
@@ -411,9 +418,12 @@ def choose_history_weight(
     found = user_ndcg(weighted_ranks(queries[some], items, dim, (0.0, *HISTORY_WEIGHTS), *known), 20)
     gains = found[1:] - found[0]  # [weights, users]
     best = int(gains.mean(dim=1).argmax())
-    count = gains.shape[1]
-    clear = count > 1 and gains[best].mean() > gains[best].std() / math.sqrt(count)
-    return HISTORY_WEIGHTS[best] if clear else 0.0
+    return HISTORY_WEIGHTS[best] if is_clear(gains[best]) else 0.0
+
+
+def is_clear(gains: torch.Tensor) -> bool:
+    """Whether the mean of gains over users, `[users]`, is more than its standard error."""
+    return len(gains) > 1 and bool(gains.mean() > gains.std() / math.sqrt(len(gains)))
 
 
 def by_history_length(holdout: Holdout, interactions: InteractionMatrix) -> Holdout:
