@@ -4,6 +4,7 @@ import json
 from collections import Counter
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -124,6 +125,10 @@ class AgainstDictionaries(RuleBasedStateMachine):
         where=st.dictionaries(names, values | st.lists(values, max_size=2), max_size=2),
     )
     def search(self, query, top_k, exclude, where):
+        if self.refused(where):
+            with pytest.raises(ValueError, match="no item has the metadata"):
+                self.store.search(torch.tensor([query]), top_k, [exclude], where)
+            return
         [found], [scores] = self.store.search(torch.tensor([query]), top_k, [exclude], where)
         expected = {}
         for item, vector in self.model["item"].items():
@@ -139,10 +144,19 @@ class AgainstDictionaries(RuleBasedStateMachine):
 
     @rule(top_k=st.integers(1, 8), where=st.dictionaries(names, values | st.lists(values, max_size=2), max_size=1))
     def popular(self, top_k, where):
+        if self.refused(where):
+            with pytest.raises(ValueError, match="no item has the metadata"):
+                self.store.popular(top_k, where)
+            return
         counts = Counter(item for items in self.seen.values() for item in items)
         seen = [item for item in self.model["item"] if counts[item] and self.matches(item, where)]
         best = sorted(seen, key=lambda item: -counts[item])[:top_k]
         assert list(self.store.popular(top_k, where).items()) == [(item, counts[item]) for item in best]
+
+    def refused(self, where):
+        """Whether there are items, and none has one of the names."""
+        there = {name for item in self.model["item"] for name in self.known.get(item, {})}
+        return bool(self.model["item"]) and not set(where) <= there
 
     def matches(self, item, where):
         known = {name: json.dumps(value) for name, value in self.known.get(item, {}).items()}

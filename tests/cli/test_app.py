@@ -853,9 +853,7 @@ def test_a_filter_means_numbers_and_text_that_looks_like_them(capsys, repository
 
 def test_filters_that_no_item_can_fit_say_what_there_is(capsys, repository, tmp_path):
     argv = ("recommend", repository, "--user", "u001")
-    assert_fails(
-        capsys, *argv, "--where", "genre=jazz", says="'genre'; items have none; give them some with `add --item-me"
-    )
+    assert_fails(capsys, *argv, "--where", "genre=jazz", says="'genre'; `tokenrec add --item-metadata` adds some.")
     store = EmbeddingStore.open(repository)
     items = store.ids("item")[:40]
     metadata = [{"genre": ["jazz", "folk"][n % 2], "price": n, "title": f"No. {n}"} for n in range(40)]

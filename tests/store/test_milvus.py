@@ -226,6 +226,9 @@ def test_filters_take_any_value_as_a_value(backend):
     assert store.search(torch.ones(1, DIM), 9, where={"tag": 2.5})[0][0] == [items[3]]
     assert store.search(torch.ones(1, DIM), 9, where={"tag<": 3, "n>=": 1})[0][0] == [items[3]]
     assert store.search(torch.ones(1, DIM), 9, where={"tag~": "OTH"})[0][0] == [items[1]]
+    for unknown in ({"gat": "other"}, {"tag": "other", "gat": 1}, {"gat<": 3}):
+        with pytest.raises(ValueError, match="no item has the metadata 'gat'; there are 'n', 'tag'."):
+            store.search(torch.ones(1, DIM), 9, where=unknown)
     with pytest.raises(ValueError, match="metadata name 'a == 1 or b' is not made of letters"):
         store.search(torch.ones(1, DIM), 9, where={"a == 1 or b": 1})
 
@@ -362,6 +365,11 @@ class AgainstDictionaries(RuleBasedStateMachine):
         where=st.dictionaries(names, values | st.lists(values, min_size=1, max_size=2), max_size=2),
     )
     def search(self, query, top_k, exclude, where):
+        there = {name for item in self.model["item"] for name in self.known.get(item, {})}
+        if self.model["item"] and not set(where) <= there:
+            with pytest.raises(ValueError, match="no item has the metadata"):
+                self.store.search(torch.tensor([query]), top_k, [exclude], where)
+            return
         [found], [scores] = self.store.search(torch.tensor([query]), top_k, [exclude], where)
         items = [item for item in self.model["item"] if item not in exclude and self.matches(item, where)]
         vectors = np.array([self.model["item"][item] for item in items]).reshape(-1, DIM)

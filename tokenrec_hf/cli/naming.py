@@ -112,39 +112,27 @@ def typed_filters(store: Store, where: Mapping[str, Sequence[str]], names: Itera
         names: further names of metadata, which some item must have.
 
     Raises:
-        ValueError: no item has a value or a name; the message lists those that there are.
+        ValueError: no item has a name, or one of the values; the message lists those that there are.
     """
     import numpy as np
 
-    from ..models.embedding_store import WITHDRAWN, condition_parts
+    from ..models.embedding_store import condition_parts
 
-    # Any query finds an item if one is left.
+    # Any query finds an item if one is left, and a search refuses names that no item has.
     query = np.ones((1, store.embedding_dim), dtype=np.float32)
+    for name in names:
+        store.search(query, 1, where={name: []})
     filters: dict[str, list[Any]] = {}
-    unmet = []
     for condition, text in ((condition, text) for condition, texts in where.items() for text in texts):
         number = read_scalar(text)
         is_typed = not isinstance(number, str) and math.isfinite(number) and not condition.endswith("~")
         candidates = [number, text] if is_typed else [text]
         met = [value for value in candidates if store.search(query, 1, where={condition: [value]})[0][0]]
+        if not met:
+            name, sign = condition_parts(condition)
+            known = dict.fromkeys(values[name] for values in store.metadata(store.ids("item")) if name in values)
+            raise ValueError(f"no item fits {name}{sign or '='}{text:.100}; {name} is {_described(list(known))}.")
         filters.setdefault(condition, []).extend(met)
-        unmet += [(condition, text)] * (not met)
-    if not unmet and not names:
-        return filters
-    known: dict[str, dict[Any, None]] = {}
-    for values in store.metadata(store.ids("item")):
-        for name, value in values.items():
-            known.setdefault(name, {})[value] = None
-    known.pop(WITHDRAWN, None)
-    for name in (*(condition_parts(condition)[0] for condition, _ in unmet), *names):
-        if name not in known:
-            there = (
-                f"there are {_listed(known)}" if known else "items have none; give them some with `add --item-metadata`"
-            )
-            raise ValueError(f"no item has the metadata {name!r:.100}; {there}.")
-    for condition, text in unmet:
-        name, sign = condition_parts(condition)
-        raise ValueError(f"no item fits {name}{sign or '='}{text:.100}; {name} is {_described(list(known[name]))}.")
     return filters
 
 
@@ -152,10 +140,5 @@ def _described(values: Sequence[Any]) -> str:
     """The range of numbers, or the first of other values."""
     if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
         return f"between {min(values)} and {max(values)}"
-    return _listed(values)
-
-
-def _listed(values: Iterable[Any]) -> str:
-    listed = list(values)
-    more = f" and {len(listed) - MOST_LISTED} more" * (len(listed) > MOST_LISTED)
-    return ", ".join(repr(value)[:60] for value in listed[:MOST_LISTED]) + more
+    more = f" and {len(values) - MOST_LISTED} more" * (len(values) > MOST_LISTED)
+    return ", ".join(repr(value)[:60] for value in values[:MOST_LISTED]) + more

@@ -464,7 +464,7 @@ class EmbeddingStore(Store):
         """The items that a search with this filter may return, boolean `[count]`; `None` if it may return all.
 
         Raises:
-            ValueError: `where` has a wrong name or value.
+            ValueError: `where` has a wrong value, or a name that no item has.
         """
         return self._metadata.allowed(check_where(where or {}))
 
@@ -489,7 +489,7 @@ class EmbeddingStore(Store):
 
         Raises:
             ValueError: `queries` has the wrong shape or holds NaN or an infinity, `top_k` is below 1, `exclude` has not
-                one list for each query, or `where` has a wrong name or value.
+                one list for each query, or `where` has a wrong value, or a name that no item has.
         """
         unit, lists, lengths = check_search(self.embedding_dim, queries, top_k, exclude)
         allowed = self.allowed(where)
@@ -606,7 +606,7 @@ class ItemMetadata:
     def __init__(self, items: Sequence[dict[str, Any]] = ()):
         self.items = list(items)
         # By name, a number for each value, and the number of each item's value; made when a search needs them.
-        self._columns: dict[str, tuple[dict[Any, int], np.ndarray]] = {}
+        self._columns: dict[str, tuple[dict[tuple[bool, Any], int], np.ndarray]] = {}
 
     def set(self, rows: Iterable[int], metadata: Sequence[Mapping[str, Any]]) -> None:
         """Merges checked names and values into those of the items at `rows` `[m]`; `None` removes a name."""
@@ -626,7 +626,16 @@ class ItemMetadata:
         self._columns.clear()
 
     def allowed(self, where: Mapping[str, Sequence[Any]]) -> np.ndarray | None:
-        """The items that a search may return, boolean `[n]`: not withdrawn, one of the values for every name; `None` for all."""
+        """The items that a search may return, boolean `[n]`: not withdrawn, one of the values for every name; `None` for all.
+
+        Raises:
+            ValueError: no item has one of the names.
+        """
+        for name in dict.fromkeys(condition_parts(condition)[0] for condition in where):
+            if self.items and not self._column(name)[0].keys() - {_key(None)}:
+                known = ", ".join(map(repr, sorted({*chain.from_iterable(self.items)} - {WITHDRAWN})[:8]))
+                there = f"there are {known}" if known else "`tokenrec add --item-metadata` adds some"
+                raise ValueError(f"no item has the metadata {name!r}; {there}.")
         conditions = [self._holds(name, wanted) for name, wanted in where.items()]
         if (withdrawn := self._holds(WITHDRAWN, [True])).any():
             conditions.append(~withdrawn)
@@ -635,18 +644,22 @@ class ItemMetadata:
     def _holds(self, condition: str, wanted: Sequence[Any]) -> np.ndarray:
         """Whether each item fulfils a condition for one of the values `wanted`, boolean `[n]`."""
         name, sign = condition_parts(condition)
-        if name not in self._columns:
-            keys = [_key(values.get(name)) for values in self.items]
-            numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-            column = np.fromiter(map(numbers.__getitem__, keys), dtype=np.int32, count=len(keys))
-            self._columns[name] = numbers, column
-        numbers, column = self._columns[name]
+        numbers, column = self._column(name)
         wanted = [value for value in wanted if value is not None]
         if sign:
             sought = [number for key, number in numbers.items() if any(_fits(*key, sign, value) for value in wanted)]
         else:
             sought = [numbers[_key(value)] for value in wanted if _key(value) in numbers]
         return np.isin(column, sought) if sought else np.zeros(len(column), dtype=bool)
+
+    def _column(self, name: str) -> tuple[dict[tuple[bool, Any], int], np.ndarray]:
+        """A number for each value of a name, by key, and the number of each item's value."""
+        if name not in self._columns:
+            keys = [_key(values.get(name)) for values in self.items]
+            numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+            column = np.fromiter(map(numbers.__getitem__, keys), dtype=np.int32, count=len(keys))
+            self._columns[name] = numbers, column
+        return self._columns[name]
 
 
 class Ragged:

@@ -337,6 +337,11 @@ class MilvusStore(Store):
                 left = [hit for hit in hits if hit["id"] not in without][:top_k]
                 ids.append([unquote(hit["id"]) for hit in left])
                 scores.append([float(hit["distance"]) for hit in left])
+        if not any(ids):
+            for name in conditions:
+                if not self._ask("query", "item", filter=f"exists m_{name}", output_fields=["id"], limit=1, **_LEVEL):
+                    # Says which names there are.
+                    self._embedded(("item",)).allowed(where)
         return ids, scores
 
     # ---- collections
