@@ -731,7 +731,7 @@ def test_info_tells_what_the_repository_holds(capsys, trained_repository):
     total = sum(path.stat().st_size for path in trained_repository.rglob("*") if path.is_file())
     assert found["bytes"] + found["training_bytes"] == total
     _, out, _ = run(capsys, "info", trained_repository)
-    assert "1000 users, 300 items, 19866 interactions, 16 dimensions" in out
+    assert "1000 users, 300 items, 19866 interactions in training, 16 dimensions" in out
     assert f"K = 3, L = 32, MQ-Tokenizer {found['space_ids']['user']}" in out
 
 

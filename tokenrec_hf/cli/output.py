@@ -208,7 +208,7 @@ def _facts(document: Document) -> Iterable[tuple[str, str]]:
         if document[name] is not None:
             yield name, str(document[name])
     if counts := document["counts"]:
-        interactions = f", {document['interactions']} interactions" * (document["interactions"] is not None)
+        interactions = f", {document['interactions']} interactions in training" * (document["interactions"] is not None)
         users, items = counts.get("user", "no"), counts["item"]
         yield "contents", f"{users} users, {items} items{interactions}, {document['embedding_dim']} dimensions"
     for kind, (number, size) in (document["codebooks"] or {}).items():
