@@ -404,6 +404,18 @@ def test_items_that_the_history_encoder_does_not_know_count_by_their_own_vectors
     assert any(prompt[at : at + len(own)] == own for at in range(len(prompt)))
 
 
+def test_a_history_of_which_another_store_has_nothing_is_shown_alone(parts, mqs, own_store):
+    model, tokenizer, _ = parts
+    tokenizer.attach(user_mq=mqs["user"])
+    recommender = Recommender(model, tokenizer, own_store)
+    recommender.history_encoder = Reader(own_store, "cid")
+    own_store.delete("item", ["i29", "i30"])
+    assert prompts(recommender, [None], [["i30"]]) == tokens(recommender, "What fits item_i30 best?")
+    # Of two items the one that the store has counts.
+    both, one = (prompts(recommender, [None], [history])[0] for history in (["i30", "i28"], ["i28"]))
+    assert set(one) < set(both)
+
+
 def test_an_item_counts_once_in_a_history(recommender):
     repeated, once = (recommender.recommend(["ann"], [items]) for items in (["i3", "i4", "i3"], ["i3", "i4"]))
     assert repeated == once

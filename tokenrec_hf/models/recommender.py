@@ -197,8 +197,7 @@ class Recommender:
         Raises:
             KeyError: one of `item_ids` is not in the store.
         """
-        seen = list(dict.fromkeys(history))
-        known = [item for item, is_known in zip(seen, self.store.contains("item", seen)) if is_known]
+        known = self._in_store(list(dict.fromkeys(history)))
         cosines = unit_rows(self.store.get("item", item_ids)) @ unit_rows(self.store.get("item", known)).T
         # An item is no reason for itself.
         is_same = np.array(item_ids, dtype=object)[:, None] == np.array(known, dtype=object)
@@ -329,11 +328,16 @@ class Recommender:
             vectors, is_known = self.history_encoder.encode([histories[row] for row in anonymous])
             for place in np.flatnonzero(~is_known):
                 # Items that have vectors only: their mean, which is in the same space.
-                given = self.store.get("item", histories[anonymous[place]])[:, : vectors.shape[1]]
-                vectors[place] = F.normalize(unit_rows(given).mean(dim=0), dim=0)
-            for row, own in zip(anonymous, self.tokenizer.vector_token_ids("user", vectors)):
-                tokens[row] = own
+                given = self.store.get("item", self._in_store(histories[anonymous[place]]))[:, : vectors.shape[1]]
+                vectors[place] = F.normalize(unit_rows(given).sum(dim=0), dim=0)
+            for row, vector, own in zip(anonymous, vectors, self.tokenizer.vector_token_ids("user", vectors)):
+                # Another store may have none of the items.
+                tokens[row] = own if vector.any() else None
         return tokens
+
+    def _in_store(self, items: list[str]) -> list[str]:
+        """The items that the store has, which may be another one than the repository's."""
+        return list(compress(items, self.store.contains("item", items)))
 
     def _prompt(
         self, number: int, user: np.ndarray | None, items: np.ndarray, template: PromptTemplate | None, is_named: bool
