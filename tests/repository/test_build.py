@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
+from safetensors.torch import load_file
 from transformers import T5Config, T5ForConditionalGeneration
 
 from tokenrec_hf.cli.app import main
@@ -344,6 +345,36 @@ def test_a_model_without_a_half_life_is_trained_once(splits, tmp_path, monkeypat
     with pytest.raises(PowerCut):
         train(splits, small, tmp_path, log=log.append)
     assert [line.split(" took ")[0] for line in log] == ["selection: collaborative"]
+
+
+def test_a_choice_of_the_half_life_that_was_cut_off_goes_on_to_the_same_vectors(splits, tmp_path, monkeypatch):
+    changes = {
+        "collaborative.config.embedding_dim": 8,
+        "collaborative.training.num_train_epochs": 4,
+        "collaborative.training.per_device_train_batch_size": 64,
+    }
+    recipe, measured = Recipe.load("best").changed(**changes), training.held_out_ndcg
+    monkeypatch.setattr(training, "train_mq_tokenizer", cut)
+    with pytest.raises(PowerCut):
+        train(splits, recipe, tmp_path / "whole")
+    calls = []
+
+    def second_is_cut(model, *args):
+        calls.append(model.config.half_life)
+        return cut() if len(calls) == 2 else measured(model, *args)
+
+    monkeypatch.setattr(training, "held_out_ndcg", second_is_cut)
+    for _ in range(2):
+        with pytest.raises(PowerCut):
+            train(splits, recipe, tmp_path / "cut")
+    assert calls == 2 * [*training.HALF_LIVES]
+    whole, again = (
+        {"record": json.loads((tmp_path / name / "training" / "selection.json").read_text())["half_life"]["metrics"]}
+        | load_file(tmp_path / name / "training" / "selection" / "collaborative" / "model.safetensors")
+        for name in ("whole", "cut")
+    )
+    assert whole.pop("record") == again.pop("record")
+    assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
 
 
 def test_a_run_that_stops_before_each_of_its_stages_goes_on(trained, splits, recipe, tmp_path, monkeypatch):
