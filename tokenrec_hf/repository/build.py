@@ -43,7 +43,6 @@ from ..training.datasets import past_user_embeddings
 from ..training.initialization import build_retrieval_model, build_tokenizer, load_t5_tokenizer, retrieval_store
 from ..training.recipe import AUTO, CollaborativeSettings, Recipe, Setting
 from ..training.stages import (
-    SELECT_BY,
     StageResult,
     fixed_collaborative,
     held_out_ndcg,
@@ -58,7 +57,6 @@ from .update import NewVectors
 
 # The choices of `half_life: auto`, made on validation: whether the order of a history matters.
 HALF_LIVES = (None, 8)
-HALF_LIFE = "half_life"
 # Where users are histories, vectors of partial histories complete the users' vectors to this number for the k-means.
 USER_VECTORS = 12_000
 # The measurements of a stage, by name.
@@ -242,7 +240,7 @@ class _TrainingRun:
         """The recipe with the values chosen on validation in place of `auto`."""
         half_life, prompts, changes = self.recipe.collaborative.config.get("half_life"), self.recipe.prompts, {}
         if half_life == AUTO:
-            half_life = self.record[HALF_LIFE][HALF_LIFE] if self.recipe.collaborative.chooses_half_life else None
+            half_life = self.record[COLLABORATIVE]["half_life"] if self.recipe.collaborative.chooses_half_life else None
             changes["collaborative.config.half_life"] = half_life
         if prompts.shuffle_history == AUTO:
             changes["prompts.shuffle_history"] = half_life is None
@@ -268,8 +266,6 @@ class _TrainingRun:
             return self.record[EVALUATION]["metrics"]
         self.parts.path.mkdir(parents=True, exist_ok=True)
         holdout = None if self.fixed_epochs else data.holdout
-        if self.recipe.collaborative.chooses_half_life:
-            self._stage(HALF_LIFE, partial(self._half_life, data))
         self._stage(COLLABORATIVE, partial(self._collaborative, data, holdout))
         store = self._store(data)
         for kind, stage in MQ_FOLDERS.items():
@@ -292,22 +288,6 @@ class _TrainingRun:
             self.log(f"{self.name}: {name} took {outcome['seconds']:.0f} s")
         shutil.rmtree(checkpoints, ignore_errors=True)
 
-    def _half_life(self, data: IndexedSplits, checkpoints: Path) -> Outcome:
-        """Chooses the half-life by short trainings: the first that no later one is clearly better than."""
-        found = {}
-        for half_life in HALF_LIVES:
-            settings = self.recipe.collaborative.trial(half_life)
-            model = self._vectors(data, settings, data.holdout, checkpoints / str(half_life)).model
-            found[half_life] = held_out_ndcg(model, data.interactions, data.holdout)
-        chosen = HALF_LIVES[0]
-        for half_life in HALF_LIVES[1:]:
-            if is_clear(found[half_life] - found[chosen]):
-                chosen = half_life
-        return {
-            HALF_LIFE: chosen,
-            "metrics": {str(name): {SELECT_BY: float(ndcg.mean())} for name, ndcg in found.items()},
-        }
-
     def _vectors(
         self, data: IndexedSplits, settings: CollaborativeSettings, holdout: Holdout | None, checkpoints: Path
     ) -> StageResult[CollaborativeModel]:
@@ -323,8 +303,25 @@ class _TrainingRun:
             seed=self.recipe.seed,
         )
 
+    def _best_half_life(
+        self, data: IndexedSplits, checkpoints: Path
+    ) -> tuple[StageResult[CollaborativeModel], float | None]:
+        """The vectors with each half-life: the first that no later one is clearly better than on validation."""
+        settings, chosen, best = self.recipe.collaborative, HALF_LIVES[0], None
+        for half_life in HALF_LIVES:
+            own = settings.model_copy(update={"config": {**settings.config, "half_life": half_life}})
+            result = self._vectors(data, own, data.holdout, checkpoints / str(half_life))
+            ndcg = held_out_ndcg(result.model, data.interactions, data.holdout)  # [users]
+            if best is None or is_clear(ndcg - best):
+                chosen, best, kept = half_life, ndcg, result
+        return kept, chosen
+
     def _collaborative(self, data: IndexedSplits, holdout: Holdout | None, checkpoints: Path) -> Outcome:
-        result = self._vectors(data, self.resolved.collaborative, holdout, checkpoints)
+        settings, choice = self.recipe.collaborative, {}
+        if settings.chooses_half_life:
+            result, choice["half_life"] = self._best_half_life(data, checkpoints)
+        else:
+            result = self._vectors(data, settings, holdout, checkpoints)
         users, items = (
             [ids[row] for row in rows]
             for ids, rows in ((data.user_ids, data.interactions.users), (data.item_ids, data.interactions.items))
@@ -333,6 +330,7 @@ class _TrainingRun:
             "epochs": result.epochs,
             "metrics": result.metrics,
             "curve": result.curve,
+            **choice,
             # For the audit: matrix factorisation keeps no interactions.
             "trained_on": fingerprint(users, items),
         }

@@ -75,11 +75,9 @@ def forecast(splits: DatasetDict, recipe: Recipe, item_vectors: NewVectors | Non
     if item_vectors is not None:
         vectors, dim = "collaborative vectors (given)", item_vectors.vectors.shape[1]
     else:
-        examples = int((lengths > 1).sum() if histories else lengths.sum())
-        length = f"at most {step_counts(settings, examples)[1]:,} steps"
-        if settings.chooses_half_life:
-            trial = step_counts(settings.trial(HALF_LIVES[0]), examples)[1]
-            length += f" after {trial:,} for each of {len(HALF_LIVES)} half-lives"
+        most = step_counts(settings, int((lengths > 1).sum() if histories else lengths.sum()))[1]
+        tries = f" for each of {len(HALF_LIVES)} half-lives" * settings.chooses_half_life
+        length = f"at most {most:,} steps{tries}"
     sizes = _Sizes(interactions.num_users, interactions.num_items, dim, lengths)
     codes = f"{step_counts(recipe.mq_tokenizer, 1)[1]:,} steps each"
     return [

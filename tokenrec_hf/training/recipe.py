@@ -28,8 +28,6 @@ AUTO = "auto"
 # The largest residual codebook of items whose size is `auto`; the time of k-means grows with it.
 MOST_CODEWORDS = 4096
 _FOLDER = Path(__file__).parents[1] / "assets" / "recipes"
-# The most steps of a training that only compares half-lives are this fraction of a whole training's.
-TRIAL = 8
 # Sections with the fields of a configuration class or of TrainingArguments.
 _OPEN = ("config", "training")
 
@@ -102,12 +100,6 @@ class CollaborativeSettings(SelectedStageSettings):
     def chooses_half_life(self) -> bool:
         """Whether the half-life is chosen on validation: it is `auto`, and this kind of model has one."""
         return self.config.get("half_life") == AUTO and hasattr(_collaborative_configs()[self.model](), "half_life")
-
-    def trial(self, half_life: float | None) -> CollaborativeSettings:
-        """These settings with a half-life, for a training that only compares it with others: short, and without smoothing."""
-        config = {**self.config, "half_life": half_life, "history_smoothing": 0.0, "item_smoothing": 0.0}
-        most_steps = None if self.most_steps is None else max(1, self.most_steps // TRIAL)
-        return self.model_copy(update={"config": config, "most_steps": most_steps})
 
 
 class MQTokenizerSettings(StageSettings):
