@@ -164,7 +164,7 @@ class Recommender:
         Raises:
             KeyError: an id is unknown to the tokenizer.
             ValueError: an argument is no list of ids, the number of histories is not that of users, a request has neither a user
-                nor a history, the template does not fit the request, or popular items are asked for and no user has seen any.
+                nor a history, the template does not fit, no item has the metadata of `where`, or no item is popular.
         """
         inputs = self.tokenize(users, histories, template, on_unknown)
         return self.answer(inputs, top_k=top_k, exclude_seen=exclude_seen, where=where, on_unknown=on_unknown)
