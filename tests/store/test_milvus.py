@@ -226,6 +226,7 @@ def test_filters_take_any_value_as_a_value(backend):
     assert store.search(torch.ones(1, DIM), 9, where={"tag": 2.5})[0][0] == [items[3]]
     assert store.search(torch.ones(1, DIM), 9, where={"tag<": 3, "n>=": 1})[0][0] == [items[3]]
     assert store.search(torch.ones(1, DIM), 9, where={"tag~": "OTH"})[0][0] == [items[1]]
+    store.set_metadata([items[0]], [{"gat": None}])
     for unknown in ({"gat": "other"}, {"tag": "other", "gat": 1}, {"gat<": 3}):
         with pytest.raises(ValueError, match="no item has the metadata 'gat'; there are 'n', 'tag'."):
             store.search(torch.ones(1, DIM), 9, where=unknown)

@@ -339,7 +339,14 @@ class MilvusStore(Store):
                 scores.append([float(hit["distance"]) for hit in left])
         if not any(ids):
             for name in conditions:
-                if not self._ask("query", "item", filter=f"exists m_{name}", output_fields=["id"], limit=1, **_LEVEL):
+                if not self._ask(
+                    "query",
+                    "item",
+                    filter=f'exists m_{name} and m_{name} != ""',
+                    output_fields=["id"],
+                    limit=1,
+                    **_LEVEL,
+                ):
                     # Says which names there are.
                     self._embedded(("item",)).allowed(where)
         return ids, scores
