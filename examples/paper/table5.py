@@ -159,7 +159,7 @@ def tokenrec_methods(data: IndexedSplits, backbone: str, name: str) -> dict[str,
     store.space_ids = {kind: mq.space_id for kind, mq in mqs.items()}
     length = recipe.prompts.max_length
     tokenizer = build_tokenizer(None, user_mq=mqs["user"], item_mq=mqs["item"], store=store, model_max_length=length)
-    model = build_retrieval_model(recipe.retrieval, tokenizer, mqs["user"], mqs["item"])
+    model = build_retrieval_model(recipe.retrieval, tokenizer, mqs["user"], mqs["item"]).eval()
     store = retrieval_store(store, model, tokenizer)
     names = np.array(data.item_ids, dtype=object)
     seen = [names[data.interactions.of(user)].tolist() for user in range(len(data.user_ids))]
