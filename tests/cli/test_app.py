@@ -350,6 +350,25 @@ def test_items_get_titles_from_a_table(capsys, repository, tmp_path):
     assert similar["title"] == "Film 0" and similar["similar"][0]["title"].startswith("Film ")
 
 
+def test_a_table_of_other_items_is_noticed_and_so_is_an_id_that_stands_twice(capsys, repository, tmp_path):
+    path = tmp_path / "items.csv"
+    path.write_text("item_id,title\nF001,Up\nF002,Alien\n")
+    status, _, err = run(capsys, "add", repository, "--item-metadata", path)
+    assert (
+        status == 0 and "No id of" in err and "is that of a known item, such as 'F001'; are ids written alike?" in err
+    )
+    path.write_text("item_id,title\nf001,Up\nf001,Alien\n")
+    status, _, err = run(capsys, "add", repository, "--item-metadata", path)
+    assert status == 0 and "has more rows than ids (1); of each id the last row counts" in err and "No id of" not in err
+    assert EmbeddingStore.open(repository).metadata(["f001"])[0]["title"] == "Alien"
+
+
+def test_a_file_is_written_into_a_new_folder(capsys, fism_repository, tmp_path):
+    for command, name in (("report", "new/page.html"), ("export", "other/encoder.onnx")):
+        assert run(capsys, command, fism_repository, "--output", tmp_path / name)[0] == 0
+        assert (tmp_path / name).stat().st_size
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
@@ -412,6 +431,10 @@ def test_json_is_one_document_whatever_libraries_print(capsys, trained_with, tmp
         ("--retrieval.config.pooling=max", "pooling is 'max'", 2),
         ("--seed=many", "--seed", 2),
         ("--recipe=none", "'none'", 2),
+        ("--num_train_epochs=0", "num_train_epochs is 0 but must be positive", 2),
+        ("--report_to=smoke", "report_to is 'smoke', which is not installed", 2),
+        ("--dataset=", "'' is neither a file, a folder nor a known data set", 1),
+        ("--dataset=hf://datasets/", "hf://datasets/ could not be read", 1),
         ("--dataset=nothing", "'nothing' is neither a file, a folder nor a known data set", 1),
         ("--config=nothing.yaml", "nothing.yaml", 1),
     ],
@@ -554,6 +577,7 @@ def test_a_comparison_is_a_table_of_intervals(capsys, csv):
         ((), "give either a repository"),
         (("out", "--dataset", "demo"), "give either a repository"),
         (("out", "--min-rating", "3"), "these options go with --dataset"),
+        (("out", "--split", "temporal"), "these options go with --dataset"),
     ],
 )
 def test_a_comparison_has_one_source_of_data(capsys, argv, says):

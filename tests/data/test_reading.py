@@ -1,12 +1,14 @@
 """Files in the formats that people have: a table of how each is written, and that all of them give the same interactions."""
 
 import bz2
+import datetime
 import gzip
 import io
 import json
 import logging
 import lzma
 import zipfile
+from decimal import Decimal
 
 import pandas as pd
 import pyarrow as pa
@@ -331,6 +333,81 @@ def test_numbers_of_items_are_numbers_and_text_is_text(tmp_path, name):
     assert read_items(path) == (["7", "9"], [{"title": "Up", "year": 2009}, {"title": "1917"}])
 
 
+@pytest.mark.parametrize("name", ["items.csv", "items.jsonl", "items.parquet"])
+def test_text_of_items_keeps_its_zeros(tmp_path, name):
+    frame = pd.DataFrame(
+        {
+            "id": ["a", "b"],
+            "title": ["007", "12"],
+            "isbn": ["0001", "12"],
+            "code": ["1e3", "2"],
+            "price": ["1.50", "12"],
+        }
+    ).assign(share=["1e-05", "0.5"], sku=["12345678901234567890", "1"])
+    write = {"items.csv": frame.to_csv, "items.jsonl": frame.to_json, "items.parquet": frame.to_parquet}[name]
+    write(tmp_path / name, **({"orient": "records", "lines": True} if name == "items.jsonl" else {"index": False}))
+    expected = [
+        {"title": "007", "isbn": "0001", "code": "1e3", "price": 1.5, "share": 1e-05, "sku": "12345678901234567890"},
+        {"title": "12", "isbn": "12", "code": "2", "price": 12, "share": 0.5, "sku": "1"},
+    ]
+    assert read_items(tmp_path / name) == (["a", "b"], expected)
+
+
+def test_times_and_decimals_of_items_can_be_compared(tmp_path):
+    times = [datetime.datetime(2024, 5, 17), datetime.datetime(2024, 5, 17, 9, 30), None]
+    table = {
+        "id": ["a", "b", "c"],
+        "released": pa.array(times, pa.timestamp("ns")),
+        "day": pa.array([datetime.date(2024, 5, 17), None, None]),
+        "price": pa.array([Decimal("1.50"), None, Decimal("2")]),
+        "year": pa.array([1979, None, 1986]),
+    }
+    pa_parquet.write_table(pa.table(table), tmp_path / "items.parquet")
+    _, metadata = read_items(tmp_path / "items.parquet")
+    assert metadata == [
+        {"released": "2024-05-17", "day": "2024-05-17", "price": 1.5, "year": 1979},
+        {"released": "2024-05-17 09:30:00"},
+        {"price": 2.0, "year": 1986},
+    ]
+    assert isinstance(metadata[0]["year"], int)
+
+
+@pytest.mark.parametrize("name", ["items.csv", "items.parquet"])
+def test_items_have_the_ids_of_the_interactions_where_pandas_wrote_both(tmp_path, name, caplog):
+    frame = pd.DataFrame({"item_id": [1.0, 20.0], "title": ["Up", "Alien"]})
+    frame.to_csv(tmp_path / name, index=False) if name.endswith("csv") else frame.to_parquet(tmp_path / name)
+    interactions = tmp_path / "interactions.csv"
+    interactions.write_text("user_id,item_id\nu,1.0\nu,20.0\n")
+    assert read_items(tmp_path / name)[0] == load_interactions(interactions)["item_id"][:] == ["1", "20"]
+    assert "interactions.csv: the item ids are all written like 1.0 and are read like 1." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "items.jsonl",
+            '{"id": "a", "title": "Café"}'.encode("latin-1"),
+            "items.jsonl is not UTF-8 text .* save it as UTF-8",
+        ),
+        ("items.csv", b"id,title\na,Up\nb,Alien\n" * 30 + b"c,Up,1\n", "items.csv cannot be read: .* in line"),
+        ("items.csv", b"id,title,title\na,Up,Alien\n", "items.csv has two columns of one name"),
+        ("items.parquet", b"PAR1", "items.parquet cannot be read: "),
+    ],
+)
+def test_an_error_in_a_table_of_items_names_the_file(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_items(tmp_path / name)
+
+
+def test_a_broken_line_of_json_is_counted_from_one(tmp_path):
+    path = tmp_path / "table.jsonl"
+    path.write_text('{"user":"a","item":"x"}\n{"user":"a","item":\n{"user":"a","item":"z"}\n')
+    with pytest.raises(ValueError, match="line 2 is not valid JSON"):
+        load_interactions(path)
+
+
 def test_a_header_after_blank_lines_is_no_interaction(tmp_path):
     path = tmp_path / "table.csv"
     path.write_text("\n\nuser_id,item_id\nu1,i1\nu1,i2\n")
@@ -377,7 +454,7 @@ def test_missing_values_of_items_are_no_values(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("id,title\n1,Up\n,Alien\n", "row 2 has no id; give every item an id"),
+        ("id,title\n1,Up\n,Alien\n", "row 2 has no id; give every row an id"),
         ("id,withdrawn\n1,true\n", "withdraw items with"),
     ],
 )

@@ -109,7 +109,7 @@ def test_a_temporal_split_equals_a_naive_reference(pairs, share):
 def test_a_date_is_found_in_times_of_any_unit(unit):
     """2024-05-01T00:00 is 1714521600."""
     rows = [("u", f"i{step}", (1714521600 + 60 * (step - 2)) * unit) for step in range(4)]
-    for date in ("2024-05-01", "2024-05-01T02:00+02:00"):
+    for date in ("2024-05-01", "2024-05-01T02:00+02:00", "2024-04-30 23:59:30.5Z", "2024-05-01 00:00:00 UTC"):
         assert temporal_split(timed(rows), date)["test"]["item_id"][:] == ["i2"]
 
 
@@ -119,6 +119,10 @@ def test_a_date_is_found_in_times_of_any_unit(unit):
         ("soon", "at is 'soon'; it must be a date such as 2024-05-17 or a share between 0 and 1"),
         ("0", "at is 0; it must be a date"),
         ("1.0", "at is 1.0; it must be a date"),
+        ("05/11/2023", "at is '05/11/2023'; it must be a date such as"),
+        ("now", "at is 'now'; it must be a date such as"),
+        ("10:30", "at is '10:30'; it must be a date such as"),
+        ("2024-13-01", "at is '2024-13-01'; it must be a date such as"),
         ("2024-05-01", "the timestamps are no times since 1970, so 2024-05-01 cannot be found"),
     ],
 )

@@ -187,6 +187,11 @@ def test_a_wording_that_is_no_template_is_refused(recommend, prompt):
         recommend({"history": ["f001"]}, prompt=prompt)
 
 
+def test_a_finished_text_must_name_somebody(recommend):
+    with pytest.raises(ValueError, match="the prompt 'Something nice please.' names no user and no item"):
+        recommend({"user": "u001"}, prompt="Something nice please.")
+
+
 def test_a_wording_that_names_a_user_is_refused_where_none_can_be_made_of_the_history(recommend):
     with pytest.raises(ValueError, match="'For {user} please.' names a user, but"):
         recommend({"history": ["f001"]}, prompt="For {user} please.")

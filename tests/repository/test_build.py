@@ -452,6 +452,15 @@ def test_other_settings_are_refused_with_the_difference(trained, splits):
     assert weights(trained.folder) == before
 
 
+@pytest.mark.parametrize("name", ["codes.py", "metrics.json", "store/notes.txt", "model.safetensors"])
+def test_files_of_others_are_not_taken_into_a_repository(splits, recipe, tmp_path, name):
+    (tmp_path / "store").mkdir()
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"holds {name}, which would be taken for a part of the repository"):
+        train(splits, recipe, tmp_path)
+    assert (tmp_path / name).read_text() == "mine" and not (tmp_path / "training").exists()
+
+
 def test_several_processes_are_refused_before_anything_is_written(splits, recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"the three stages run in one process.*train_with_trainer\.py"):

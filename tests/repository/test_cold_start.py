@@ -1,13 +1,19 @@
+import datetime
 import json
+import math
 import shutil
+from decimal import Decimal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import Dataset
 from repository_checks import check_codes, contents, interactions
 
 from tokenrec_hf import EmbeddingStore, NewVectors, Recommender
+from tokenrec_hf.data.reading import read_items
 from tokenrec_hf.models.codes import load_indexes
 from tokenrec_hf.models.modeling_collaborative import LightGCNModel
 from tokenrec_hf.models.modeling_mq_tokenizer import MQTokenizerModel
@@ -313,6 +319,16 @@ def test_a_withdrawal_is_no_metadata(repository):
             Repository(repository).add(**given)
 
 
+def test_ids_that_are_numbers_become_text(repository):
+    item = EmbeddingStore.open(repository).ids("item")[0]
+    pairs = Dataset.from_dict({"user_id": ["10", "10", "10"], "item_id": pa.array([43, 44, 44]).to_pylist()})
+    Repository(repository).add(items=NewVectors(np.array([43, 44]), torch.eye(2, 16)), interactions=pairs)
+    Repository(repository).add(interactions=Dataset.from_dict({"user_id": [11, 11], "item_id": ["43", item]}))
+    store = EmbeddingStore.open(repository)
+    assert store.seen(["10", "11"]) == [["43", "44"], ["43", item]]
+    assert all(check.passed is not False for check in Repository(repository).verify())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -322,6 +338,13 @@ def test_a_withdrawal_is_no_metadata(repository):
         ),
         ({"items": NewVectors(["a", "b\tc"], torch.ones(2, 16))}, "contains the character"),
         ({"items": NewVectors(["a"], torch.full((1, 16), torch.nan))}, "vector of item 'a' holds NaN"),
+        (
+            {"users": NewVectors(["a", "b"], torch.eye(2, 16).flip(0) * torch.tensor([[1.0], [0]]))},
+            "user 'b' is all zeros",
+        ),
+        ({"items": NewVectors(["a", None], torch.ones(2, 16))}, "row 2 has no item id"),
+        ({"interactions": Dataset.from_dict({"user_id": ["u", None], "item_id": ["a", "b"]})}, "row 2 has no user id"),
+        ({"interactions": Dataset.from_dict({"user_id": ["u"], "item_id": [math.nan]})}, "row 1 has no item id"),
         ({"items": NewVectors(["a"], torch.ones(1, 16), [{"b c": 1}])}, "metadata name 'b c'"),
         ({"interactions": interactions(("lost", "nowhere"))}, "user 'lost' has no interaction that leads to a known"),
         ({"interactions": interactions(("u", "<v1-3>"))}, "begins like a code token|leads to a known"),
@@ -429,7 +452,7 @@ def test_vectors_and_metadata_are_read_from_parquet(tmp_path, kind):
     pq.write_table(table, tmp_path / "items.parquet")
     found = read_vectors(tmp_path / "items.parquet", "item")
     assert found.ids == ["a", "b"] and found.vectors.tolist() == [[1.0, 2.0], [3.0, 4.0]]
-    assert found.vectors.dtype == torch.float32 and found.metadata == [{"genre": "x"}, {"genre": None}]
+    assert found.vectors.dtype == torch.float32 and found.metadata == [{"genre": "x"}, {}]
 
 
 @pytest.mark.parametrize(
@@ -441,6 +464,10 @@ def test_vectors_and_metadata_are_read_from_parquet(tmp_path, kind):
         ({"id": ["a", "b"], "vector": [[1.0], [1.0, 2.0]]}, "does not hold one vector of the same length in each row"),
         ({"id": ["a", "b"], "vector": [[1.0], None]}, "does not hold one vector of the same length in each row"),
         ({"id": ["a"], "vector": ["x"]}, "'vector' holds string but must hold lists of numbers"),
+        ({"id": ["a"], "vector": [["x"]]}, "'vector' holds list<.*string> but must hold lists of numbers"),
+        ({"id": ["a", "b"], "vector": [[1.0], [1e300]]}, "vector of row 2 has a value that is missing or no float32"),
+        ({"id": ["a", "b"], "vector": [[None], [1.0]]}, "vector of row 1 has a value that is missing or no float32"),
+        ({"id": ["a"], "vector": [[1.0]], "withdrawn": [True]}, "has a column 'withdrawn'; drop it"),
     ],
 )
 def test_files_that_are_not_vectors_are_refused(tmp_path, columns, message):
@@ -460,7 +487,28 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         read_vectors(tmp_path / "u.parquet", "user")
 
 
-@pytest.mark.parametrize("column", [pa.array([7.0, 8.0]), pa.array([7, 8]), pa.array(["7", "8"])])
+def test_any_column_that_describes_items_stands_beside_vectors_as_in_a_table_of_items(tmp_path):
+    columns = {
+        "id": ["a", "b"],
+        "in stock": [True, None],
+        "tags": [["x", "y"], []],
+        "released": pa.array([datetime.datetime(2024, 5, 17), None], pa.timestamp("us")),
+        "price": pa.array([Decimal("1.50"), None]),
+        "isbn": ["007", "1"],
+    }
+    pq.write_table(pa.table(columns), tmp_path / "items.parquet")
+    pq.write_table(pa.table({**columns, "vector": [[1.0], [2.0]]}), tmp_path / "vectors.parquet")
+    expected = [
+        {"in_stock": True, "tags": "x, y", "released": "2024-05-17", "price": 1.5, "isbn": "007"},
+        {"isbn": "1"},
+    ]
+    assert read_items(tmp_path / "items.parquet")[1] == expected
+    assert read_vectors(tmp_path / "vectors.parquet", "item").metadata == expected
+
+
+@pytest.mark.parametrize(
+    "column", [pa.array([7.0, 8.0]), pa.array([7, 8]), pa.array(["7", "8"]), pa.array(["7.0", "8.0"])]
+)
 def test_ids_of_vectors_are_text_as_those_of_interactions(tmp_path, column):
     pq.write_table(pa.table({"id": column, "vector": [[1.0], [2.0]]}), tmp_path / "x.parquet")
     assert read_vectors(tmp_path / "x.parquet", "item").ids == ["7", "8"]

@@ -104,6 +104,10 @@ def test_users_who_are_unknown_are_skipped_or_get_popular_items(trained_reposito
     assert table.user_id.tolist() == ["u003"] * 2 + ["nobody"]
     assert table.item_id.isna().tolist() == [False, False, True] == table["rank"].isna().tolist()
     assert table.note.tolist()[2] == "user 'nobody' is unknown"
+    lines = ["recommend", str(trained_repository), "--users-file", str(users), "--output", str(tmp_path / "out.jsonl")]
+    assert main([*lines, "--top-k", "2", "--on-unknown", "skip"]) == 0
+    ranks = [json.loads(line)["rank"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert ranks == [1, 2, None] and all(type(rank) is int for rank in ranks[:2])
     assert main([*argv, "--on-unknown", "popular"]) == 0
     table = READ[".csv"](path)
     assert table.item_id.tolist()[2:] == list(recommender.store.popular(2))

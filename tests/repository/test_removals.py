@@ -1,6 +1,7 @@
 import shutil
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -103,6 +104,16 @@ def test_users_are_deleted_where_there_was_no_refit(tmp_path):
     shutil.rmtree(tmp_path / "tiny" / "training" / "selection")
     assert Repository(tmp_path / "tiny").remove(users=["u0"])["users"] == 1
     assert all(check.passed for check in Repository(tmp_path / "tiny").verify())
+
+
+@pytest.mark.parametrize("kind", [np.array, pd.Series])
+def test_ids_may_be_an_array(repository, kind):
+    store = EmbeddingStore.open(repository)
+    users, items = store.ids("user")[:2], store.ids("item")[:1]
+    done = Repository(repository).remove(users=kind(users), items=kind(items))
+    assert (done["users"], done["items"]) == (2, 1) and not EmbeddingStore.open(repository).contains(
+        "user", users
+    ).any()
 
 
 @pytest.mark.parametrize("arguments", [{"users": "u002"}, {"items": "f001"}, {"users": [3]}])

@@ -1,3 +1,4 @@
+import math
 import subprocess
 import sys
 
@@ -226,8 +227,22 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         (
             "collaborative.training.per_device_train_batch_size",
             0,
-            "collaborative.training.per_device_train_batch_size must be at least 1",
+            "collaborative.training.per_device_train_batch_size is 0 but must be at least 1",
         ),
+        ("retrieval.training.num_train_epochs", 0, "retrieval.training.num_train_epochs is 0 but must be positive"),
+        ("retrieval.training.num_train_epochs", -1, "retrieval.training.num_train_epochs is -1 but must be positive"),
+        (
+            "retrieval.training.learning_rate",
+            math.nan,
+            "learning_rate is nan but must be a finite number of at least 0",
+        ),
+        (
+            "mq_tokenizer.training.learning_rate",
+            -0.1,
+            "learning_rate is -0.1 but must be a finite number of at least 0",
+        ),
+        ("retrieval.training.report_to", "smoke", "report_to is 'smoke', which is not installed; install it, or take"),
+        ("retrieval.training.report_to", ["none", "smoke"], "report_to is 'smoke', which is not installed"),
     ],
 )
 def test_an_impossible_setting_is_named(dotted, value, says):

@@ -53,6 +53,7 @@ from .inputs import (
     check_files,
     dataset_name,
     external_store,
+    none_described,
     open_local,
     open_recommender,
     open_repository,
@@ -266,6 +267,8 @@ def train(
         return {"dataset": name, **report, "stages": [{**asdict(stage), "summary": str(stage)} for stage in stages]}
     for line in (report["summary"], *stages):
         note(str(line))
+    if metadata and not metadata.keys() & set(splits["train"].unique("item_id")):
+        note(none_described(item_metadata, metadata))
     trained = build.train(
         splits,
         loaded,
@@ -338,7 +341,7 @@ def compare(
     """
     if (repository is None) == (dataset is None):
         raise UsageError("give either a repository, whose data are compared on, or --dataset for the baselines alone.")
-    if dataset is None and (reading or k_core or at):
+    if dataset is None and (reading or k_core or at or split != "leave_one_out"):
         raise UsageError("the data of a repository have been read and split; these options go with --dataset.")
     opened = None
     if repository is not None:
@@ -503,6 +506,8 @@ def add(
             metadata=metadata,
             retrain=retrain,
         )
+    if metadata and not report["described"]:
+        note(none_described(item_metadata, metadata))
     return {"repository": repository, **report, "seconds": round(time.monotonic() - started, 2)}
 
 
@@ -599,6 +604,7 @@ def report(
     from ..models.codes import atomic_write
     from .report import report
 
+    Path(to).parent.mkdir(parents=True, exist_ok=True)
     quiet()
     with working("measuring"):
         page = report(opened, Path(repository).resolve().name)
@@ -619,6 +625,7 @@ def export(
     """
     from ..repository.onnx import export_onnx
 
+    Path(to).parent.mkdir(parents=True, exist_ok=True)
     recommender, _ = open_recommender(repository, revision, None)
     with working("tracing T5"):
         export_onnx(recommender.model, to)

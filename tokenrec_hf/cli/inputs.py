@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .arguments import UsageError
 from .naming import known_titles
-from .output import Document, working
+from .output import Document, note, working
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -43,12 +43,13 @@ def read_splits(source: str, options: Document, split: str, at: str | None) -> t
     splits = leave_one_out(interactions) if at is None else temporal_split(interactions, at)
     counts = {name: len(part) for name, part in splits.items()}
     later = report.interactions - sum(counts.values())
+    moment = f" at {at}" if at else ""
     parts = [
         f"{counted(counts['train'], 'interaction')} for training",
         f"a validation and a test item of each of {counted(counts['test'], 'user')}",
         *[f"{counted(later, 'later interaction')} left out"] * bool(later),
     ]
-    return splits, {**asdict(report), "splits": counts, "summary": f"{report} Split: {', '.join(parts)}."}
+    return splits, {**asdict(report), "splits": counts, "summary": f"{report} Split{moment}: {', '.join(parts)}."}
 
 
 def read_metadata(path: str | None) -> dict[str, dict[str, Any]] | None:
@@ -57,7 +58,16 @@ def read_metadata(path: str | None) -> dict[str, dict[str, Any]] | None:
         return None
     from ..data.reading import read_items
 
-    return dict(zip(*read_items(path)))
+    ids, described = read_items(path)
+    metadata = dict(zip(ids, described))
+    if twice := len(ids) - len(metadata):
+        note(f"{path} has more rows than ids ({twice}); of each id the last row counts.")
+    return metadata
+
+
+def none_described(path: str | None, metadata: Document) -> str:
+    """The sentence about a table of items whose ids are those of other items."""
+    return f"No id of {path} is that of a known item, such as {next(iter(metadata))!r}; are ids written alike?"
 
 
 def check_files(**paths: str | None) -> None:

@@ -61,8 +61,11 @@ class Search(Body):
     """The options of both searches."""
 
     top_k: int = Field(10, ge=1, le=MAX_TOP_K, description="Number of items.")
-    where: dict[str, Scalar | list[Scalar]] | None = Field(
-        None, description="Only items with this metadata; values of a list are alternatives.", examples=[None]
+    where: dict[str, Scalar | Annotated[list[Scalar], Field(max_length=MAX_BATCH)]] | None = Field(
+        None,
+        max_length=MAX_BATCH,
+        description="Only items with this metadata; values of a list are alternatives.",
+        examples=[None],
     )
 
 
@@ -224,7 +227,12 @@ def create_app(service: Service) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     def invalid(_: Request, error: RequestValidationError) -> Response:
-        return _problem(_sentence(error.errors()[0]))
+        # Of a value with several types, the first error is that it has not the first type.
+        return _problem(_sentence(max(error.errors(), key=lambda one: one["type"] == "too_long")))
+
+    @app.exception_handler(400)
+    def unreadable(_: Request, error: Exception) -> Response:
+        return _problem("body: no JSON text in UTF-8, or too many brackets in one another.")
 
     @app.exception_handler(ValueError)
     @app.exception_handler(KeyError)

@@ -191,14 +191,21 @@ def _ids(column: pa.ChunkedArray, kind: str, origin: str) -> tuple[np.ndarray, p
     if not (pa.types.is_integer(column.type) or _is_text(column.type)):
         raise ValueError(f"{origin}: the {kind}s are of type {column.type}; ids are text or whole numbers.")
     codes, values = encode_column(column)
-    values = values.cast(pa.string())
-    if pc.all(pc.match_substring_regex(values, r"^-?\d+\.0$")).as_py():
-        values = pc.utf8_slice_codeunits(values, 0, -2)
+    values = without_points(values.cast(pa.string()), kind, origin)
     try:
         check_ids(values.to_pylist(), kind)
     except ValueError as error:
         raise ValueError(f"{origin}: {error}") from error
     return codes, values
+
+
+def without_points(ids: pa.Array, kind: str, origin: str) -> pa.Array:
+    """Ids in text as they are, but without `.0` where all are whole numbers with it, as pandas writes a column with gaps."""
+    if not len(ids) or not pc.all(pc.match_substring_regex(ids, r"^-?\d+\.0$")).as_py():
+        return ids
+    shorter = pc.utf8_slice_codeunits(ids, 0, -2)
+    logger.warning("%s: the %ss are all written like %s and are read like %s.", origin, kind, ids[0], shorter[0])
+    return shorter
 
 
 def _numbers(column: pa.ChunkedArray, name: str, rows: np.ndarray, origin: str) -> np.ndarray:

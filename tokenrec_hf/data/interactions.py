@@ -247,7 +247,7 @@ def _find(source: Any) -> RawFile | Dataset | IterableDataset:
         name, _, revision = source.removeprefix(HUB).partition("@")
         try:
             return load_dataset(name, revision=revision or None, split="train")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, IndexError) as error:
             reason = str(error).strip().split("\n")[0].rstrip(".")
             raise FileNotFoundError(
                 f"{source} could not be read ({reason}); check the name and the connection, and log in with "

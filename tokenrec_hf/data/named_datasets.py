@@ -117,7 +117,7 @@ def existing(source: str | os.PathLike) -> Path:
         FileNotFoundError: there is none.
     """
     path = Path(source).expanduser()
-    if not path.exists():
+    if not source or not path.exists():
         names = ", ".join(["demo", *DATA_SOURCES])
         raise FileNotFoundError(
             f"{str(source)!r} is neither a file, a folder nor a known data set ({names}); a data set on the Hub is "

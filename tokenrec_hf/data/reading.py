@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import datetime
 import io
 import json
 import logging
@@ -16,7 +17,9 @@ import math
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
@@ -27,7 +30,7 @@ import pyarrow.parquet as pa_parquet
 from datasets import Dataset, IterableDataset
 
 from ..models.embedding_store import WITHDRAWN
-from .cleaning import MISSING
+from .cleaning import MISSING, without_points
 from .files import RawFile, quoted
 
 logger = logging.getLogger(__name__)
@@ -59,6 +62,8 @@ _ENCODINGS = {"utf-8-sig": "UTF-8", "utf-16": "UTF-16", "latin-1": "Latin-1"}
 _HEAD, _HEAD_LINES = 1 << 16, 50
 # Rows read at once. Columns that are not needed are dropped before the next rows are read.
 _BATCH_ROWS = 20_000
+# Text that is a number: not 007, 1e3 (but 1e-05, as pandas writes it) or longer than a float64 holds.
+_PLAIN_NUMBER = re.compile(r"\s*-?(?:0|[1-9]\d{0,14})(?:\.\d+)?(?:e[-+]\d\d+)?\s*")
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,7 @@ def read_table(
         return _by_role(table, chosen), _format("columns in memory", names, chosen, asked)
     if source.path.is_dir():
         return _read_folder(source.path, asked)
-    try:
+    with _readable(origin):
         if source.suffix in (".jsonl", ".json"):
             return _read_json(source, asked)
         if source.suffix == ".parquet":
@@ -131,14 +136,21 @@ def read_table(
             return _by_role(file.read(list(chosen.values())), chosen), _format("Parquet", names, chosen, asked)
         if source.suffix not in _NOT_TEXT:
             return _read_delimited(source, asked)
-    except UnicodeError as error:
-        raise ValueError(f"{origin} is not UTF-8 text ({error}); save it as UTF-8.") from error
-    except (pa.ArrowException, pd.errors.ParserError) as error:
-        raise ValueError(f"{origin} cannot be read: {str(error).strip()}") from error
     raise ValueError(
         f"{origin} has an unknown file extension; give a text file with columns, a .jsonl, .json or .parquet file, or a folder "
         "with such files or train.txt."
     )
+
+
+@contextmanager
+def _readable(origin: str) -> Iterator[None]:
+    """Names the file in the errors of its readers."""
+    try:
+        yield
+    except UnicodeError as error:
+        raise ValueError(f"{origin} is not UTF-8 text ({error}); save it as UTF-8.") from error
+    except (pa.ArrowException, pd.errors.ParserError) as error:
+        raise ValueError(f"{origin} cannot be read: {str(error).strip()}") from error
 
 
 def read_items(path: str | os.PathLike) -> tuple[list[str], list[dict[str, Any]]]:
@@ -148,8 +160,7 @@ def read_items(path: str | os.PathLike) -> tuple[list[str], list[dict[str, Any]]
         path: a text file with columns and a header, a JSON-lines or a Parquet file.
 
     Returns:
-        The ids, and for each item its values by name, without missing ones. Names are made of letters, digits and underscores.
-        A column of numbers has numbers, another one text.
+        The ids, and for each item its values by name, without missing ones; see [`item_metadata`].
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -158,49 +169,100 @@ def read_items(path: str | os.PathLike) -> tuple[list[str], list[dict[str, Any]]
     raw = RawFile(Path(path))
     if not raw.path.is_file():
         raise FileNotFoundError(f"there is no file {path}; give a table with a column of item ids.")
-    if raw.suffix == ".parquet":
-        frame = pa_parquet.read_table(raw.path).to_pandas()
-    elif raw.suffix in (".jsonl", ".json"):
-        with raw.open() as stream:
-            text = io.TextIOWrapper(stream, encoding="utf-8-sig")
-            filled = [(number, line) for number, line in enumerate(_one_a_line(text, raw), 1) if line.strip()]
-        frame = pd.DataFrame(_objects(filled, raw), dtype=object)
-    else:
-        layout = _layout(raw, {})
-        places = dict(zip(layout.names, range(len(layout.names))))
-        try:
-            table = _read_columns(raw, layout, places, layout.encoding)
-        except UnicodeError:
-            table = _read_columns(raw, layout, places, "latin-1")
-        frame = table.to_pandas()
+    with _readable(str(path)):
+        frame = _read_frame(raw)
     columns = [str(name) for name in frame.columns]
     found = _match_columns(columns, {"item": "id" if "id" in columns else None}).get("item")
     if found is None:
         raise ValueError(f"{path} has no column of item ids; its columns are {quoted(columns)}. Call it id or item_id.")
-    ids = ["" if pd.isna(value) else str(as_text(value)).strip() for value in frame.pop(found)]
+    return read_ids(frame.pop(found).tolist(), found, str(path)), item_metadata(frame, str(path))
+
+
+def _read_frame(raw: RawFile) -> pd.DataFrame:
+    """All columns of a table of items: text, or the values of a file with types."""
+    if raw.suffix == ".parquet":
+        return pa_parquet.read_table(raw.path).to_pandas(integer_object_nulls=True)
+    if raw.suffix in (".jsonl", ".json"):
+        with raw.open() as stream:
+            text = io.TextIOWrapper(stream, encoding="utf-8-sig")
+            filled = [(number, line) for number, line in enumerate(_one_a_line(text, raw), 1) if line.strip()]
+        return pd.DataFrame(_objects(filled, raw), dtype=object)
+    layout = _layout(raw, {})
+    _check_distinct(layout.names, str(raw))
+    places = dict(zip(layout.names, range(len(layout.names))))
+    try:
+        return _read_columns(raw, layout, places, layout.encoding).to_pandas()
+    except UnicodeError:
+        return _read_columns(raw, layout, places, "latin-1").to_pandas()
+
+
+def read_ids(values: Sequence[Any], column: str, origin: str) -> list[str]:
+    """Ids of any type as text, those of a whole column written as `7.0` as `7`.
+
+    Raises:
+        ValueError: a row has none.
+    """
+    ids = ["" if value is None or value != value else str(as_text(value)).strip() for value in values]
     if (row := next((row for row, name in enumerate(ids, 1) if name in MISSING), None)) is not None:
-        raise ValueError(f"{path}: row {row} has no {found}; give every item an id.")
-    # As the store takes them, so that nothing is refused after a training.
+        raise ValueError(f"{origin}: row {row} has no {column}; give every row an id.")
+    return without_points(pa.array(ids, pa.string()), column, origin).to_pylist()
+
+
+def item_metadata(frame: pd.DataFrame, origin: str) -> list[dict[str, Any]]:
+    """The values of each row by name, as a store takes them, without missing ones.
+
+    Names are made of letters, digits and underscores. A column of numbers has numbers, also if they are written as text, unless
+    one is written otherwise than a number usually is, as 007 is; a title is always text. Times become ISO 8601 text, and a list
+    of tags `"rock, jazz"`.
+
+    Args:
+        frame: a row an item.
+        origin: the name of the source in messages.
+
+    Raises:
+        ValueError: two columns have one name, or one has the name that marks withdrawn items.
+    """
     names = [re.sub(r"\W|^(?=\d|$)", "_", str(name).split(":")[0], flags=re.ASCII)[:64] for name in frame.columns]
-    if len(set(names)) < len(names):
-        raise ValueError(f"{path} has two columns of one name, as {quoted(sorted(names))} shows; rename one.")
+    _check_distinct(names, origin)
     if WITHDRAWN in names:
         raise ValueError(
-            f"{path} has a column {WITHDRAWN!r}; drop it, and withdraw items with `tokenrec remove --items`."
+            f"{origin} has a column {WITHDRAWN!r}; drop it, and withdraw items with `tokenrec remove --items`."
         )
     described: dict[str, list[Any]] = {}
     for name, (_, column) in zip(names, frame.items()):
-        # A list of tags becomes "rock, jazz".
-        values = [value if pd.api.types.is_scalar(value) else ", ".join(map(str, value)) for value in column.tolist()]
-        numbers = [value if isinstance(value, bool) else pd.to_numeric(value, errors="coerce") for value in values]
-        present = [not pd.isna(value) and value not in MISSING for value in values]
-        is_numeric = all(math.isfinite(number) for number, is_there in zip(numbers, present) if is_there)
-        described[name] = [
-            (number if is_numeric else str(value)) if is_there else None
-            for value, number, is_there in zip(values, numbers, present)
-        ]
-    rows = [dict(zip(described, values)) for values in zip(*described.values())] if described else [{} for _ in ids]
-    return ids, [{name: value for name, value in row.items() if value is not None} for row in rows]
+        values = [None if _is_missing(value) else value for value in map(_without_type, column.tolist())]
+        numbers = [_number(value) for value in values]
+        is_text = any(number is None and value is not None for number, value in zip(numbers, values))
+        labels = [None if value is None else str(value) for value in values]
+        described[name] = labels if is_text or name == "title" else numbers
+    rows = [dict(zip(described, values)) for values in zip(*described.values())] if described else [{}] * len(frame)
+    return [{name: value for name, value in row.items() if value is not None} for row in rows]
+
+
+def _check_distinct(names: Sequence[str], origin: str) -> None:
+    if len(set(names)) < len(names):
+        raise ValueError(f"{origin} has two columns of one name, as {quoted(sorted(names))} shows; rename one.")
+
+
+def _without_type(value: Any) -> Any:
+    """A list as `"rock, jazz"`, a time as ISO 8601 text, a decimal as a float; other values unchanged."""
+    if not pd.api.types.is_scalar(value):
+        return ", ".join(map(str, value))
+    if isinstance(value, datetime.datetime) and not pd.isna(value):
+        return value.isoformat(" ").removesuffix(" 00:00:00")
+    return float(value) if isinstance(value, Decimal) else value
+
+
+def _is_missing(value: Any) -> bool:
+    return bool(pd.isna(value)) or value in MISSING
+
+
+def _number(value: Any) -> int | float | bool | None:
+    """A finite number, or a text that is one; None for other values."""
+    if isinstance(value, str):
+        kind = float if "." in value or "e" in value else int
+        return kind(value) if _PLAIN_NUMBER.fullmatch(value) else None
+    return value if isinstance(value, (bool, int, float)) and math.isfinite(value) else None
 
 
 # Formats --------------------------------------------------------------------------------------------------------------
@@ -449,8 +511,8 @@ def _objects(batch: Sequence[tuple[int, str]], raw: RawFile) -> list[dict[str, o
     """The JSON objects of numbered lines."""
     wanted = f"{raw} must hold one JSON object on each line, but line"
     try:
-        # A single call is twice as fast as a call for each line.
-        found = json.loads("[" + ",".join(line for _, line in batch) + "]")
+        # A single call is twice as fast as a call for each line. A comma after a line break would be taken for the next line's.
+        found = json.loads("[" + ",\n".join(line.rstrip("\r\n") for _, line in batch) + "]")
     except json.JSONDecodeError as error:
         number = batch[min(error.lineno, len(batch)) - 1][0]
         raise ValueError(f"{wanted} {number} is not valid JSON ({error.msg}).") from error

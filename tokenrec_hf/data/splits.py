@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from .cleaning import encode_column, time_order, timestamp_unit
 from .files import quoted
 from .interaction_matrix import InteractionMatrix
 
+_ISO_8601 = re.compile(r"\d{4}-\d{2}-\d{2}([T ]\d{2}:\d{2}(:\d{2}(\.\d+)?)?\s?(Z|UTC|[-+]\d{2}:?\d{2})?)?")
 SPLITS = ("train", "validation", "test")
 # Ids read at once by `fingerprint`, so that it holds few strings in memory.
 BLOCK = 1 << 16
@@ -140,7 +142,8 @@ def _moment(timestamps: np.ndarray, at: str | float) -> float:
             raise ValueError(f"at is {at}; it must be a date such as 2024-05-17 or a share between 0 and 1.")
         return np.sort(timestamps)[int(share * len(timestamps))]
     try:
-        seconds = pd.Timestamp(at).timestamp()
+        # pandas takes 05/11/2023 for a day in May, and "now".
+        seconds = pd.Timestamp(at if _ISO_8601.fullmatch(str(at)) else "").timestamp()
     except ValueError:
         raise ValueError(f"at is {at!r}; it must be a date such as 2024-05-17 or a share between 0 and 1.") from None
     unit = timestamp_unit(timestamps.max())

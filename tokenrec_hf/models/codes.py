@@ -90,7 +90,13 @@ class IdIndex:
         return [self._ids[row] for row in np.asarray(rows, dtype=np.int64).tolist()]
 
     def rows(self, ids: Sequence[str]) -> np.ndarray:
-        """The row of each id, int64 `[m]`; -1 where the id is not in the index."""
+        """The row of each id, int64 `[m]`; -1 where the id is not in the index.
+
+        Raises:
+            ValueError: `ids` is a single string.
+        """
+        if isinstance(ids, str):
+            raise ValueError(f"ids are the single string {ids[:60]!r}; pass a list of ids.")
         row_of = self._positions().get
         return np.fromiter((row_of(str(name), -1) for name in ids), dtype=np.int64, count=len(ids))
 
@@ -196,8 +202,6 @@ class CodeTable:
             KeyError: an id is not in the table.
             ValueError: `ids` is a single string.
         """
-        if isinstance(ids, str):
-            raise ValueError(f"{self.kind} ids are the single string {ids[:60]!r}; pass a list of ids.")
         rows = self.index.rows(ids)
         if (rows < 0).any():
             name = str(list(ids)[int(np.argmax(rows < 0))])
@@ -281,6 +285,8 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; name a file in it.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} into; make it first.")
     temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}.tmp")
     temporary.touch(exist_ok=False)
     mode = temporary.stat().st_mode

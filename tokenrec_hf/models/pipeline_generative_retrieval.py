@@ -141,7 +141,7 @@ class GenerativeRetrievalPipeline(Pipeline):
             user, history = self._read(request)
             inputs = self.recommender.tokenize([user], [history], template, on_unknown)
             if prompt and not template:
-                text = self.tokenizer([prompt], return_tensors="pt", return_entities=True)
+                text = self._named(prompt)
                 named = {name: [[*text[name][0], *inputs[name][0]]] for name in ("user_ids", "item_ids")}
                 inputs = {**inputs, **text, **named}
         single = {name: inputs[name][0] for name in ("item_ids", "notes")}
@@ -170,14 +170,19 @@ class GenerativeRetrievalPipeline(Pipeline):
     def _read_text(self, text: str, on_unknown: OnUnknown) -> Mapping[str, Any]:
         """The inputs of a request that is a whole prompt."""
         try:
-            encoded = self.tokenizer([text], return_tensors="pt", return_entities=True)
-            if not (encoded["user_ids"][0] or encoded["item_ids"][0]):
-                raise ValueError(
-                    f"the prompt {text!r:.100} names no user and no item, as in 'What would user_03 enjoy next?'; for an id alone "
-                    'pass {"user": "03"} or {"history": ["08"]}.'
-                )
+            encoded = self._named(text)
         except (KeyError, ValueError) as error:
             if on_unknown == "error":
                 raise
             return {**self.recommender.tokenize([None], [[]], on_unknown=on_unknown), "notes": [error.args[0]]}
         return {**encoded, "notes": [""]}
+
+    def _named(self, text: str) -> Mapping[str, Any]:
+        """The tokens of a finished prompt, which must name a user or an item."""
+        encoded = self.tokenizer([text], return_tensors="pt", return_entities=True)
+        if not (encoded["user_ids"][0] or encoded["item_ids"][0]):
+            raise ValueError(
+                f"the prompt {text!r:.100} names no user and no item, as in 'What would user_03 enjoy next?'; for an id alone "
+                'pass {"user": "03"} or {"history": ["08"]}.'
+            )
+        return encoded

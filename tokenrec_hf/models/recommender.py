@@ -196,7 +196,10 @@ class Recommender:
 
         Raises:
             KeyError: one of `item_ids` is not in the store.
+            ValueError: `most` is below 1.
         """
+        if most < 1:
+            raise ValueError(f"most is {most}; it must be at least 1.")
         known = self._in_store(list(dict.fromkeys(history)))
         cosines = unit_rows(self.store.get("item", item_ids)) @ unit_rows(self.store.get("item", known)).T
         # An item is no reason for itself.

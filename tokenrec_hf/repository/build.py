@@ -28,7 +28,16 @@ from ..data.collator import DataCollatorForGenerativeRetrieval
 from ..data.splits import SPLITS, Holdout, IndexedSplits, fingerprint, index_splits
 from ..evaluation.ranking import evaluate_baselines, evaluate_retrieval
 from ..evaluation.variants import VARIANTS
-from ..models.codes import COLLABORATIVE, MQ_FOLDERS, IdIndex, RepositoryFolder, atomic_write, read_json
+from ..models.codes import (
+    COLLABORATIVE,
+    CONTENT,
+    MQ_FOLDERS,
+    WITH_USERS,
+    IdIndex,
+    RepositoryFolder,
+    atomic_write,
+    read_json,
+)
 from ..models.embedding_store import EmbeddingStore, check_metadata
 from ..models.modeling_collaborative import (
     COLLABORATIVE_MODELS,
@@ -113,6 +122,11 @@ def train(
     if parts.path.is_file():
         raise ValueError(f"{output_dir} is a file; give a folder to write.")
     if not parts.training.is_dir():
+        others = [path for pattern in (*CONTENT, *WITH_USERS) for path in parts.path.glob(pattern)]
+        if name := next((path.relative_to(parts.path) for path in sorted(others) if path.name != "README.md"), None):
+            raise ValueError(
+                f"{output_dir} holds {name}, which would be taken for a part of the repository; give a new folder."
+            )
         # A backbone that cannot be fetched should not be found after the first stages.
         load_t5_tokenizer(recipe.retrieval.vocabulary or recipe.retrieval.backbone)
     parts.training.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pa_parquet
@@ -125,4 +126,6 @@ class _JsonLines:
 
     def write_table(self, table: pa.Table) -> None:
         """Appends a line for each row."""
-        table.to_pandas().to_json(self.stream, orient="records", lines=True, force_ascii=False)
+        # A rank stays whole where another row has none.
+        frame = table.to_pandas(types_mapper={pa.int32(): pd.Int32Dtype()}.get)
+        frame.to_json(self.stream, orient="records", lines=True, force_ascii=False)

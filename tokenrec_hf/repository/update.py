@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 
 from ..data.interaction_matrix import InteractionMatrix
-from ..data.reading import as_text
-from ..models.codes import COLLABORATIVE, IdIndex, RepositoryFolder, check_repository, read_json
+from ..data.reading import as_text, item_metadata, read_ids
+from ..models.codes import COLLABORATIVE, IdIndex, RepositoryFolder, check_ids, check_repository, read_json
 from ..models.configuration_tokenrec import T5GenerativeRetrievalConfig
 from ..models.embedding_store import KINDS, WITHDRAWN, EmbeddingStore
 from ..models.modeling_collaborative import (
@@ -101,15 +101,14 @@ def read_vectors(path: str | os.PathLike, kind: str) -> NewVectors:
         raise ValueError(
             f"{path}: {vectors!r} does not hold one vector of the same length in each row, but lengths {lengths[:5]}."
         )
-    flat = np.array(column.flatten().to_numpy(zero_copy_only=False), dtype=np.float32)
-    names = table[ids].to_pylist()
-    if (row := next((row for row, name in enumerate(names, 1) if name is None or name != name), None)) is not None:
-        raise ValueError(f"{path}: row {row} has no {ids}; give every vector an id.")
-    return NewVectors(
-        [str(as_text(name)) for name in names],
-        torch.from_numpy(flat.reshape(len(column), -1)),
-        table.select(others).to_pylist() if others else None,
-    )
+    if not (pa.types.is_floating(column.type.value_type) or pa.types.is_integer(column.type.value_type)):
+        raise ValueError(f"{path}: the column {vectors!r} holds {column.type} but must hold lists of numbers.")
+    with np.errstate(over="ignore"):
+        flat = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(column), -1)
+    if not (fine := np.isfinite(flat).all(axis=1)).all():
+        raise ValueError(f"{path}: the vector of row {fine.argmin() + 1} has a value that is missing or no float32.")
+    metadata = item_metadata(table.select(others).to_pandas(integer_object_nulls=True), str(path)) if others else None
+    return NewVectors(read_ids(table[ids].to_pylist(), ids, str(path)), torch.from_numpy(flat), metadata)
 
 
 def _column(path: str | os.PathLike, table: pa.Table, content: str, allowed: Sequence[str]) -> str:
@@ -166,13 +165,19 @@ def add(
         changed: Ids = {}
         for kind, given in (("item", items), ("user", users)):
             if given is not None:
-                store.upsert(kind, given.ids, space.lifted(kind, given.vectors))
-                changed[kind] = list(dict.fromkeys(given.ids))
+                ids, vectors = _text_ids(given.ids, kind), space.lifted(kind, given.vectors)
+                if (empty := (vectors == 0).all(dim=1)).any() and len(vectors) == len(ids):
+                    raise ValueError(
+                        f"the vector of {kind} {ids[int(empty.byte().argmax())]!r} is all zeros; give others."
+                    )
+                store.upsert(kind, ids, vectors)
+                changed[kind] = list(dict.fromkeys(ids))
                 if given.metadata is not None:
-                    store.set_metadata(given.ids, given.metadata)
+                    store.set_metadata(ids, given.metadata)
         recorded = 0
         if interactions is not None:
-            histories, recorded = _histories(store, interactions["user_id"][:], interactions["item_id"][:])
+            pairs = (_text_ids(interactions[f"{kind}_id"][:], kind) for kind in KINDS)
+            histories, recorded = _histories(store, *pairs)
             encoder = load_history_encoder(repository.folder)
             if encoder is None:
                 found = _fold_in(space, histories)
@@ -198,6 +203,14 @@ def add(
         "described": len(described),
         "reconstruction_error": errors,
     }
+
+
+def _text_ids(ids: Sequence[Any], kind: str) -> list[str]:
+    """Ids as text, also where they are numbers."""
+    listed = list(ids)
+    if (row := next((row for row, one in enumerate(listed, 1) if one is None or one != one), None)) is not None:
+        raise ValueError(f"row {row} has no {kind} id; complete it or leave it out.")
+    return check_ids([str(as_text(one)) for one in listed], f"{kind} id")
 
 
 def _histories(store: EmbeddingStore, users: Sequence[str], items: Sequence[str]) -> tuple[_Histories, int]:
@@ -494,7 +507,7 @@ def remove(repository: Repository, *, users: Sequence[str] = (), items: Sequence
         store = EmbeddingStore.open(repository.parts.store)
         is_there = {kind: store.contains(kind, ids) for kind, ids in asked.items()}
         store.withdraw(list(compress(asked["item"], is_there["item"])))
-        if users:
+        if asked["user"]:
             _forget(repository, staged, store, asked["user"])
             selection = type(repository)(repository.selection) if repository.selection.is_dir() else None
             if selection is not None and selection.parts.store.is_dir():

@@ -8,6 +8,7 @@ are complete; a user's file needs only the settings that differ. Fields of the m
 from __future__ import annotations
 
 import copy
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -368,13 +369,27 @@ def _check_training(section: str, stage: StageSettings) -> None:
     They are not built: a recipe of a GPU (`bf16`) must be readable on other machines.
     """
     from transformers import TrainingArguments
+    from transformers.integrations import get_available_reporting_integrations
 
     usual = {field.name: field.default for field in fields(TrainingArguments)}
     for name, value in stage.training.items():
         _check_field(f"{section}.training.{name}", value, name in usual, usual.get(name), TrainingArguments)
-    if stage.training.get("per_device_train_batch_size", 1) < 1:
-        place = f"{section}.training.per_device_train_batch_size"
-        raise SettingError(place, f"{place} must be at least 1.")
+    for name, least in (
+        ("per_device_train_batch_size", 1),
+        ("gradient_accumulation_steps", 1),
+        ("num_train_epochs", None),
+    ):
+        value, place = stage.training.get(name, 1), f"{section}.training.{name}"
+        if not value > 0 or least and value < least:
+            raise SettingError(place, f"{place} is {value} but must be {f'at least {least}' if least else 'positive'}.")
+    if not 0 <= (rate := stage.training.get("learning_rate", 0.0)) < math.inf:
+        place = f"{section}.training.learning_rate"
+        raise SettingError(place, f"{place} is {rate} but must be a finite number of at least 0.")
+    asked = stage.training.get("report_to") or []
+    known = {"all", "none", *get_available_reporting_integrations()}
+    if missing := {asked} - known if isinstance(asked, str) else set(asked) - known:
+        place = f"{section}.training.report_to"
+        raise SettingError(place, f"{place} is {min(missing)!r}, which is not installed; install it, or take none.")
 
 
 def _check_field(place: str, value: Setting, is_known: bool, usual: Setting, owner: type) -> None:
