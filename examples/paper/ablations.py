@@ -117,7 +117,7 @@ def base_of(name: str) -> tuple[str, dict[str, Any]]:
 def study(dataset: str, name: str, seeds: int, fits: Answer) -> Rows:
     """Validation metrics of each variant of a study, and the errors of its codes."""
     rows = {}
-    for variant, jobs in _jobs(dataset, name, seeds).items():
+    for variant, jobs in jobs_of(dataset, name, seeds).items():
         records = [fits(job) for job in jobs]
         row = {metric: [one["metrics"]["validation"]["tokenrec"][metric] for one in records] for metric in PAIR}
         for title, measure in (("error", "reconstruction_error"), ("unique", "unique")):
@@ -128,7 +128,8 @@ def study(dataset: str, name: str, seeds: int, fits: Answer) -> Rows:
     return rows
 
 
-def _jobs(dataset: str, name: str, seeds: int) -> dict[str, list[Job]]:
+def jobs_of(dataset: str, name: str, seeds: int) -> dict[str, list[Job]]:
+    """The jobs of each variant of a study, one a seed."""
     base, short = base_of(name)
     jobs = {}
     for variant, changes in STUDIES[name].items():

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ablations
 import protocol_errors
 import quantisers
 import table5
@@ -39,6 +40,8 @@ PAPER_COLUMNS = {
     "LightGCN": "here, LightGCN",
     "EASE": "here, EASE",
 }
+# Data sets that recipe `best` was taken apart on.
+PARTS_ON = ("lastfm", "beauty", "ml-100k")
 _BLOCK = re.compile(r"(<!-- rows (\S+) -->\n).*?(<!-- end of rows -->)", re.DOTALL)
 
 
@@ -122,6 +125,25 @@ def protocol(dataset: str, results: Path) -> list[str]:
     return protocol_errors.table([found(job) for job in jobs[: found.count(jobs)]])
 
 
+def parts(results: Path) -> list[str]:
+    """NDCG@20 of recipe `best` on validation, and its mean change without each part, over seeds, with the standard deviation."""
+    found = Recorded(results)
+    columns: dict[str, dict[str, str]] = {}
+    for dataset in PARTS_ON:
+        every = ablations.jobs_of(dataset, "best", MOST_SEEDS).values()
+        seeds = min(found.count(jobs) for jobs in every)
+        rows = {name: row["ndcg@20"] for name, row in ablations.study(dataset, "best", seeds, found).items()}
+        whole = rows.pop("whole")
+        own = columns.setdefault(f"{DATASETS[dataset]}, {seeds} seed{'s' * (seeds > 1)}", {})
+        own["whole"] = short_number(statistics.fmean(whole))
+        for name, values in rows.items():
+            changes = [value - base for value, base in zip(values, whole)]
+            spread = f" ± {short_number(statistics.stdev(changes))}" if seeds > 1 else ""
+            own[name] = f"{statistics.fmean(changes):+.4f}{spread}"
+    body = [[name, *(own[name] for own in columns.values())] for name in next(iter(columns.values()))]
+    return table_lines(["NDCG@20, validation", *columns], body)
+
+
 def quantised(results: Path) -> list[str]:
     """Metrics of quantised vectors."""
     return quantisers.table(Recorded(results)(quantisers.job("beauty", 5.0))["rows"])
@@ -136,6 +158,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     **{dataset: partial(performance, dataset) for dataset in DATASETS},
     "summary": summarised,
     "paper": against_the_paper,
+    "parts": parts,
     "quantisers": quantised,
     "t5": t5_and_vectors,
     "speed": speed,
