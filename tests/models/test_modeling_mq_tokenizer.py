@@ -635,8 +635,12 @@ def test_codes_that_do_not_exist_are_refused():
             tiny().decode(torch.tensor([[0, 1, code]]))
     with pytest.raises(ValueError, match=r"range from -1 to 1"):
         tiny().decode(torch.tensor([[0, 1, -1]]))
-    with pytest.raises(ValueError, match=r"shape \(1, 2\) but the MQ-Tokenizer expects \[n, 3\]"):
+    with pytest.raises(
+        ValueError, match=r"shape \(1, 2\) and type torch.int64 but the MQ-Tokenizer expects integers \[n, 3\]"
+    ):
         tiny().decode(torch.tensor([[0, 1]]))
+    with pytest.raises(ValueError, match=r"type torch.float32 but the MQ-Tokenizer expects integers"):
+        tiny().decode(torch.zeros(1, 3))
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,11 @@ def test_a_long_history_loses_its_oldest_items_whole(recommender, template, coun
 
 def test_a_template_without_history_leaves_the_history_out(recommender):
     template = USER_ONLY_TEMPLATES[2]
-    assert prompts(recommender, ["ann"], [["i5"]], template) == tokens(recommender, render(template, "ann"))
+    expected = tokens(recommender, render(template, "ann"))
+    assert prompts(recommender, ["ann"], [["i5"]], template) == expected
+    assert prompts(recommender, ["ann"], [["i5"]], template.text) == expected
+    with pytest.raises(ValueError, match="prompt template 'nobody' must hold"):
+        recommender.recommend(["ann"], template="nobody")
 
 
 @pytest.mark.parametrize("template", [None, USER_ONLY_TEMPLATES[0], UNSEEN_TEMPLATE])

@@ -107,11 +107,12 @@ class MQTokenizerModel(Loader, PreTrainedModel):
         """Vectors reconstructed from codes (Eq. 9): LongTensor `[n, K]` to `[n, d]`.
 
         Raises:
-            ValueError: wrong shape, or a code outside `[0, L)`.
+            ValueError: wrong shape, no integers, or a code outside `[0, L)`.
         """
         count, size = self.config.num_codebooks, self.config.codebook_size
-        if codes.dim() != 2 or codes.shape[1] != count:
-            raise ValueError(f"codes have shape {tuple(codes.shape)} but the MQ-Tokenizer expects [n, {count}].")
+        if codes.dim() != 2 or codes.shape[1] != count or codes.is_floating_point():
+            found = f"shape {tuple(codes.shape)} and type {codes.dtype}"
+            raise ValueError(f"codes have {found} but the MQ-Tokenizer expects integers [n, {count}].")
         if len(codes) and (codes.min() < 0 or codes.max() >= size):
             raise ValueError(f"codes must be in [0, {size}) but range from {int(codes.min())} to {int(codes.max())}.")
         with torch.autocast(self.mean.device.type, enabled=False):

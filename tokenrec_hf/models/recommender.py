@@ -141,7 +141,7 @@ class Recommender:
         top_k: int = 10,
         exclude_seen: bool = True,
         where: Where | None = None,
-        template: PromptTemplate | None = None,
+        template: PromptTemplate | str | None = None,
         on_unknown: OnUnknown = "error",
     ) -> list[list[Recommendation]]:
         """The best items for each user.
@@ -153,7 +153,7 @@ class Recommender:
             top_k: number of items; fewer are returned where fewer are left.
             exclude_seen: leave out the items of the histories and those that the store records as seen.
             where: only items with this metadata, see [`EmbeddingStore.search`].
-            template: the wording; one without history ignores the histories.
+            template: the wording, or the text of one; one without history ignores the histories.
             on_unknown: `"error"` names all requests with unknown ids. `"skip"` leaves unknown ids out: an unknown user is answered by
                 the history alone, and without one by an empty list; with `"popular"`, by the items that users have seen most often.
 
@@ -215,7 +215,7 @@ class Recommender:
         self,
         users: Users,
         histories: Histories | None = None,
-        template: PromptTemplate | None = None,
+        template: PromptTemplate | str | None = None,
         on_unknown: OnUnknown = "error",
     ) -> dict[str, Any]:
         """The prompts of `recommend` as `answer` takes them, with histories cut to the latest items that fit the model's input.
@@ -223,6 +223,7 @@ class Recommender:
         Prompts are made of the tokens of ids, not of text, so that an id cannot be read as anything else. A request of which
         nothing is known has a prompt without tokens, and `notes` say what was left out of each request.
         """
+        template = PromptTemplate(template) if isinstance(template, str) else template
         users, shown, notes = self.known(users, histories, on_unknown)
         items = self.tokenizer.entity_token_ids("item", list(chain.from_iterable(shown)))  # [n, P + K]
         read = np.split(items, np.cumsum([len(history) for history in shown]))
