@@ -669,7 +669,7 @@ def test_the_states_of_many_wordings_are_not_kept_for_ever():
     model = reading_history()
     for word in range(10, 10 + 2 * KNOWN_WORDINGS):
         model.encode_by_length(torch.tensor([[5, word % 15 + 2, word // 15 + 2, 4, 6, 26, 29, 32, 8, 1]]))
-    assert 0 < len(model._states) <= KNOWN_WORDINGS
+    assert 0 < len(model._kept[1]) <= KNOWN_WORDINGS
 
 
 def test_t5_is_not_asked_where_its_weight_is_zero(histories, monkeypatch):

@@ -183,8 +183,8 @@ class T5ForGenerativeRetrieval(Loader, T5PreTrainedModel):
         self.register_buffer("item_embeddings", torch.zeros(0, config.embedding_dim), persistent=False)
         for name in ("item_tokens", "items_of_tokens", "token_offsets"):
             self.register_buffer(name, None, persistent=False)
-        self._versions: list[tuple[int, int]] = []
-        self._states: dict[tuple[int, ...], torch.Tensor] = {}
+        # Versions of the encoder's weights, and its states of wordings.
+        self._kept: tuple[list[tuple[int, int]], dict[tuple[int, ...], torch.Tensor]] = ([], {})
         self.post_init()
 
     def bind_items(self, vectors: torch.Tensor, token_ids: torch.Tensor | np.ndarray | None = None) -> None:
@@ -334,12 +334,14 @@ class T5ForGenerativeRetrieval(Loader, T5PreTrainedModel):
         if len(wordings) > 1 or mixed or adapted or any(weight.is_inference() for weight in weights):
             return None
         versions = [(weight.data_ptr(), weight._version) for weight in weights]
-        if versions != self._versions or len(self._states) >= KNOWN_WORDINGS:
-            self._versions, self._states = versions, {}
+        kept = self._kept
+        if versions != kept[0] or len(kept[1]) >= KNOWN_WORDINGS:
+            # One assignment, so that threads see states with their versions.
+            kept = self._kept = (versions, {})
         words = tuple(wordings[0].tolist())
-        if words not in self._states:
-            self._states[words] = self._read_wordings(wordings, self._embeddings(wordings.clamp(min=0)))
-        return self._states[words]
+        if words not in kept[1]:
+            kept[1][words] = self._read_wordings(wordings, self._embeddings(wordings.clamp(min=0)))
+        return kept[1][words]
 
     def _read_wordings(self, wordings: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
         """The encoder's states of wordings `[n, W]` from the embeddings of their tokens, `[n, W, d_model]` both."""
