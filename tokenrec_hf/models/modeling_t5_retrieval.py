@@ -30,8 +30,6 @@ SHORT_PROMPT = 32
 ITEM_CHUNK = 65_536
 # Positions of items in a batch, padding included, up to which another runtime answers; it gains little with more.
 RUNTIME_POSITIONS = 512
-# Wordings whose states are kept at most.
-KNOWN_WORDINGS = 64
 
 
 @dataclass
@@ -183,8 +181,6 @@ class T5ForGenerativeRetrieval(Loader, T5PreTrainedModel):
         self.register_buffer("item_embeddings", torch.zeros(0, config.embedding_dim), persistent=False)
         for name in ("item_tokens", "items_of_tokens", "token_offsets"):
             self.register_buffer(name, None, persistent=False)
-        # Versions of the encoder's weights, and its states of wordings.
-        self._kept: tuple[list[tuple[int, int]], dict[tuple[int, ...], torch.Tensor]] = ([], {})
         self.post_init()
 
     def bind_items(self, vectors: torch.Tensor, token_ids: torch.Tensor | np.ndarray | None = None) -> None:
@@ -282,10 +278,8 @@ class T5ForGenerativeRetrieval(Loader, T5PreTrainedModel):
             if not self.config.history_weight or not self._needs_t5(prompts).any():
                 return F.pad(prompts.users / self.config.temperature, (0, self.config.d_model))
             positions = prompts.present.numel()
-            if self.training or torch.is_grad_enabled():
+            if self.runtime is None or self.training or torch.is_grad_enabled() or positions > RUNTIME_POSITIONS:
                 return self.history_query(prompts)
-            if self.runtime is None or positions > RUNTIME_POSITIONS:
-                return self._history_query(self._read_history(prompts, self._known_states(prompts.wordings)), prompts)
             return self.runtime(prompts)
         if attention_mask is None and input_ids is not None:
             attention_mask = input_ids.ne(cast(int, self.config.pad_token_id)).long()
@@ -321,41 +315,15 @@ class T5ForGenerativeRetrieval(Loader, T5PreTrainedModel):
         """The query of prompts with `"history"` pooling, `[B, query_dim]`, which [`~tokenrec_hf.export_onnx`] writes as a graph."""
         return self._history_query(self._read_history(prompts), prompts)
 
-    def _known_states(self, wordings: torch.Tensor) -> torch.Tensor | None:
-        """The encoder's states of a single wording, `[1, W, d_model]`, which are the same until a weight changes.
-
-        Without them the query of one prompt takes 1.2 to 1.4 times as long. They count for the weights at their place in memory,
-        and for the version that PyTorch gives a tensor with each change; tensors made in inference mode have none. Adapters can be
-        switched without a change.
-        """
-        encoder = self.get_encoder()
-        weights, mixed = list(encoder.parameters()), torch.is_autocast_enabled(self.device.type)
-        adapted = any(hasattr(type(module), "active_adapter") for module in encoder.modules())
-        if len(wordings) > 1 or mixed or adapted or any(weight.is_inference() for weight in weights):
-            return None
-        versions = [(weight.data_ptr(), weight._version) for weight in weights]
-        kept = self._kept
-        if versions != kept[0] or len(kept[1]) >= KNOWN_WORDINGS:
-            # One assignment, so that threads see states with their versions.
-            kept = self._kept = (versions, {})
-        words = tuple(wordings[0].tolist())
-        if words not in kept[1]:
-            kept[1][words] = self._read_wordings(wordings, self._embeddings(wordings.clamp(min=0)))
-        return kept[1][words]
-
-    def _read_wordings(self, wordings: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-        """The encoder's states of wordings `[n, W]` from the embeddings of their tokens, `[n, W, d_model]` both."""
-        return self.get_encoder()(inputs_embeds=words, attention_mask=wordings.ge(0).long()).last_hidden_state
-
-    def _read_history(self, prompts: HistoryPrompts, states: torch.Tensor | None = None) -> torch.Tensor:
-        """The decoder's outputs h, `[B, 1 + S, d_model]`. Output s follows s items. `states` are the encoder's, if known."""
+    def _read_history(self, prompts: HistoryPrompts) -> torch.Tensor:
+        """The decoder's outputs h, `[B, 1 + S, d_model]`. Output s follows s items."""
         # One look-up, because each one has a gradient of the size of the vocabulary.
         ids = torch.cat([self._start(1), prompts.wordings.clamp(min=0).view(1, -1), prompts.tokens.view(1, -1)], dim=1)
         start, words, codes = self._embeddings(ids[0]).split([1, prompts.wordings.numel(), prompts.tokens.numel()])
         history = codes.view(*prompts.tokens.shape, -1).sum(dim=2)  # one position per item, [B, S, d_model]
         is_word = prompts.wordings.ge(0).long()
-        if states is None:
-            states = self._read_wordings(prompts.wordings, words.view(*prompts.wordings.shape, -1))  # [n, W, d_model]
+        words = words.view(*prompts.wordings.shape, -1)  # [n, W, d_model]
+        states = self.get_encoder()(inputs_embeds=words, attention_mask=is_word).last_hidden_state
         return self.transformer(
             encoder_outputs=(states[prompts.which],),
             attention_mask=is_word[prompts.which],
