@@ -306,3 +306,10 @@ def test_residual_codebooks_of_items_grow_with_their_number(items, size):
     settings = Recipe.load("best").mq_tokenizer
     assert settings.model_configuration("item", 128, items).codebook_size == size
     assert settings.model_configuration("user", 128, items).codebook_size == (256 if items <= 10_000 else 512)
+
+
+def test_a_recipe_that_reports_to_what_is_not_installed_here_can_be_read(tmp_path):
+    settings = Recipe.load("best").to_dict()
+    settings["retrieval"]["training"]["report_to"] = "smoke"
+    Recipe.from_dict(settings).save(tmp_path / "recipe.yaml")
+    assert Recipe.open(tmp_path / "recipe.yaml").retrieval.training["report_to"] == "smoke"

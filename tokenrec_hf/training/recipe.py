@@ -230,7 +230,9 @@ class Recipe(_Section):
             for part in reversed(dotted.split(".")):
                 nested = {part: nested}
             _merge(settings, nested, f"setting {dotted}")
-        return cls.from_dict(settings)
+        recipe = cls.from_dict(settings)
+        _check_reporters(recipe)
+        return recipe
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Setting]) -> Recipe:
@@ -369,7 +371,6 @@ def _check_training(section: str, stage: StageSettings) -> None:
     They are not built: a recipe of a GPU (`bf16`) must be readable on other machines.
     """
     from transformers import TrainingArguments
-    from transformers.integrations import get_available_reporting_integrations
 
     usual = {field.name: field.default for field in fields(TrainingArguments)}
     for name, value in stage.training.items():
@@ -385,11 +386,18 @@ def _check_training(section: str, stage: StageSettings) -> None:
     if not 0 <= (rate := stage.training.get("learning_rate", 0.0)) < math.inf:
         place = f"{section}.training.learning_rate"
         raise SettingError(place, f"{place} is {rate} but must be a finite number of at least 0.")
-    asked = stage.training.get("report_to") or []
+
+
+def _check_reporters(recipe: Recipe) -> None:
+    """Refuses services to report to that are not installed here; a recipe that is only read may name them."""
+    from transformers.integrations import get_available_reporting_integrations
+
     known = {"all", "none", *get_available_reporting_integrations()}
-    if missing := {asked} - known if isinstance(asked, str) else set(asked) - known:
-        place = f"{section}.training.report_to"
-        raise SettingError(place, f"{place} is {min(missing)!r}, which is not installed; install it, or take none.")
+    for section, stage in recipe:
+        asked = (stage.training.get("report_to") if isinstance(stage, StageSettings) else None) or []
+        if missing := {*([asked] if isinstance(asked, str) else asked)} - known:
+            place = f"{section}.training.report_to"
+            raise SettingError(place, f"{place} is {min(missing)!r}, which is not installed; install it, or take none.")
 
 
 def _check_field(place: str, value: Setting, is_known: bool, usual: Setting, owner: type) -> None:
