@@ -391,3 +391,10 @@ def test_a_folder_is_no_file_to_write(tmp_path):
     with pytest.raises(IsADirectoryError, match="is a folder; name a file in it"), atomic_write(tmp_path):
         pass
     assert list(tmp_path.parent.glob("*.tmp")) == []
+
+
+def test_a_single_id_is_not_taken_for_the_list_of_its_characters():
+    index = IdIndex(["1", "0001"])
+    with pytest.raises(ValueError, match="ids are the single string '0001'; pass a list of ids"):
+        index.rows("0001")
+    assert index.rows(["0001"]).tolist() == [1]
