@@ -9,6 +9,7 @@ repository too. Any argument of transformers' `TrainingArguments` may be given, 
 tuned/checkpoint-40`; and with `torchrun --nproc_per_node 2` in place of `python`, two processes share the work.
 """
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +21,8 @@ from tokenrec_hf import (
     DataCollatorForGenerativeRetrieval,
     EmbeddingStore,
     InteractionMatrix,
-    MQTokenizerModel,
     PromptDataset,
+    Repository,
     SetEpoch,
     T5ForGenerativeRetrieval,
     TokenRecTokenizer,
@@ -29,6 +30,9 @@ from tokenrec_hf import (
     leave_one_out,
     load_interactions,
 )
+
+# The training data, the measurements of the former T5 and the card that shows them, and what marks a change in progress.
+LEFT_BEHIND = ("training", "metrics.json", "README.md", ".*")
 
 
 @dataclass
@@ -74,9 +78,12 @@ def main(argv: Sequence[str] | None = None) -> Trainer:
     )
     script, arguments = parser.parse_args_into_dataclasses(argv)
 
-    model = T5ForGenerativeRetrieval.from_pretrained(script.repository)
-    tokenizer = TokenRecTokenizer.from_pretrained(script.repository)
-    store = EmbeddingStore.from_pretrained(script.repository)
+    source, output = Repository.from_pretrained(script.repository).folder, Path(arguments.output_dir)
+    if output.resolve() == source.resolve():
+        parser.error(f"--output_dir is the repository {source} itself; give another folder.")
+    model = T5ForGenerativeRetrieval.from_pretrained(source)
+    tokenizer = TokenRecTokenizer.from_pretrained(source)
+    store = EmbeddingStore.from_pretrained(source)
     tokens = tokenizer.item_tokens(store.ids("item"))
     model.bind_items(store.vectors("item"), tokens)
 
@@ -106,13 +113,9 @@ def main(argv: Sequence[str] | None = None) -> Trainer:
         compute_metrics=compute_metrics,
         callbacks=callbacks,
     )
-    output = Path(arguments.output_dir)
     if trainer.is_world_process_zero():
         # Before training, so that what is pushed with each checkpoint is a whole repository.
-        store.save_pretrained(output / "store")
-        for kind in ("user", "item"):
-            mq = MQTokenizerModel.from_pretrained(script.repository, subfolder=f"mq_{kind}")
-            mq.save_pretrained(output / f"mq_{kind}")
+        shutil.copytree(source, output, ignore=shutil.ignore_patterns(*LEFT_BEHIND), dirs_exist_ok=True)
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     trainer.save_model()
     if trainer.is_world_process_zero():

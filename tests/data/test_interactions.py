@@ -220,6 +220,8 @@ def test_events_are_chosen_by_their_names(write, caplog):
         load_interactions(path, events=["sell"])
     assert tuples(load_interactions(path, events=["buy", "sell"])) == [("u", "c"), ("u", "b")]
     assert "has no event 'sell'; its events are 'buy', 'cart', 'view'." in caplog.text
+    with pytest.raises(ValueError, match="events is the single string 'buy'; pass a list"):
+        load_interactions(path, events="buy")
     with pytest.raises(ValueError, match="has no event 'cart=3'; .* Events have no weights; name the ones that count"):
         load_interactions(path, events=["cart=3"])
     with pytest.raises(ValueError, match="needs events, but .* has no event column; name it by event_column"):

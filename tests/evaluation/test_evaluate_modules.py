@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -72,9 +73,19 @@ def test_modules_combine(load, lists):
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_a_length_of_zero_is_refused(load, lists, name):
-    with pytest.raises(ValueError, match="k is 0 but must be at least 1"):
-        load(name).compute(predictions=[["a"]], references=["a"], k=0)
+def test_lengths_are_whole_and_at_least_one(load, name):
+    metric = load(name)
+    for k in (0, [5, 0], 2.5, []):
+        with pytest.raises(ValueError, match=re.escape(f"k is {k!r} but must be a whole number of at least 1")):
+            metric.compute(predictions=[["a"]], references=["a"], k=k)
+    found = metric.compute(predictions=[["a"]], references=["a"], k=np.int64(2))
+    assert list(found.values()) == [1.0]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_nobody_has_no_mean(load, name):
+    with pytest.raises(ValueError, match="there is no user to compute"):
+        load(name).compute(predictions=[], references=[])
 
 
 @pytest.mark.parametrize("name", MODULES)

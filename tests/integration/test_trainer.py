@@ -11,10 +11,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from tokenrec_hf import Recommender
+from tokenrec_hf import Recommender, Repository, load_interactions
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_with_trainer.py"
 STEPS = 50  # two epochs of 1,000 users in batches of 40
@@ -92,6 +93,27 @@ def test_the_store_follows_a_t5_that_reads_histories(example, fism_repository, t
     assert not torch.allclose(found, before.store.vectors("item"), atol=1e-2)
     assert torch.allclose(found, tuned.model.item_vectors(found, tuned.tokenizer.item_tokens(items)), atol=1e-6)
     assert len(tuned.recommend(["u001"], top_k=3)[0]) == 3
+
+
+def test_the_output_does_what_the_repository_did(example, fism_repository, tmp_path, capsys):
+    output = tmp_path / "tuned"
+    example.main(arguments(fism_repository, output, "--max_steps", 1, "--per_device_train_batch_size", 8))
+    tuned, before = Recommender.from_pretrained(output), Recommender.from_pretrained(fism_repository)
+    history = before.store.ids("item")[3:6]
+    for found, expected in zip(tuned.history_encoder.encode([history]), before.history_encoder.encode([history])):
+        assert np.array_equal(found, expected)
+    rows = [{"user_id": "late", "item_id": item} for item in [*history, "brand-new"]]
+    assert (
+        Repository(output).add(interactions=load_interactions([*rows, {"user_id": "u001", "item_id": "brand-new"}]))[
+            "items"
+        ]
+        == 1
+    )
+    assert Repository(output).info()["retraining_due"] == []
+    assert not {"training", "metrics.json"} & {path.name for path in output.iterdir()}
+    with pytest.raises(SystemExit):
+        example.main(arguments(output, output))
+    assert "is the repository" in capsys.readouterr().err
 
 
 def test_the_example_trains_logs_stops_early_and_writes_the_best_model_as_a_repository(trained_repository, tmp_path):

@@ -244,6 +244,17 @@ def test_a_model_that_has_propagated_saves_and_copies_like_any_other(interaction
     assert torch.equal(LightGCNModel.from_pretrained(tmp_path).user_embeddings(), before)
 
 
+def test_a_light_gcn_propagates_over_the_edges_that_it_was_last_given(interactions):
+    model = light_gcn(interactions)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    state["edge_items"] = state["edge_items"].flip(0)
+    model.user_embeddings()
+    model.load_state_dict(state)
+    other = light_gcn(interactions)
+    other.load_state_dict(state)
+    assert torch.equal(model.user_embeddings(), other.user_embeddings())
+
+
 def test_a_saved_matrix_factorisation_loads_bit_for_bit(tmp_path):
     model = factorization()
     model.save_pretrained(tmp_path)

@@ -551,6 +551,14 @@ def test_encoding_in_chunks_gives_the_codes_of_encoding_at_once(monkeypatch):
 def test_no_vectors_have_no_codes():
     assert tiny().encode(torch.empty(0, 6)).shape == (0, 3)
     assert tiny().decode(torch.empty(0, 3, dtype=torch.long)).shape == (0, 6)
+    for measure in (tiny().statistics, tiny().reconstruction_error):
+        with pytest.raises(ValueError, match="there are no vectors to measure the codes of"):
+            measure(torch.empty(0, 6))
+
+
+def test_arrays_are_encoded_whatever_their_order_in_memory():
+    x = vectors().numpy()
+    assert torch.equal(tiny().encode(x[::-1]), tiny().encode(torch.from_numpy(x).flip(0)))
 
 
 @pytest.mark.parametrize("num_codebooks", [1, 2, 3, 4, 5])
@@ -620,7 +628,7 @@ def test_vectors_that_are_no_numbers_are_refused_with_their_row():
 @pytest.mark.parametrize("shape", [(4, 5), (4, 7), (6,), (2, 3, 6)])
 def test_vectors_of_another_size_are_refused(shape):
     for call in (tiny().encode, partial(prepare_mq_tokenizer, tiny()), tiny().statistics):
-        with pytest.raises(ValueError, match=r"expects \[n, 6\]; train it with embedding_dim=\d or pass vectors of 6"):
+        with pytest.raises(ValueError, match=r"have shape .* expects \[n, 6\]; pass a matrix with a row of 6"):
             call(torch.zeros(shape))
 
 

@@ -1,3 +1,5 @@
+import copy
+import pickle
 import re
 import shutil
 
@@ -260,6 +262,19 @@ def test_an_id_is_never_read_as_text(recommender, strange):
 def test_what_is_no_list_of_ids_is_refused(recommender, users, histories, sentence):
     with pytest.raises(ValueError, match=re.escape(sentence)):
         recommender.recommend(users, histories)
+
+
+def test_reasons_want_a_list_too(recommender):
+    with pytest.raises(ValueError, match="the history must be a list of ids, not 'i3'"):
+        recommender.reasons(["i4"], "i3")
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_a_copy_of_a_recommender_answers_the_same_and_stands_apart(recommender, copied):
+    twin = copied(recommender)
+    assert twin.recommend(["ann"], [["i3"]], top_k=3) == recommender.recommend(["ann"], [["i3"]], top_k=3)
+    twin.store.delete("item", ["i3"])
+    assert recommender.store.contains("item", ["i3"]).all()
 
 
 @pytest.mark.parametrize(

@@ -334,7 +334,7 @@ def test_ids_that_are_numbers_become_text(repository):
     [
         (
             {"items": NewVectors(["a"], torch.ones(1, 5))},
-            "item vectors have 5 dimensions but those of .* have 16;",
+            "item vectors have shape \\[1, 5\\] but those of .* have 16 dimensions",
         ),
         ({"items": NewVectors(["a", "b\tc"], torch.ones(2, 16))}, "contains the character"),
         ({"items": NewVectors(["a"], torch.full((1, 16), torch.nan))}, "vector of item 'a' holds NaN"),
@@ -410,6 +410,40 @@ def test_info_counts_additions_and_tells_when_to_retrain(repository):
     near = store.get("item", store.ids("item")[:100])
     Repository(repository).add(items=NewVectors([f"copy-{i}" for i in range(100)], near))
     assert "100 items were added to 300" in Repository(repository).info()["retraining_due"]
+
+
+def test_a_repository_without_measurements_takes_additions_but_cannot_be_retrained(repository):
+    (repository / "metrics.json").unlink()
+    shutil.rmtree(repository / "training")
+    Repository(repository).add(items=NewVectors(["a"], torch.ones(1, 16)))
+    told = Repository(repository).info()
+    assert told["additions"]["item"]["count"] == 1 and told["retraining_due"] == []
+    with pytest.raises(ValueError, match="has no metrics.json.*; add without retraining"):
+        Repository(repository).add(retrain=True)
+
+
+def test_additions_of_another_type_are_named(repository):
+    before = contents(repository)
+    ones = [[1.0] * 16]
+    for given, error, message in (
+        ({"items": {"a": ones[0]}}, TypeError, "items must be NewVectors"),
+        (
+            {"interactions": [{"user_id": "u", "item_id": "i"}]},
+            TypeError,
+            "interactions must be a Dataset .*not a list",
+        ),
+        (
+            {"items": NewVectors(["a"], torch.ones(16))},
+            ValueError,
+            r"item vectors have shape \[16\] but .* 16 dimensions",
+        ),
+        ({"items": NewVectors(["a"], np.ones((1, 3)))}, ValueError, r"item vectors have shape \[1, 3\] but"),
+    ):
+        with pytest.raises(error, match=message):
+            Repository(repository).add(**given)
+    assert contents(repository) == before
+    Repository(repository).add(items=NewVectors(["a"], np.array(ones)), users=NewVectors(["b"], ones))
+    assert EmbeddingStore.open(repository).get("item", ["a"]).tolist() == ones
 
 
 @pytest.mark.parametrize(("error", "is_due"), [(0.15, False), (0.25, True)])

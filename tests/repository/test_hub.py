@@ -13,6 +13,7 @@ import pytest
 import typer
 from hub_double import TOKEN
 from huggingface_hub import RepoCard
+from repository_checks import contents
 
 import tokenrec_hf
 from tokenrec_hf import EmbeddingStore, FISMModel, LightGCNModel, MQTokenizerModel, Recommender, TokenRecTokenizer
@@ -111,6 +112,19 @@ def test_what_was_downloaded_can_be_pushed_again(hub, repository):
     Repository(repository).push_to_hub(NAME)
     Repository.from_pretrained(NAME).push_to_hub("tester/again")
     assert set(hub.files("tester/again")) == set(hub.files(NAME))
+
+
+def test_the_cached_copy_of_a_hub_repository_is_read_but_not_changed(hub, repository):
+    Repository(repository).push_to_hub("tester/cached")
+    opened = Repository.from_pretrained("tester/cached")
+    assert opened.info()["counts"]["item"] == 300
+    before = contents(opened.folder)
+    for change in (opened.repair, lambda: opened.add(metadata={}), lambda: opened.remove(items=[])):
+        with pytest.raises(
+            ValueError, match="is the cached copy of the Hub repository tester/cached.* `hf download tester"
+        ):
+            change()
+    assert contents(opened.folder) == before
 
 
 def test_nothing_of_users_is_pushed_unless_asked(hub, repository):

@@ -80,6 +80,13 @@ def test_a_limit_that_is_no_positive_integer_is_refused(store, candidates, limit
         rerank(store, candidates, 3, max_per={"genre": limit})
 
 
+def test_no_items_and_a_limit_of_metadata_that_no_item_has_are_refused(store, candidates):
+    with pytest.raises(ValueError, match="top_k is -1; it must be at least 1"):
+        rerank(store, candidates, -1)
+    with pytest.raises(ValueError, match="no item has the metadata 'gnre' of max_per"):
+        rerank(store, candidates, 3, max_per={"gnre": 1})
+
+
 @pytest.fixture(scope="module")
 def recommender(trained_repository):
     """All items but three are of one genre."""

@@ -284,6 +284,24 @@ def test_reopening_gives_everything_back(backend):
         store.check_space("user", "hash", "the tokenizer")
 
 
+def test_what_is_no_id_is_no_id_of_the_store(backend):
+    store = backend.make()
+    store.upsert("item", ["a", "5"], np.eye(3)[:2])
+    assert store.contains("item", ["a", "", None, 7]).tolist() == [True, False, False, False]
+    with pytest.raises(KeyError, match="item .* is not in the store"):
+        store.get("item", [None])
+    store.delete("item", ["", "nowhere", "a"])
+    assert store.ids("item") == ["5"]
+
+
+def test_no_queries_have_no_answers_but_a_wrong_filter_is_told(backend):
+    store = backend.make()
+    store.upsert("item", ["a"], np.eye(3)[:1])
+    assert store.search(np.empty((0, 3)), 2) == ([], [])
+    with pytest.raises(ValueError, match="no item has the metadata 'gnre'"):
+        store.search(np.empty((0, 3)), 2, where={"gnre": "jazz"})
+
+
 def test_what_is_refused_changes_nothing(backend):
     store = filled(backend.make())
     before = everything(store)

@@ -96,6 +96,9 @@ def test_a_changed_recipe_leaves_the_original_alone_and_is_validated():
     assert recipe == Recipe.load("best")
     with pytest.raises(SettingError, match="collaborative.patience is 0 but must be greater than or equal to 1"):
         recipe.changed(**{"collaborative.patience": 0})
+    for unknown in ("prompt.max_history", "seed.x", "collaborative.patienc"):
+        with pytest.raises(SettingError, match=f"there is no setting '{unknown}'"):
+            recipe.changed(**{unknown: 3})
 
 
 def test_a_section_by_dotted_name_changes_only_its_own_settings():
@@ -227,7 +230,12 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         (
             "collaborative.training.per_device_train_batch_size",
             0,
-            "collaborative.training.per_device_train_batch_size is 0 but must be at least 1",
+            "collaborative.training.per_device_train_batch_size is 0 but must be a whole number of at least 1",
+        ),
+        (
+            "retrieval.training.gradient_accumulation_steps",
+            2.5,
+            "retrieval.training.gradient_accumulation_steps is 2.5 but must be a whole number of at least 1",
         ),
         ("retrieval.training.num_train_epochs", 0, "retrieval.training.num_train_epochs is 0 but must be positive"),
         ("retrieval.training.num_train_epochs", -1, "retrieval.training.num_train_epochs is -1 but must be positive"),

@@ -48,6 +48,8 @@ class ReadingOptions:
     def __post_init__(self) -> None:
         if self.k_core is not None and self.k_core < 1:
             raise ValueError(f"k_core is {self.k_core}; it must be 1 (drop no user and no item) or more.")
+        if isinstance(self.events, str):
+            raise ValueError(f"events is the single string {self.events!r}; pass a list of names.")
         if self.keep not in ("first", "last"):
             raise ValueError(f"keep is {self.keep!r}; of repeated interactions the 'first' or the 'last' is kept.")
 
@@ -221,7 +223,7 @@ def read_interactions(source: Any, options: ReadingOptions) -> tuple[Dataset, Re
 def _find(source: Any) -> RawFile | Dataset | IterableDataset:
     if isinstance(source, (Dataset, IterableDataset)):
         return source
-    is_list = isinstance(source, list) and source and all(isinstance(row, dict) for row in source)
+    is_list = _is_rows(source)
     if isinstance(source, pd.DataFrame) or is_list:
         try:
             return Dataset.from_list(source) if is_list else Dataset.from_pandas(source, preserve_index=False)
@@ -235,7 +237,9 @@ def _find(source: Any) -> RawFile | Dataset | IterableDataset:
     if isinstance(source, DatasetDict) and len(source) == 1:
         return next(iter(source.values()))
     if not isinstance(source, (str, os.PathLike)):
-        found = f"a {type(source).__name__}" + (f" of {', '.join(source)}" if isinstance(source, DatasetDict) else "")
+        found = f"a {type(source).__name__}"
+        if isinstance(source, (DatasetDict, list)):
+            found += f" of {', '.join(source if isinstance(source, DatasetDict) else {type(row).__name__ for row in source})}"
         raise TypeError(
             f"interactions come from a name, a path, one datasets.Dataset, a data frame or a list of dicts, not from {found}."
         )
@@ -254,6 +258,13 @@ def _find(source: Any) -> RawFile | Dataset | IterableDataset:
                 "`hf auth login` if it is private."
             ) from error
     return RawFile(existing(source))
+
+
+def _is_rows(source: Any) -> bool:
+    """Whether `source` is a list of dicts, or a ValueError if it is an empty list."""
+    if isinstance(source, list) and not source:
+        raise ValueError("the list of interactions is empty; pass a dict for each.")
+    return isinstance(source, list) and all(isinstance(row, dict) for row in source)
 
 
 def _span(interactions: pa.Table) -> tuple[str | None, str | None]:

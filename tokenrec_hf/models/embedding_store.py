@@ -191,6 +191,12 @@ class EmbeddingStore(Store):
         self._metadata = ItemMetadata()
         self._scorable: tuple[torch.Tensor, torch.Tensor] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.RLock())
+
     def __repr__(self) -> str:
         counts = ", ".join(f"{kind}s={self.count(kind)}" for kind in KINDS)
         return f"EmbeddingStore(embedding_dim={self.embedding_dim}, {counts})"

@@ -295,7 +295,7 @@ class LightGCNModel(MatrixFactorizationModel):
         self._adjacency: _SparseMatrix | None = None
 
     def adjacency(self) -> _SparseMatrix:
-        """The symmetrically normalised adjacency matrix, `[num_users + num_items] * 2`, built once."""
+        """The symmetrically normalised adjacency matrix, `[num_users + num_items] * 2`, built once for the edges it has."""
         if self._adjacency is None or self._adjacency.values.device != self.edge_users.device:
             size = self.config.num_users + self.config.num_items
             users, items = self.edge_users.long(), self.edge_items.long() + self.config.num_users
@@ -303,6 +303,10 @@ class LightGCNModel(MatrixFactorizationModel):
             degree = torch.bincount(rows, minlength=size).clamp(min=1).float()
             self._adjacency = _SparseMatrix.from_entries(rows, columns, (degree[rows] * degree[columns]).rsqrt(), size)
         return self._adjacency
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._adjacency = None
 
     def representations(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The means over the layers, with gradient."""

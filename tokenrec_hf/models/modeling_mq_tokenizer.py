@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -146,8 +147,11 @@ class MQTokenizerModel(Loader, PreTrainedModel):
             codebooks (at most L). `unique`: share of rows with a code tuple of their own. `collision_rate`: 1 minus the number of
             distinct tuples over the number of rows. `reconstruction_error`: sum ||x - r||^2 over sum ||x - mean(x)||^2, the
             share of variance that is lost.
+
+        Raises:
+            ValueError: as `encode`, or there are no vectors.
         """
-        vectors = self.checked(vectors)
+        vectors = self._some(vectors)
         codes = self.encode(vectors)
         counts = self._counts(codes).float()
         share = counts / counts.sum(dim=1, keepdim=True)
@@ -168,8 +172,11 @@ class MQTokenizerModel(Loader, PreTrainedModel):
 
         For the training vectors this is the `reconstruction_error` of `statistics`. A larger value for others shows that the
         codes describe them worse.
+
+        Raises:
+            ValueError: as `encode`, or there are no vectors.
         """
-        vectors = self.checked(vectors)
+        vectors = self._some(vectors)
         return float(self._squared_error(vectors) / (vectors.numel() * self.scale.square()))
 
     def forward(self, vectors: torch.Tensor, labels: torch.Tensor | None = None) -> MQTokenizerOutput:
@@ -207,18 +214,27 @@ class MQTokenizerModel(Loader, PreTrainedModel):
         Raises:
             ValueError: they are not `[n, d]`, or a value is not finite.
         """
+        if isinstance(vectors, np.ndarray):
+            vectors = np.ascontiguousarray(vectors)  # PyTorch takes no reversed arrays
         vectors = torch.as_tensor(vectors, dtype=self.mean.dtype, device=self.mean.device)
         d = self.config.embedding_dim
         if vectors.dim() != 2 or vectors.shape[1] != d:
             raise ValueError(
-                f"vectors have shape {list(vectors.shape)} but the MQ-Tokenizer expects [n, {d}]; "
-                f"train it with embedding_dim={vectors.shape[-1] if vectors.dim() else 1} or pass vectors of {d}."
+                f"vectors have shape {list(vectors.shape)} but the MQ-Tokenizer expects [n, {d}]; pass a matrix with a row of "
+                f"{d} for each vector."
             )
         bad = (~vectors.isfinite()).any(dim=1).nonzero()
         if len(bad):
             raise ValueError(
                 f"the vector in row {int(bad[0])} has a value that is not finite; remove it or train again."
             )
+        return vectors
+
+    def _some(self, vectors: torch.Tensor) -> torch.Tensor:
+        """As `checked`, of at least one vector."""
+        vectors = self.checked(vectors)
+        if not len(vectors):
+            raise ValueError("there are no vectors to measure the codes of; pass at least one.")
         return vectors
 
     def mask(self, x: torch.Tensor) -> torch.Tensor:

@@ -196,11 +196,11 @@ class Recommender:
 
         Raises:
             KeyError: one of `item_ids` is not in the store.
-            ValueError: `most` is below 1.
+            ValueError: `most` is below 1, or `history` is a single string.
         """
         if most < 1:
             raise ValueError(f"most is {most}; it must be at least 1.")
-        known = self._in_store(list(dict.fromkeys(history)))
+        known = self._in_store(list(dict.fromkeys(check_list(history, "the history"))))
         cosines = unit_rows(self.store.get("item", item_ids)) @ unit_rows(self.store.get("item", known)).T
         # An item is no reason for itself.
         is_same = np.array(item_ids, dtype=object)[:, None] == np.array(known, dtype=object)

@@ -96,7 +96,7 @@ class Repository:
     def from_pretrained(
         cls, name: str | os.PathLike, *, revision: str | None = None, token: str | bool | None = None
     ) -> Repository:
-        """The repository in a folder or on the Hub, from where it is downloaded."""
+        """The repository in a folder or on the Hub, from where it is downloaded into the cache, to read but not to change."""
         return cls(fetch_repository(name, revision=revision, token=token))
 
     @property
@@ -266,7 +266,7 @@ class Repository:
             "codebooks": tokenizer.get("codebooks"),
             "space_ids": model.get("space_ids") or tokenizer.get("space_ids"),
             "additions": additions or None,
-            "retraining_due": _retraining_due(additions, metrics),
+            "retraining_due": _retraining_due(additions, metrics) if metrics else [],
             **{name: metrics.get(name) for name in ("codes", "epochs", "seconds", "validation", "test")},
             "bytes": _size(self.folder) - _size(self.parts.training),
             "training_bytes": _size(self.parts.training),
@@ -345,10 +345,10 @@ class Repository:
         An interrupted change is completed or dropped before. Every change saves the store.
 
         Raises:
-            ValueError: another process is changing the repository, or a folder of it is a link.
+            ValueError: another process is changing the repository, a folder of it is a link, or it is in the Hub's cache.
             OSError: the disk is full; then nothing has changed.
         """
-        self._check_links()
+        self.check_own()
         staged = self.folder / STAGED
         with (
             exclusive(self.folder),
@@ -394,6 +394,21 @@ class Repository:
                 with suppress(ValueError), exclusive(path):
                     found.append(path)
         return found
+
+    def check_own(self) -> None:
+        """Makes sure that a change stays inside the folder, and that this is no copy that others read.
+
+        Raises:
+            ValueError: the folder is in the Hub's cache, or a folder or file of it is a link.
+        """
+        place = self.folder.resolve()
+        if place.parent.name == "snapshots" and place.parents[1].name.startswith("models--"):
+            name = place.parents[1].name.removeprefix("models--").replace("--", "/")
+            raise ValueError(
+                f"{self.folder} is the cached copy of the Hub repository {name}, which other programs read; download one to change "
+                f"with `hf download {name} --local-dir out`."
+            )
+        self._check_links()
 
     def _check_links(self) -> None:
         """Makes sure that a change stays inside the folder.

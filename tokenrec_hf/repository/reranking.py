@@ -45,8 +45,11 @@ def rerank(
 
     Raises:
         KeyError: an item is not in the store.
-        ValueError: `diversity` is not between 0 and 1, or a limit of `max_per` is no positive integer.
+        ValueError: `top_k` is below 1, `diversity` is not between 0 and 1, a limit of `max_per` is no positive integer, or no item
+            has its name.
     """
+    if top_k < 1:
+        raise ValueError(f"top_k is {top_k}; it must be at least 1.")
     if not 0 <= diversity <= 1:
         raise ValueError(f"diversity is {diversity}; it must be between 0 and 1.")
     for name, limit in (max_per or {}).items():
@@ -56,6 +59,11 @@ def rerank(
     number = {name: at for at, name in enumerate(names)}
     vectors = unit_rows(store.get("item", names)) if diversity else torch.empty(len(names), 0)
     described = store.metadata(names) if max_per else []
+    for name in max_per or {}:
+        has_name = any(name in own for own in described)
+        # The candidates may all lack what other items have.
+        if not has_name and not any(name in own for own in store.metadata(store.ids("item"))):
+            raise ValueError(f"no item has the metadata {name!r} of max_per; `tokenrec add --item-metadata` adds some.")
     kinds = [(_numbered([values.get(name) for values in described]), limit) for name, limit in (max_per or {}).items()]
     width = max(map(len, candidates), default=0)
     step = max(1, CHUNK // max(1, width * vectors.shape[1]))

@@ -26,7 +26,7 @@ from ..data.interaction_matrix import InteractionMatrix
 from ..data.reading import as_text, item_metadata, read_ids
 from ..models.codes import COLLABORATIVE, IdIndex, RepositoryFolder, check_ids, check_repository, read_json
 from ..models.configuration_tokenrec import T5GenerativeRetrievalConfig
-from ..models.embedding_store import KINDS, WITHDRAWN, EmbeddingStore
+from ..models.embedding_store import KINDS, WITHDRAWN, EmbeddingStore, Vectors
 from ..models.modeling_collaborative import (
     CollaborativeModel,
     FISMModel,
@@ -64,7 +64,7 @@ class NewVectors:
     """
 
     ids: Sequence[str]
-    vectors: torch.Tensor
+    vectors: Vectors
     metadata: Sequence[dict[str, Any]] | None = None
 
 
@@ -152,12 +152,11 @@ def add(
 
     Raises:
         FileNotFoundError: the repository is unfinished.
+        TypeError: an argument has another type.
         ValueError: an argument is wrong; then nothing has changed.
     """
     check_repository(repository.folder)
-    for described in chain((items.metadata if items else None) or (), (metadata or {}).values()):
-        if WITHDRAWN in described:
-            raise ValueError(f"the metadata {WITHDRAWN!r} are not to be given; withdraw items with `remove`.")
+    _check_given(users, items, interactions, metadata)
     with repository.change() as staged:
         space = _Space(repository)
         store = space.store
@@ -205,6 +204,26 @@ def add(
     }
 
 
+def _check_given(
+    users: NewVectors | None,
+    items: NewVectors | None,
+    interactions: Dataset | None,
+    metadata: Mapping[str, Mapping[str, Any]] | None,
+) -> None:
+    """Refuses arguments of [`add`] that are of another type, and metadata that only [`remove`] gives."""
+    for kind, given in (("user", users), ("item", items)):
+        if given is not None and not isinstance(given, NewVectors):
+            raise TypeError(f"{kind}s must be NewVectors(ids, vectors), not a {type(given).__name__}.")
+    columns = getattr(interactions, "column_names", ())
+    if interactions is not None and not {"user_id", "item_id"} <= set(columns):
+        raise TypeError(
+            f"interactions must be a Dataset of user_id and item_id, as from load_interactions, not a {type(interactions).__name__}."
+        )
+    for described in chain((items.metadata if items else None) or (), (metadata or {}).values()):
+        if WITHDRAWN in described:
+            raise ValueError(f"the metadata {WITHDRAWN!r} are not to be given; withdraw items with `remove`.")
+
+
 def _text_ids(ids: Sequence[Any], kind: str) -> list[str]:
     """Ids as text, also where they are numbers."""
     listed = list(ids)
@@ -243,14 +262,15 @@ class _Space:
         """All collaborative vectors of a kind."""
         return self.store.vectors(kind)[:, : self.dim]
 
-    def lifted(self, kind: str, vectors: torch.Tensor) -> torch.Tensor:
+    def lifted(self, kind: str, vectors: Vectors) -> torch.Tensor:
         """Vectors of the collaborative model or of the store as vectors of the store, without T5's part."""
-        if vectors.shape[1] not in (self.dim, self.store.embedding_dim):
+        given = vectors if isinstance(vectors, torch.Tensor) else torch.from_numpy(np.array(vectors, dtype=np.float32))
+        if given.dim() != 2 or given.shape[1] not in (self.dim, self.store.embedding_dim):
             raise ValueError(
-                f"the {kind} vectors have {vectors.shape[1]} dimensions but those of {self.repository.folder} have {self.dim}; pass "
-                "vectors of the collaborative model of its training."
+                f"the {kind} vectors have shape {list(given.shape)} but those of {self.repository.folder} have {self.dim} dimensions; "
+                "pass a matrix of vectors of the collaborative model of its training."
             )
-        return F.pad(vectors[:, : self.dim], (0, self.store.embedding_dim - self.dim))
+        return F.pad(given[:, : self.dim], (0, self.store.embedding_dim - self.dim))
 
     def new(self, kind: str, ids: Iterable[str]) -> list[str]:
         """The ids that are not in the store, each once."""
@@ -394,6 +414,10 @@ def _retrain(space: _Space, staged: RepositoryFolder) -> Ids:
         raise ValueError(
             f"{repository.folder} was pushed without users, so its collaborative model cannot be retrained; add without "
             "retraining."
+        )
+    if not repository.parts.metrics.is_file():
+        raise ValueError(
+            f"{repository.folder} has no metrics.json, which tells the epochs of its training; add without retraining."
         )
     recipe, epochs = repository.recipe, repository.metrics["epochs"][COLLABORATIVE]
     if not epochs:

@@ -20,7 +20,6 @@ from urllib.parse import quote, unquote
 import numpy as np
 import torch
 
-from ..models.codes import check_ids
 from ..models.embedding_store import (
     KINDS,
     WITHDRAWN,
@@ -207,7 +206,7 @@ class MilvusStore(Store):
 
     def delete(self, kind: str, ids: Sequence[str]) -> None:
         """As [`EmbeddingStore.delete`]. Deleting items reads the seen items of all users."""
-        names = check_ids(_unique(kind, ids), kind)
+        names = _unique(kind, ids)
         names = list(compress(names, self.contains(kind, names)))
         if not names:
             return
@@ -224,9 +223,9 @@ class MilvusStore(Store):
     def get(self, kind: str, ids: Sequence[str]) -> torch.Tensor:
         """As [`EmbeddingStore.get`]."""
         found = {row["id"]: row["vector"] for row in self._rows(kind, _unique(kind, ids), ["vector"])}
-        missing = next((name for name in ids if _encoded(name) not in found), None)
-        if missing is not None:
-            raise KeyError(f"{kind} {missing!r} is not in the store; add it first.")
+        for name in ids:
+            if _encoded(name) not in found:
+                raise KeyError(f"{kind} {name!r} is not in the store; add it first.")
         matrix = np.array([found[_encoded(name)] for name in ids], dtype=np.float32)
         return torch.from_numpy(matrix.reshape(-1, self.embedding_dim))
 
@@ -312,9 +311,9 @@ class MilvusStore(Store):
         excluded = [set(map(_encoded, items)) for items in lists]
         conditions = check_where(where or {})
         expression = _filter_of(conditions)
-        if not len(matrix) or not self.count("item"):
+        if not self.count("item"):
             return [[] for _ in matrix], [[] for _ in matrix]
-        limit = top_k + max(map(len, excluded))
+        limit = top_k + max(map(len, excluded), default=0)
         has_operator = any(condition_parts(one)[1] for one in conditions)
         if has_operator or (limit > MAX_FOUND and self.count("item") > MAX_FOUND):
             return self._embedded(("item",)).search(queries, top_k, exclude, where)
@@ -519,8 +518,8 @@ def _parts(things: list[_Thing], size: int) -> Iterator[list[_Thing]]:
 
 
 def _encoded(name: str) -> str:
-    """An id or a value in letters, digits and `%._~-` only, so that it can stand between quotes."""
-    return quote(name, safe="", errors="surrogatepass")
+    """An id or a value in letters, digits and `%._~-` only, so that it can stand between quotes; "" for what is no text."""
+    return quote(name, safe="", errors="surrogatepass") if isinstance(name, str) else ""
 
 
 def _value_of(value: Any) -> str:

@@ -267,13 +267,19 @@ class Recipe(_Section):
         return self.model_dump()
 
     def changed(self, **overrides: Setting) -> Recipe:
-        """A recipe with settings replaced, by dotted name: `recipe.changed(**{"prompts.max_history": 32})`."""
+        """A recipe with settings replaced, by dotted name: `recipe.changed(**{"prompts.max_history": 32})`.
+
+        Raises:
+            SettingError: there is no such setting, or its value is impossible.
+        """
         settings = self.to_dict()
         for dotted, value in overrides.items():
             *path, last = dotted.split(".")
-            place = settings
+            place: Setting = settings
             for part in path:
-                place = place[part]
+                place = place.get(part)
+                if not isinstance(place, dict):
+                    raise SettingError(dotted, f"there is no setting {dotted!r}; check its name.")
             place[last] = value
         return Recipe.from_dict(settings)
 
@@ -375,14 +381,13 @@ def _check_training(section: str, stage: StageSettings) -> None:
     usual = {field.name: field.default for field in fields(TrainingArguments)}
     for name, value in stage.training.items():
         _check_field(f"{section}.training.{name}", value, name in usual, usual.get(name), TrainingArguments)
-    for name, least in (
-        ("per_device_train_batch_size", 1),
-        ("gradient_accumulation_steps", 1),
-        ("num_train_epochs", None),
-    ):
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         value, place = stage.training.get(name, 1), f"{section}.training.{name}"
-        if not value > 0 or least and value < least:
-            raise SettingError(place, f"{place} is {value} but must be {f'at least {least}' if least else 'positive'}.")
+        if value < 1 or value % 1:
+            raise SettingError(place, f"{place} is {value} but must be a whole number of at least 1.")
+    if not (epochs := stage.training.get("num_train_epochs", 1)) > 0:
+        place = f"{section}.training.num_train_epochs"
+        raise SettingError(place, f"{place} is {epochs} but must be positive.")
     if not 0 <= (rate := stage.training.get("learning_rate", 0.0)) < math.inf:
         place = f"{section}.training.learning_rate"
         raise SettingError(place, f"{place} is {rate} but must be a finite number of at least 0.")

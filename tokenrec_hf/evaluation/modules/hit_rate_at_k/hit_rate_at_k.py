@@ -5,6 +5,7 @@ the modules cannot share code.
 """
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import datasets
 import evaluate
@@ -35,14 +36,18 @@ class HitRateAtK(evaluate.Metric):
         ]
         return evaluate.MetricInfo(description=_DESCRIPTION, citation="", inputs_description=_INPUTS, features=features)
 
+    def compute(self, *, references: Sequence[str | int] | None = None, **arguments: Any) -> dict[str, float]:
+        """As [`evaluate.Metric.compute`], which cannot infer the type of ids from no users."""
+        if references is not None and not len(references):
+            raise ValueError("there is no user to compute hr of; add at least one user.")
+        return cast(dict[str, float], super().compute(references=references, **arguments))
+
     def _compute(
         self, predictions: Sequence[Sequence[str | int]], references: Sequence[str | int], k: int | Sequence[int] = 10
     ) -> dict[str, float]:
-        if not len(references):
-            raise ValueError("there is no user to compute hr of; add at least one user.")
-        lengths = [k] if isinstance(k, int) else list(k)
-        if not lengths or min(lengths) < 1:
-            raise ValueError(f"k is {k!r} but must be at least 1.")
+        lengths = np.atleast_1d(k).tolist()
+        if not lengths or min(lengths) < 1 or any(length % 1 for length in lengths):
+            raise ValueError(f"k is {k!r} but must be a whole number of at least 1, or a list of them.")
         pairs = zip(predictions, references)
         ranks = np.array([list(items).index(target) if target in items else np.inf for items, target in pairs])
         return {f"hr@{length}": float((ranks < length).mean()) for length in lengths}
