@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import T5Config, T5ForConditionalGeneration, T5Model, Trainer, TrainingArguments
 
 from tokenrec_hf.models.configuration_tokenrec import T5GenerativeRetrievalConfig
-from tokenrec_hf.models.modeling_t5_retrieval import T5ForGenerativeRetrieval, find_entities
+from tokenrec_hf.models.modeling_t5_retrieval import KNOWN_WORDINGS, T5ForGenerativeRetrieval, find_entities
 from tokenrec_hf.training.initialization import initialize_code_tokens, load_backbone
 
 SIZES = {
@@ -625,6 +625,81 @@ def test_prompts_of_users_alone_do_not_go_through_t5(histories):
     query = model.encode_queries(**alone)
     assert not calls and not query[:, DIM:].any()
     assert torch.allclose(query[0], model.encode_queries(**histories)[2]) and len(calls) == 1
+
+
+def test_a_wording_is_read_again_once_a_weight_has_changed(histories):
+    model = reading_history()
+    reads = []
+    model.get_encoder().register_forward_hook(lambda *_: reads.append(1))
+
+    def queries(ids, mask):
+        """The queries that are answered with kept states, compared with those of a pass with gradients, which keeps none."""
+        found = model.encode_by_length(ids, mask)
+        seen = len(reads)
+        assert torch.allclose(found, model.encode_queries(ids, mask), atol=1e-5)
+        del reads[seen:]
+        return found
+
+    def one(row):
+        return histories["input_ids"][row : row + 1], histories["attention_mask"][row : row + 1]
+
+    queries(*one(0))
+    queries(*one(3))
+    assert len(reads) == 1, "the words of both are the same"
+    words = torch.tensor([[5, 7, 4, 6, 26, 29, 32, 8, 1]])
+    first = queries(words, None)
+    assert len(reads) == 2 and queries(*one(0)).shape == first.shape and len(reads) == 2
+    last = model.get_encoder().block[0].layer[1].DenseReluDense.wo
+    with torch.no_grad():
+        last.weight.mul_(3)
+    assert not torch.allclose(queries(words, None), first, atol=1e-3)
+    model.load_state_dict(reading_history().state_dict())
+    assert queries(words, None).tolist() == first.tolist()
+    last.weight.data = last.weight * 3
+    assert not torch.allclose(queries(words, None), first, atol=1e-3)
+    last.weight.data = last.weight / 3
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = model.encode_queries(words)
+    assert torch.allclose(queries(words, None), first, atol=1e-5) and not torch.allclose(
+        mixed.float(), first, atol=1e-5
+    )
+
+
+def test_the_states_of_many_wordings_are_not_kept_for_ever():
+    model = reading_history()
+    for word in range(10, 10 + 2 * KNOWN_WORDINGS):
+        model.encode_by_length(torch.tensor([[5, word % 15 + 2, word // 15 + 2, 4, 6, 26, 29, 32, 8, 1]]))
+    assert 0 < len(model._kept) <= KNOWN_WORDINGS
+
+
+def test_a_step_of_a_fused_optimiser_counts_though_it_gives_no_new_version():
+    model, twin = reading_history(), reading_history()
+    words = torch.tensor([[5, 7, 4, 6, 26, 29, 32, 8, 1]])
+    before = model.encode_by_length(words, None)
+    for one in (model, twin):
+        optimiser = torch.optim.AdamW(one.get_encoder().block.parameters(), lr=1e-4, fused=True)
+        one.encode_queries(words).sum().backward()
+        optimiser.step()
+    after = model.encode_by_length(words, None)
+    assert not torch.equal(after, before) and torch.equal(after, twin.encode_by_length(words, None))
+
+
+@pytest.mark.parametrize("change", ["an element", "a word's embedding through .data", "half precision and back"])
+def test_small_changes_of_the_weights_count(change):
+    model, twin = reading_history(), reading_history()
+    words = torch.tensor([[5, 7, 4, 6, 26, 29, 32, 8, 1]])
+    before = model.encode_by_length(words, None)
+    for one in (model, twin):
+        layer = one.get_encoder().block[0].layer[1].DenseReluDense.wo
+        with torch.no_grad():
+            if change == "an element":
+                layer.weight[1, 1] += 1
+            elif change == "half precision and back":
+                one.bfloat16().float()
+            else:
+                one.get_input_embeddings().weight.data[7, 1] += 1
+    after = model.encode_by_length(words, None)
+    assert not torch.equal(after, before) and torch.equal(after, twin.encode_by_length(words, None))
 
 
 def test_t5_is_not_asked_where_its_weight_is_zero(histories, monkeypatch):

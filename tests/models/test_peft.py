@@ -174,3 +174,17 @@ def test_the_example_tunes_and_says_what_came_of_it(example, trained_repository,
         assert not (tmp_path / "model.safetensors").exists()
         size = (tmp_path / "adapter_model.safetensors").stat().st_size
         assert f"adapter: {size:,} bytes" in printed
+
+
+def test_an_adapter_that_is_switched_counts_at_once(example, folder, parts):
+    tokenizer, _ = parts
+    model = tuned(example, folder, parts, whole_rows=False)
+    base = T5ForGenerativeRetrieval.from_pretrained(folder)
+    inputs = {name: one[:1] for name, one in batch(tokenizer).items()}
+    with torch.no_grad():
+        adapted = model.eval().encode_queries(**inputs)
+        with model.disable_adapter():
+            found = model.encode_queries(**inputs)
+            assert torch.allclose(found, base.eval().encode_queries(**inputs), atol=1e-5)
+            assert not torch.allclose(found, adapted, atol=1e-3)
+        assert torch.equal(model.encode_queries(**inputs), adapted)

@@ -30,6 +30,8 @@ SHORT_PROMPT = 32
 ITEM_CHUNK = 65_536
 # Positions of items in a batch, padding included, up to which another runtime answers; it gains little with more.
 RUNTIME_POSITIONS = 512
+# Wordings whose states are kept at most, and values of each weight that tell whether they still hold.
+KNOWN_WORDINGS, SAMPLED = 64, 64
 
 
 @dataclass
@@ -181,6 +183,7 @@ class T5ForGenerativeRetrieval(Loader, T5PreTrainedModel):
         self.register_buffer("item_embeddings", torch.zeros(0, config.embedding_dim), persistent=False)
         for name in ("item_tokens", "items_of_tokens", "token_offsets"):
             self.register_buffer(name, None, persistent=False)
+        self._kept: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
         self.post_init()
 
     def bind_items(self, vectors: torch.Tensor, token_ids: torch.Tensor | np.ndarray | None = None) -> None:
@@ -278,8 +281,10 @@ class T5ForGenerativeRetrieval(Loader, T5PreTrainedModel):
             if not self.config.history_weight or not self._needs_t5(prompts).any():
                 return F.pad(prompts.users / self.config.temperature, (0, self.config.d_model))
             positions = prompts.present.numel()
-            if self.runtime is None or self.training or torch.is_grad_enabled() or positions > RUNTIME_POSITIONS:
+            if self.training or torch.is_grad_enabled():
                 return self.history_query(prompts)
+            if self.runtime is None or positions > RUNTIME_POSITIONS:
+                return self._history_query(self._read_history(prompts, self._known_states(prompts.wordings)), prompts)
             return self.runtime(prompts)
         if attention_mask is None and input_ids is not None:
             attention_mask = input_ids.ne(cast(int, self.config.pad_token_id)).long()
@@ -315,15 +320,45 @@ class T5ForGenerativeRetrieval(Loader, T5PreTrainedModel):
         """The query of prompts with `"history"` pooling, `[B, query_dim]`, which [`~tokenrec_hf.export_onnx`] writes as a graph."""
         return self._history_query(self._read_history(prompts), prompts)
 
-    def _read_history(self, prompts: HistoryPrompts) -> torch.Tensor:
-        """The decoder's outputs h, `[B, 1 + S, d_model]`. Output s follows s items."""
+    def _known_states(self, wordings: torch.Tensor) -> torch.Tensor | None:
+        """The encoder's states of a single wording, `[1, W, d_model]`, which are the same until a weight changes.
+
+        Without them a recommendation to one user takes twice as long with the sizes of T5-small. Most changes give a tensor a new
+        version; those of fused optimisers and through `.data` do not, and a sample of every weight tells them.
+        """
+        encoder = self.get_encoder()
+        weights = list(encoder.parameters())
+        mixed = torch.is_autocast_enabled(self.device.type)
+        # Adapters can be switched without a change of a weight.
+        adapted = any(hasattr(type(module), "active_adapter") for module in encoder.modules())
+        if len(wordings) > 1 or mixed or adapted or {weight.device for weight in weights} != {wordings.device}:
+            return None
+        words = self._embeddings(wordings.clamp(min=0))
+        versions = [0 if weight.is_inference() else weight._version for weight in weights]
+        samples = (weight.detach().flatten()[:: weight.numel() // SAMPLED + 1] for weight in weights)
+        mark = torch.cat([torch.tensor(versions, dtype=torch.float64, device=words.device), words.flatten(), *samples])
+        key = tuple(wordings[0].tolist())
+        former, states = self._kept.get(key, (None, None))
+        if former is None or not torch.equal(former, mark):
+            if len(self._kept) >= KNOWN_WORDINGS:
+                self._kept = {}
+            states = self._read_wordings(wordings, words)
+            self._kept[key] = (mark, states)
+        return states
+
+    def _read_wordings(self, wordings: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+        """The encoder's states of wordings `[n, W]` from the embeddings of their tokens, `[n, W, d_model]` both."""
+        return self.get_encoder()(inputs_embeds=words, attention_mask=wordings.ge(0).long()).last_hidden_state
+
+    def _read_history(self, prompts: HistoryPrompts, states: torch.Tensor | None = None) -> torch.Tensor:
+        """The decoder's outputs h, `[B, 1 + S, d_model]`. Output s follows s items. `states` are the encoder's, if known."""
         # One look-up, because each one has a gradient of the size of the vocabulary.
         ids = torch.cat([self._start(1), prompts.wordings.clamp(min=0).view(1, -1), prompts.tokens.view(1, -1)], dim=1)
         start, words, codes = self._embeddings(ids[0]).split([1, prompts.wordings.numel(), prompts.tokens.numel()])
         history = codes.view(*prompts.tokens.shape, -1).sum(dim=2)  # one position per item, [B, S, d_model]
         is_word = prompts.wordings.ge(0).long()
-        words = words.view(*prompts.wordings.shape, -1)  # [n, W, d_model]
-        states = self.get_encoder()(inputs_embeds=words, attention_mask=is_word).last_hidden_state
+        if states is None:
+            states = self._read_wordings(prompts.wordings, words.view(*prompts.wordings.shape, -1))  # [n, W, d_model]
         return self.transformer(
             encoder_outputs=(states[prompts.which],),
             attention_mask=is_word[prompts.which],
