@@ -11,6 +11,7 @@ from tokenrec_hf.models.functional import (
     dropout,
     exact_search,
     linear_cross_entropy,
+    sampled_cross_entropy,
     scorable,
     search_one,
     stable_topk,
@@ -54,6 +55,49 @@ def test_the_loss_and_its_gradients_are_the_naive_ones(data):
     if isinstance(expected, torch.Tensor):
         for one, other in zip(gradients, torch.autograd.grad(3 * expected, (x, y), allow_unused=True)):
             assert torch.allclose(one, other.float(), atol=1e-4)
+
+
+def naive_sampled(x, y, sample, targets, weights, excluded):
+    """The loss row by row, in float64: each sampled item that is no target stands for as many items as there are for a draw."""
+    total = 0.0
+    for row, (query, weight) in enumerate(zip(x.double(), weights.double())):
+        mine = [item for item in targets[row].tolist() if item >= 0]
+        if mine:
+            others = [item for item in sample.tolist() if item not in mine and (row, item) not in excluded]
+            terms = [(query @ y[item].double()).exp() for item in mine]
+            terms += [(query @ y[item].double()).exp() * len(y) / len(sample) for item in others]
+            total += weight * (sum(terms).log() - sum(query @ y[item].double() for item in mine) / len(mine))
+    return total
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_the_sampled_loss_and_its_gradients_are_the_naive_ones(data):
+    rows, items, width, most = (data.draw(st.integers(1, 7), label) for label in ("n", "m", "w", "P"))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99), "seed"))
+    x, y = (torch.randn(size, width, generator=generator).requires_grad_() for size in (rows, items))
+    # No item is a target of a row twice.
+    targets = torch.stack([torch.randperm(items + most, generator=generator)[:most] - most for _ in range(rows)])
+    weights = torch.rand(rows, generator=generator)
+    sample = torch.randint(items, (data.draw(st.integers(1, 12), "sample"),), generator=generator)
+    pairs = [(row, item) for row in range(rows) for item in range(items) if torch.rand((), generator=generator) < 0.3]
+    pairs = [(row, item) for row, item in pairs if item not in targets[row]]
+    excluded = (torch.tensor([row for row, _ in pairs]).long(), torch.tensor([item for _, item in pairs]).long())
+    options = {"weights": weights, "excluded": excluded}
+    found = sampled_cross_entropy(x, lambda chosen: y[chosen], sample, targets, items, **options)
+    expected = naive_sampled(x, y, sample, targets, weights, set(pairs))
+    assert found.item() == pytest.approx(float(torch.as_tensor(expected).detach()), rel=1e-4, abs=1e-5)
+    if isinstance(expected, torch.Tensor):
+        wanted = torch.autograd.grad(expected, (x, y), allow_unused=True)
+        for one, other in zip(torch.autograd.grad(found, (x, y)), wanted):
+            assert torch.allclose(one, other.float(), atol=1e-4)
+
+
+def test_a_sample_that_has_all_items_equally_often_gives_the_loss_over_all_items():
+    torch.manual_seed(0)
+    x, y, targets = torch.randn(30, 8), torch.randn(50, 8), torch.randint(0, 50, (30,))
+    found = sampled_cross_entropy(x, lambda rows: y[rows], torch.arange(50).repeat(3), targets, 50)
+    assert found.item() == pytest.approx(linear_cross_entropy(x, y, targets).item(), rel=1e-5)
 
 
 def test_one_target_a_row_is_pytorchs_cross_entropy_also_under_mixed_precision():

@@ -339,6 +339,18 @@ def test_the_fism_loss_is_a_softmax_over_cosines_without_what_is_known(interacti
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+def test_the_sampled_fism_loss_is_that_over_all_items_where_the_sample_has_them_all(interactions):
+    model = fism(interactions, temperature=0.2)
+    history = [torch.tensor(column) for column in zip((0, 3, 0), (0, 5, 1), (1, 4, 0))]
+    inputs = dict(zip(("history_rows", "history_items", "history_ages"), history))
+    inputs |= {"user_ids": torch.tensor([2, 6]), "labels": torch.tensor([[0, 1], [2, -100]])}
+    every = torch.arange(NUM_ITEMS).repeat(2, 1)
+    assert model(**inputs, negative_ids=every).loss.item() == pytest.approx(model(**inputs).loss.item(), rel=1e-5)
+    assert model(**inputs, negative_ids=every[:, :4]).loss.item() != pytest.approx(
+        model(**inputs).loss.item(), rel=1e-3
+    )
+
+
 def test_fism_drops_parts_of_history_vectors_in_training_only(interactions):
     model = fism(interactions, dropout_rate=0.5)
     one = torch.tensor([0])

@@ -182,6 +182,8 @@ def test_all_items_or_the_negatives_of_the_batch_compete_in_the_softmax(sampled,
                 continue
             others = [one for one in (negatives.flatten().tolist() if sampled else range(NUM_ITEMS)) if one != j]
             weights = [np.exp(cosine(z[i], q[other]) / 0.2) for other in [j, *others]]
+            # A drawn item stands for all that are not drawn, too.
+            weights[1:] = [weight * (NUM_ITEMS / negatives.numel() if sampled else 1) for weight in weights[1:]]
             terms.append(-np.log(weights[0] / sum(weights)))
     assert output.loss.item() == pytest.approx(np.mean(terms), rel=1e-5)
 
@@ -580,14 +582,25 @@ def test_sampled_items_of_the_batch_compete_in_place_of_all(histories):
     labels = torch.tensor([[4], [3], [5], [1], [0]])
     terms = []
     for (label,), user, history in zip(labels.tolist(), USERS, HISTORIES):
-        output = naive_outputs(model, written(user, history)[1], history)[0]
+        # One label is the item after the whole history.
+        output = naive_outputs(model, written(user, history)[1], history)[-1]
         positive, *others = [
             output @ naive_learned(model, ITEM_TOKENS[row])
             for row in (label, *(one for one in sampled if one != label))
         ]
-        terms.append(np.log(np.exp([positive, *others]).sum()) - positive)
+        total = np.exp(positive) + np.exp(others).sum() * len(ITEM_TOKENS) / len(sampled)
+        terms.append(np.log(total) - positive)
     found = model(**histories, labels=labels, negative_ids=torch.tensor(sampled)[:, None]).loss.item()
     assert found == pytest.approx(np.mean(terms), rel=1e-5)
+
+
+def test_labels_that_are_neither_of_every_position_nor_of_the_last_are_refused(histories):
+    length = 1 + max(map(len, HISTORIES))
+    for wrong in (2, length + 1):
+        with pytest.raises(
+            ValueError, match=rf"labels have {wrong} columns .* needs 1 .* or {length}, .*next_items=True"
+        ):
+            reading_history()(**histories, labels=torch.zeros(5, wrong, dtype=torch.long))
 
 
 @pytest.mark.parametrize("left", [False, True])

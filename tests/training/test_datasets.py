@@ -37,7 +37,7 @@ def test_histories_are_split_anew_in_every_epoch_into_past_and_other_items(order
     random = np.random.default_rng(0)
     histories = [random.permutation(20)[: 1 + user].tolist() for user in range(12)]
     pairs = [(user, item) for user, history in enumerate(histories) for item in history]
-    dataset = HistoryDataset(InteractionMatrix(*np.array(pairs).T, 12, 20), ordered, seed=3)
+    dataset = HistoryDataset(InteractionMatrix(*np.array(pairs).T, 12, 20), ordered, 0, seed=3)
     assert dataset.users.tolist() == list(range(1, 12))
     sizes = set()
     for epoch in range(30):
@@ -55,6 +55,17 @@ def test_histories_are_split_anew_in_every_epoch_into_past_and_other_items(order
                 assert sorted(known + wanted) == sorted(histories[user])
                 assert ages == [len(histories[user]) - 1 - histories[user].index(item) for item in known]
     assert {size for user, size in sizes if user == 3} == {1, 2, 3}
+
+
+def test_users_of_histories_get_negatives_of_their_own():
+    interactions = InteractionMatrix(np.repeat(np.arange(6), 3), np.arange(18), 6, 20)
+    dataset = HistoryDataset(interactions, True, 4, seed=3)
+    first = dataset.__getitems__([0, 1, 2, 3])
+    assert first["negative_ids"].shape == (4, 4)
+    assert not interactions.contains(first["user_ids"].numpy()[:, None], first["negative_ids"].numpy()).any()
+    assert torch.equal(dataset.__getitems__([2, 3])["negative_ids"], first["negative_ids"][2:])
+    dataset.set_epoch(1)
+    assert not torch.equal(dataset.__getitems__([0, 1, 2, 3])["negative_ids"], first["negative_ids"])
 
 
 def test_examples_of_like_length_share_a_batch_in_an_order_of_seed_and_epoch():

@@ -72,6 +72,14 @@ def test_the_size_of_the_codebooks_is_chosen_by_the_number_of_vectors(count, siz
     assert settings.model_configuration("item", 3, count).num_codebooks == settings.config["num_codebooks"]
 
 
+def test_items_are_sampled_where_there_are_many():
+    recipe = Recipe.load("best")
+    assert [stage.negatives(20_000) for stage in (recipe.collaborative, recipe.retrieval)] == [0, 0]
+    for stage in (recipe.collaborative, recipe.retrieval):
+        assert stage.negatives(20_001) * stage.training["per_device_train_batch_size"] == 2_048
+    assert recipe.changed(**{"retrieval.num_negatives": 3}).retrieval.negatives(20_001) == 3
+
+
 def test_recipes_share_no_mutable_values():
     first = Recipe.load("best")
     first.collaborative.config["embedding_dim"] = 1
@@ -299,7 +307,7 @@ def test_a_saved_recipe_is_the_same_again(tmp_path):
     [
         ({"seed": -1}, "seed is -1 but must be greater than or equal to 0"),
         ({"seed": 2**32}, "seed is 4294967296 but must be less than"),
-        ({"collaborative.model": "lightgcn"}, "collaborative.num_negatives is 0, but the loss of lightgcn needs 1"),
+        ({"collaborative.model": "lightgcn"}, "collaborative.num_negatives is auto, but the loss of lightgcn needs 1"),
     ],
 )
 def test_what_would_fail_in_training_is_refused(changes, message):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,47 @@ def linear_cross_entropy(
         x, y = x.detach(), y.detach()
     with torch.autocast(x.device.type, enabled=False):
         return _LinearCrossEntropy.apply(x, y, targets, x.new_ones(len(x)) if weights is None else weights, excluded)
+
+
+def sampled_cross_entropy(
+    x: torch.Tensor,
+    vectors: Callable[[torch.Tensor], torch.Tensor],
+    sample: torch.Tensor,
+    targets: torch.Tensor,
+    num_items: int,
+    *,
+    weights: torch.Tensor | None = None,
+    excluded: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """[`linear_cross_entropy`] with the sum over all items that are no targets estimated from a sample of them.
+
+    Each of m sampled items stands for num_items / m, which makes the estimate unbiased (Bengio and Senécal, 2008).
+
+    Args:
+        x: `[n, w]`.
+        vectors: gives the vectors of rows of items, `[k]` to `[k, w]`.
+        sample: rows of items, drawn uniformly with replacement, int64 `[m]`.
+        targets: rows of items, int64 `[n]` or `[n, P]`; negative values are padding, and a row of padding counts as 0.
+        num_items: number of all items.
+        weights, excluded: see [`linear_cross_entropy`].
+    """
+    targets = targets[:, None] if targets.dim() == 1 else targets
+    known = targets >= 0
+    row, wanted = known.nonzero()[:, 0], targets[known]  # [t], [t]
+    drawn, counts = sample.unique(return_counts=True)
+    others, own = vectors(torch.cat([drawn, wanted])).split([len(drawn), len(wanted)])
+    logits = x @ others.T + (counts * (num_items / len(sample))).log()  # [n, |drawn|]
+    for rows, items in ((row, wanted), *([excluded] if excluded else ())):
+        place = torch.searchsorted(drawn, items).clamp(max=len(drawn) - 1)
+        inside = drawn[place] == items
+        logits[rows[inside], place[inside]] = -torch.inf
+    scores = (x[row] * own).sum(dim=1)
+    positive = torch.full(targets.shape, -torch.inf, device=x.device).masked_scatter(known, scores)  # [n, P]
+    total = torch.cat([logits, positive], dim=1).logsumexp(dim=1)
+    count = known.sum(dim=1)
+    mean = positive.masked_fill(~known, 0).sum(dim=1) / count.clamp(min=1)
+    losses = torch.where(count > 0, total - mean, 0)
+    return losses.sum() if weights is None else losses @ weights
 
 
 class _Unit(torch.autograd.Function):

@@ -26,7 +26,7 @@ from transformers.utils import ModelOutput
 
 from .codes import STORE_FOLDER, IdIndex, current, load_indexes, read_json, read_whole, save_indexes
 from .configuration_tokenrec import CollaborativeConfig, FISMConfig, LightGCNConfig, Loader, MatrixFactorizationConfig
-from .functional import dropout, linear_cross_entropy, unit
+from .functional import dropout, linear_cross_entropy, sampled_cross_entropy, unit
 
 if TYPE_CHECKING:
     from typing import Self
@@ -385,6 +385,7 @@ class FISMModel(CollaborativeModel):
         history_rows: torch.Tensor | None = None,
         history_items: torch.Tensor | None = None,
         history_ages: torch.Tensor | None = None,
+        negative_ids: torch.Tensor | None = None,
     ) -> CollaborativeOutput:
         """Represents a batch of users and, given `labels`, computes the loss.
 
@@ -393,6 +394,7 @@ class FISMModel(CollaborativeModel):
             labels: rows of the target items, `[B]` or `[B, P]`; -100 is padding. A user with n targets has the weight sqrt(n).
             history_rows, history_items, history_ages: partial histories, see [`~FISMModel.history_vectors`], which replace
                 the whole ones; their items do not compete.
+            negative_ids: rows of the sampled competitors of all users of the batch, `[B, m]`, without which all items compete.
         """
         if history_rows is None or history_items is None or history_ages is None:
             users = self.user_embeddings()[user_ids]
@@ -403,13 +405,21 @@ class FISMModel(CollaborativeModel):
             return CollaborativeOutput(user_embeds=users)
         labels = labels.view(len(labels), -1)  # [B, P]
         weights = (labels >= 0).sum(dim=1).clamp(min=1).sqrt()
-        loss = linear_cross_entropy(
-            users / self.config.temperature,
-            unit(self.item_table.weight),
-            labels,
-            weights=weights / weights.sum(),
-            excluded=None if history_rows is None or history_items is None else (history_rows, history_items),
-        )
+        excluded = None if history_rows is None or history_items is None else (history_rows, history_items)
+        users_scaled, shares = users / self.config.temperature, weights / weights.sum()
+        if negative_ids is None:
+            items = unit(self.item_table.weight)
+            loss = linear_cross_entropy(users_scaled, items, labels, weights=shares, excluded=excluded)
+        else:
+            loss = sampled_cross_entropy(
+                users_scaled,
+                lambda rows: unit(self.item_table(rows)),
+                negative_ids.flatten(),
+                labels,
+                self.config.num_items,
+                weights=shares,
+                excluded=excluded,
+            )
         return CollaborativeOutput(loss=loss, user_embeds=users)
 
 

@@ -22,7 +22,7 @@ from transformers.models.t5.modeling_t5 import T5PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_tokenrec import Loader, T5GenerativeRetrievalConfig
-from .functional import linear_cross_entropy, unit
+from .functional import linear_cross_entropy, sampled_cross_entropy, unit
 
 # Prompts of up to this number of tokens are encoded together.
 SHORT_PROMPT = 32
@@ -372,10 +372,14 @@ class T5ForGenerativeRetrieval(Loader, T5PreTrainedModel):
         """Whether a prompt has a history, or no user either, boolean `[B]`."""
         return prompts.present.any(dim=1) | (prompts.users == 0).all(dim=1)
 
+    @staticmethod
+    def _last(hidden: torch.Tensor, prompts: HistoryPrompts) -> torch.Tensor:
+        """The outputs after the last items, `[B, d_model]`."""
+        return hidden[torch.arange(len(hidden), device=hidden.device), prompts.present.sum(dim=1)]
+
     def _history_query(self, hidden: torch.Tensor, prompts: HistoryPrompts) -> torch.Tensor:
         """The query [p / temperature ; history_weight * h] `[B, query_dim]`, h being the output after the last item."""
-        lengths = prompts.present.sum(dim=1)
-        last = hidden[torch.arange(len(hidden), device=hidden.device), lengths]  # [B, d_model]
+        last = self._last(hidden, prompts)
         weight = self.config.history_weight * self._needs_t5(prompts).to(last)[:, None]
         return torch.cat([prompts.users.to(last) / self.config.temperature, last * weight], dim=1)
 
@@ -415,14 +419,14 @@ class T5ForGenerativeRetrieval(Loader, T5PreTrainedModel):
         Args:
             input_ids, attention_mask, inputs_embeds: see [`~T5ForGenerativeRetrieval.encode_queries`].
             labels: rows of the items to retrieve, `[B]` or `[B, P]`; -100 is padding. With `"history"` pooling, of the item that
-                follows each position of the history, `[B, 1 + S]`, the first item of the history included.
+                follows the history, `[B]`, or each position of it, `[B, 1 + S]`, the first item of the history included.
             negative_ids: rows of items without an interaction. For `cosine_ranking` one per label; for `softmax` the sampled
                 competitors of all labels of the batch, `[B, m]`, without which all bound items compete.
             num_items_in_batch: the number of positives to divide by; by default that of this batch. `Trainer` passes that of all
                 batches of a step, so that gradient accumulation and several processes do not change the loss.
 
         Raises:
-            ValueError: labels without bound items, or `cosine_ranking` without negatives.
+            ValueError: labels without bound items or of another shape, or `cosine_ranking` without negatives.
         """
         if self.config.pooling == "history":
             prompts = self.read_prompts(input_ids, attention_mask)
@@ -437,8 +441,15 @@ class T5ForGenerativeRetrieval(Loader, T5PreTrainedModel):
         labels = labels.view(len(labels), -1)  # [B, P]
         if self.config.pooling != "history":
             hidden = F.normalize(queries.float(), dim=-1)[:, None].expand(-1, labels.shape[1], -1)  # [B, P, d]
+        elif labels.shape[1] == 1:
+            hidden = self._last(hidden, prompts)[:, None]
+        elif labels.shape[1] != hidden.shape[1]:
+            raise ValueError(
+                f"labels have {labels.shape[1]} columns but history pooling needs 1 for each prompt or {hidden.shape[1]}, one for "
+                "each position: give the collator next_items=True."
+            )
         known = labels >= 0
-        predictions, targets = hidden[:, : labels.shape[1]][known], labels[known]  # [n, w], [n]
+        predictions, targets = hidden[known], labels[known]  # [n, w], [n]
         if self.config.loss_type == "softmax":
             loss = self._softmax_loss(predictions.float(), targets, negative_ids)
         elif negative_ids is None:
@@ -460,11 +471,9 @@ class T5ForGenerativeRetrieval(Loader, T5PreTrainedModel):
         """The sum of -log softmax of x . y_j, of predictions x `[n, w]` and their items `[n]`. Without negatives all items compete."""
         if negative_ids is None:
             return linear_cross_entropy(predictions, self._competitors(), targets)
-        negatives = negative_ids.flatten()
-        scores = predictions @ self._competitors(negatives).T  # [n, B * m]
-        scores = scores.masked_fill(negatives == targets[:, None], float("-inf"))
-        positive = (predictions * self._competitors(targets)).sum(dim=-1)  # [n]
-        return (torch.logaddexp(positive, scores.logsumexp(dim=-1)) - positive).sum()
+        return sampled_cross_entropy(
+            predictions, self._competitors, negative_ids.flatten(), targets, len(self.item_embeddings)
+        )
 
     def _competitors(self, rows: torch.Tensor | None = None) -> torch.Tensor:
         """y of bound items (default: all), float32 `[m, w]`: q / temperature, or e with `"history"` pooling."""

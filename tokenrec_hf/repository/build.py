@@ -195,7 +195,7 @@ def build_collator(
     tokenizer: TokenRecTokenizer, data: IndexedSplits, recipe: Recipe, **changes: Any
 ) -> DataCollatorForGenerativeRetrieval:
     """The training collator of a recipe without `auto`; `changes` replace single arguments."""
-    negatives = recipe.retrieval.num_negatives
+    negatives = recipe.retrieval.negatives(data.interactions.num_items)
     if recipe.retrieval.loss_type == "cosine_ranking":
         negatives = 1  # of Eq. 20
     settings = {

@@ -20,7 +20,7 @@ from ..models.modeling_collaborative import CollaborativeModel
 # Targets of an ordered history: few enough that they are the next items.
 NEXT_ITEMS = 5
 
-_HISTORY_SIZE, _HISTORY_ORDER = 0, 1
+_HISTORY_SIZE, _HISTORY_ORDER, _NEGATIVES = 0, 1, 16
 
 
 class _Drawn:
@@ -72,18 +72,19 @@ class HistoryDataset(_Drawn, Dataset):
         interactions: in time order for each user. Users with fewer than two interactions are left out.
         ordered: split into a past of random length and the `NEXT_ITEMS` items that follow it; else at random, and all
             other items are targets.
-        seed: seed of the splits.
+        num_negatives: m, un-interacted items for each user; 0 for none.
+        seed: seed of the splits and the negatives.
     """
 
-    def __init__(self, interactions: InteractionMatrix, ordered: bool, seed: int):
-        self.interactions, self.ordered, self.seed = interactions, ordered, seed
+    def __init__(self, interactions: InteractionMatrix, ordered: bool, num_negatives: int, seed: int):
+        self.interactions, self.ordered, self.num_negatives, self.seed = interactions, ordered, num_negatives, seed
         self.users = np.flatnonzero(interactions.lengths > 1)
 
     def __len__(self) -> int:
         return len(self.users)
 
     def __getitems__(self, rows: list[int]) -> dict[str, torch.Tensor]:
-        """The batch of the users numbered `rows`: the inputs of [`FISMModel`], with `labels` `[B, P]`."""
+        """The batch of the users numbered `rows`: the inputs of [`FISMModel`], with `labels` `[B, P]` and `negative_ids` `[B, m]`."""
         users = self.users[np.asarray(rows)]
         histories = self.interactions.histories.take(users)
         past, positions, targets = split_histories(
@@ -106,6 +107,10 @@ class HistoryDataset(_Drawn, Dataset):
             "history_items": past.values,
             "history_ages": newest[past.rows] - positions,
         }
+        if self.num_negatives:
+            batch["negative_ids"] = self.interactions.sample_negatives(
+                users, self.num_negatives, seed=self.seed, epoch=self.epoch, examples=users, first_draw=_NEGATIVES
+            )
         return {name: torch.from_numpy(value) for name, value in batch.items()}
 
 
@@ -174,7 +179,7 @@ def past_user_embeddings(
     Returns:
         `[copies * users, d]`, of length 1.
     """
-    dataset = HistoryDataset(interactions, model.ordered_histories, seed)
+    dataset = HistoryDataset(interactions, model.ordered_histories, 0, seed)
     found = [torch.empty(0, model.config.embedding_dim)]
     for epoch in range(copies if len(dataset) else 0):
         dataset.set_epoch(epoch)

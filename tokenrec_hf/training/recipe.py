@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 RECIPES = ("paper", "best", "quickstart")
 AUTO = "auto"
+# Items up to which all compete in a softmax, and the number that a batch draws above, where `num_negatives` is `auto`.
+ALL_COMPETE, COMPETITORS = 20_000, 2_048
 # The largest residual codebook of items whose size is `auto`; the time of k-means grows with it.
 MOST_CODEWORDS = 4096
 _FOLDER = Path(__file__).parents[1] / "assets" / "recipes"
@@ -74,10 +76,19 @@ class SelectedStageSettings(StageSettings):
     Args:
         patience: evaluations without a better NDCG@20 after which training stops.
         most_steps: the largest number of training steps; limits the epochs of `training`.
+        num_negatives: items without an interaction that are drawn for each example; those of a batch compete in a softmax. With 0
+            all items compete. `auto`: 0 for up to `ALL_COMPETE` items, and `COMPETITORS` a batch for more.
     """
 
     patience: Positive
     most_steps: Positive | None
+    num_negatives: Annotated[int, Field(ge=0)] | Literal["auto"]
+
+    def negatives(self, num_items: int) -> int:
+        """`num_negatives` where there are as many items."""
+        if isinstance(self.num_negatives, int):
+            return self.num_negatives
+        return 0 if num_items <= ALL_COMPETE else max(1, COMPETITORS // self.training["per_device_train_batch_size"])
 
 
 class CollaborativeSettings(SelectedStageSettings):
@@ -85,11 +96,9 @@ class CollaborativeSettings(SelectedStageSettings):
 
     Args:
         model: the kind of collaborative model.
-        num_negatives: items without an interaction that are drawn for each interaction.
     """
 
     model: Literal["lightgcn", "matrix_factorization", "fism"]
-    num_negatives: Annotated[int, Field(ge=0)]
 
     def model_configuration(self) -> CollaborativeConfig:
         """The configuration of the model, with the fields that this kind of model has and that are not `auto`."""
@@ -154,12 +163,10 @@ class RetrievalSettings(SelectedStageSettings):
     Args:
         backbone: folder or Hub name of a T5 checkpoint; None trains the T5 of `config` from scratch.
         vocabulary: a T5 tokenizer or `spiece.model`; None takes the backbone's, or the small one of the package.
-        num_negatives: competitors of a sampled softmax for each prompt; 0 lets all items compete.
     """
 
     backbone: str | None
     vocabulary: str | None
-    num_negatives: Annotated[int, Field(ge=0)]
 
     @property
     def loss_type(self) -> str:
@@ -415,10 +422,13 @@ def _check_field(place: str, value: Setting, is_known: bool, usual: Setting, own
 def _check_combinations(recipe: Recipe) -> None:
     """Refuses settings that contradict each other."""
     collaborative = recipe.collaborative
-    if getattr(collaborative.model_configuration(), "loss_type", None) == "bpr" and not collaborative.num_negatives:
+    if getattr(collaborative.model_configuration(), "loss_type", None) == "bpr" and collaborative.num_negatives in (
+        0,
+        AUTO,
+    ):
         raise SettingError(
             "collaborative.num_negatives",
-            f"collaborative.num_negatives is 0, but the loss of {collaborative.model} needs 1 (collaborative.config.loss_type=bpr).",
+            f"collaborative.num_negatives is {collaborative.num_negatives}, but the loss of {collaborative.model} needs 1 (collaborative.config.loss_type=bpr).",
         )
     if recipe.reads_history and not recipe.mq_tokenizer.config.get("residual"):
         raise SettingError(

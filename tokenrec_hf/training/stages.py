@@ -226,10 +226,10 @@ def train_collaborative(
     )
     if start is None and isinstance(model, FISMModel):
         start_from_singular_vectors(model, interactions)
-    negatives = 0 if model.users_are_histories else settings.num_negatives
+    negatives = settings.negatives(interactions.num_items)
     dataset: HistoryDataset | InteractionDataset = InteractionDataset(interactions, negatives, seed)
     if model.users_are_histories:
-        dataset = HistoryDataset(interactions, model.ordered_histories, seed)
+        dataset = HistoryDataset(interactions, model.ordered_histories, negatives, seed)
 
     def metrics(users: torch.Tensor) -> dict[str, float]:
         assert holdout is not None
