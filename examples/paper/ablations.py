@@ -80,7 +80,10 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 # Recipe and changes that a study starts from, if these are not `paper` and `SHORT`.
-BASES: dict[str, tuple[str, dict[str, Any]]] = {"best": ("best", {})}
+BASES: dict[str, tuple[str, dict[str, Any]]] = {
+    # All items compete, on data sets of any size.
+    "best": ("best", {"collaborative.num_negatives": 0, "retrieval.num_negatives": 0})
+}
 
 
 # Of each variant, a column's values, one a seed.

@@ -94,6 +94,21 @@ def make_collator(tokenizer, histories=HISTORIES, **settings):
     return DataCollatorForGenerativeRetrieval(tokenizer, matrix_of(histories), USER_IDS, ITEM_IDS, **settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"max_history": 0}, "max_history is 0; it must be at least 1"),
+        ({"num_negatives": -1}, "num_negatives is -1; it must be at least 0"),
+        ({"seed": -1}, "seed is -1; it must be at least 0"),
+        ({"templates": []}, "there are no templates to choose from"),
+        ({"evaluation_templates": ()}, "there are no templates to choose from"),
+    ],
+)
+def test_impossible_settings_are_named(tokenizer, settings, says):
+    with pytest.raises(ValueError, match=says):
+        make_collator(tokenizer, **settings)
+
+
 def training_batch(collator, users=ACTIVE, epoch=0):
     dataset = PromptDataset(np.array(users))
     dataset.set_epoch(epoch)
@@ -452,3 +467,5 @@ def test_with_next_items_the_target_follows_the_whole_history_and_is_the_only_la
 def test_columns_that_trainer_has_removed_are_named(tokenizer):
     with pytest.raises(ValueError, match="remove_unused_columns=False"):
         make_collator(tokenizer)([{}, {}])
+    with pytest.raises(ValueError, match="no 'epoch'"):
+        make_collator(tokenizer)([{"user": 0}])

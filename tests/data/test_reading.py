@@ -80,6 +80,7 @@ TABLE = [
     ("CSV with bars", "a.csv", lines("|"), {}),
     ("CSV without a header", "a.csv", lines(",", header=None), {}),
     ("CSV without a header, times before ratings", "a.csv", lines(",", header=None, rows=[(u, i, t, r) for u, i, r, t in ROWS]), {}),
+    ("CSV without a header, times as dates", "a.csv", lines(",", header=None, rows=[(u, i, r, datetime.datetime.fromtimestamp(int(t), datetime.UTC).isoformat()) for u, i, r, t in ROWS]), {}),
     ("CSV without a header, columns by number", "a.csv", lines(",", header=None), NUMBERS),
     ("CSV with a header, columns by number", "a.csv", lines(",", header=("who", "what", "stars!", "at")), NUMBERS),
     ("CSV with names of its own", "a.csv", lines(",", header=("wer", "was", "wie", "wann")), {"user_column": "wer", "item_column": "was", "timestamp_column": "wann"}),

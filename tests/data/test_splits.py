@@ -1,3 +1,4 @@
+import datetime
 import re
 
 import pytest
@@ -6,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenrec_hf.data import splits as splits_module
-from tokenrec_hf.data.splits import SPLITS, fingerprint, index_splits, temporal_split
+from tokenrec_hf.data.splits import SPLITS, fingerprint, index_splits, leave_one_out, temporal_split
 
 
 def splits_of(**pairs):
@@ -129,6 +130,43 @@ def test_a_date_is_found_in_times_of_any_unit(unit):
 def test_a_moment_that_cannot_be_found_is_refused(at, says):
     with pytest.raises(ValueError, match=says):
         temporal_split(timed([("u", "a", 1), ("u", "b", 2), ("u", "c", 3)]), at)
+
+
+WXYZ = {"user_id": ["a"] * 4, "item_id": list("wxyz")}
+MONTHS = [datetime.datetime(2024, month, 1) for month in (4, 3, 2, 1)]
+
+
+@pytest.mark.parametrize("times", [["10", "9", "8", "7"], [4.5, 3, 2, 1], MONTHS, [str(month) for month in MONTHS]])
+def test_times_of_any_type_are_in_order(times):
+    interactions = Dataset.from_dict(WXYZ | {"timestamp": times})
+    assert leave_one_out(interactions)["test"]["item_id"][:] == ["w"]
+    assert temporal_split(interactions, 0.75)["test"]["item_id"][:] == ["w"]
+
+
+@pytest.mark.parametrize("at", ["2024-04-01", datetime.date(2024, 4, 1)])
+def test_a_date_is_found_in_a_column_of_dates(at):
+    assert temporal_split(Dataset.from_dict(WXYZ | {"timestamp": MONTHS}), at)["test"]["item_id"][:] == ["w"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"timestamp": [3, None, 1, 2]}, "1 of 4 rows without timestamp .row 2."),
+        ({"timestamp": [3, float("nan"), 1, 2]}, "1 of 4 rows without timestamp .row 2."),
+        ({"timestamp": ["1", "soon", "2", "3"]}, "the timestamp 'soon' of row 2 is not a number or an ISO 8601 date"),
+        ({"user_id": ["a", None, "a", "a"]}, "1 of 4 rows without user id .row 2."),
+        ({"item_id": [1.5, 2, 3, 4]}, "the item ids are of type double; ids are text or whole numbers"),
+        ({"user_id": [], "item_id": []}, "holds no interactions"),
+    ],
+)
+def test_values_that_are_missing_or_wrong_are_named(changes, says):
+    with pytest.raises(ValueError, match=says):
+        leave_one_out(Dataset.from_dict(WXYZ | changes))
+
+
+def test_ids_that_are_numbers_become_text():
+    splits = leave_one_out(Dataset.from_dict({"user_id": [7, 7, 7], "item_id": [3, 1, 2]}))
+    assert [splits[name][0] for name in SPLITS] == [{"user_id": "7", "item_id": item} for item in "312"]
 
 
 def test_without_times_there_is_no_moment():

@@ -210,6 +210,19 @@ def test_refused_scores_say_why(scores, targets, seen, message):
         target_ranks(scores, targets, seen)
 
 
+def test_masks_and_ranks_that_are_none_are_refused():
+    queries, items = np.eye(2, dtype=np.float32), torch.eye(2, dtype=torch.bfloat16)
+    assert evaluate_embeddings(queries, items, [0, 1], [0, 0, 0], [], cosine=True, top_ks=(1,))["hr@1"] == 1
+    for indptr in ([1, 1, 1], [0, 2, 1]):
+        with pytest.raises(ValueError, match="pass a target for each query, and the seen items of each query as CSR"):
+            evaluate_embeddings(queries, items, [0, 1], indptr, [0], cosine=True)
+    for row in (-1, 2):
+        with pytest.raises(ValueError, match=r"seen names a row outside 0\.\.1"):
+            target_ranks(torch.eye(2), [0, 1], ([row], [0]))
+    with pytest.raises(ValueError, match="a rank is -1; ranks begin with 0"):
+        ndcg([0, -1], 5)
+
+
 def test_other_refusals_say_why():
     with pytest.raises(ValueError, match="no user to compute hr@10 of"):
         RankingMetrics(3).compute()

@@ -79,6 +79,7 @@ def numbers(folder):
 def trained(work):
     finished = run(work, *train("out", "--json"))
     assert finished.returncode == 0, finished.stderr
+    assert "missing keys" not in finished.stderr
     recorded = json.loads((work / "out" / "metrics.json").read_text())
     assert json.loads(finished.stdout) == {"repository": "out", **recorded}
     return work / "out"

@@ -594,6 +594,17 @@ def test_sampled_items_of_the_batch_compete_in_place_of_all(histories):
     assert found == pytest.approx(np.mean(terms), rel=1e-5)
 
 
+@pytest.mark.parametrize("change", [8, -2])
+def test_the_loss_and_its_gradient_survive_a_vocabulary_of_another_size(histories, change):
+    model, labels = reading_history(), torch.tensor([[4], [3], [5], [1], [0]])
+    before = model(**histories, labels=labels).loss.item()
+    model.resize_token_embeddings(model.config.vocab_size + change)
+    after = model(**histories, labels=labels).loss
+    after.backward()
+    assert after.item() == pytest.approx(before, rel=1e-6)
+    assert len(model.get_input_embeddings().weight.grad) == model.config.vocab_size
+
+
 def test_labels_that_are_neither_of_every_position_nor_of_the_last_are_refused(histories):
     length = 1 + max(map(len, HISTORIES))
     for wrong in (2, length + 1):

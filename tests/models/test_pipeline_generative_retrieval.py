@@ -80,6 +80,11 @@ def test_lists_tuples_generators_and_columns_are_several_requests(recommend, req
     assert recommend([]) == []
 
 
+def test_a_dataset_of_requests_is_several_requests(recommend, requests):
+    rows = [request for request in requests if isinstance(request, dict) and "history" in request]
+    assert recommend(Dataset.from_list(rows)) == recommend(rows)
+
+
 def test_an_absent_history_is_what_the_store_knows(recommend, recommender, users):
     user = list(users)[0]
     seen = recommender.store.seen([user])[0]

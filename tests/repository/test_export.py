@@ -52,6 +52,16 @@ def test_an_error_leaves_the_former_file(recommender, tmp_path):
         export_recommendations(recommender, tmp_path / "out.xlsx")
 
 
+def test_a_full_disk_is_named_with_the_file(recommender, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "answer_reranked", full)
+    with pytest.raises(OSError, match=r"no space left for .*all\.csv.*; nothing was written. Make room and try again"):
+        export_recommendations(recommender, tmp_path / "all.csv")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_user_gets_ten_items_by_default(recommender, tmp_path):
     export_recommendations(recommender, tmp_path / "out.csv", ["u001"])
     assert len(pd.read_csv(tmp_path / "out.csv")) == 10

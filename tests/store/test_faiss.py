@@ -1,4 +1,6 @@
+import copy
 import os
+import pickle
 import threading
 
 import numpy as np
@@ -148,6 +150,19 @@ def test_threads_that_search_see_every_write_whole():
     done.set()
     reader.join()
     assert not wrong
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+@pytest.mark.parametrize("index", [*INDEXES, None])
+def test_a_copy_stands_apart(index, copied):
+    exact = store_of(clustered(3_000))
+    store = exact if index is None else FaissStore(exact, index)
+    queries = clustered(4, seed=1)
+    found = store.search(queries, 5)
+    twin = copied(store)
+    assert twin.search(queries, 5) == found
+    twin.delete("item", [one[0] for one in found[0]])
+    assert store.search(queries, 5) == found and twin.search(queries, 5) != found
 
 
 def test_an_unknown_index_and_a_parameter_of_the_other_are_refused():

@@ -74,10 +74,10 @@ def test_the_size_of_the_codebooks_is_chosen_by_the_number_of_vectors(count, siz
 
 def test_items_are_sampled_where_there_are_many():
     recipe = Recipe.load("best")
-    assert [stage.negatives(20_000) for stage in (recipe.collaborative, recipe.retrieval)] == [0, 0]
+    assert [stage.negatives(10_000) for stage in (recipe.collaborative, recipe.retrieval)] == [0, 0]
     for stage in (recipe.collaborative, recipe.retrieval):
-        assert stage.negatives(20_001) * stage.training["per_device_train_batch_size"] == 2_048
-    assert recipe.changed(**{"retrieval.num_negatives": 3}).retrieval.negatives(20_001) == 3
+        assert stage.negatives(10_001) * stage.training["per_device_train_batch_size"] == 2_048
+    assert recipe.changed(**{"retrieval.num_negatives": 3}).retrieval.negatives(10_001) == 3
 
 
 def test_recipes_share_no_mutable_values():

@@ -6,6 +6,7 @@ Heavy modules are imported inside the functions, so that a missing file is repor
 from __future__ import annotations
 
 import os
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -140,6 +141,10 @@ def quiet() -> None:
     std_logging.getLogger("pymilvus").setLevel(std_logging.CRITICAL)
     # The ONNX exporter warns that torchvision is not there.
     std_logging.getLogger("torch.onnx").setLevel(std_logging.ERROR)
+    # Trainer misses the tied embeddings, which safetensors writes once, in the best checkpoint.
+    std_logging.getLogger("transformers.trainer").addFilter(
+        lambda record: not re.search(r"missing keys .*embed_tokens", record.getMessage())
+    )
     # datasets takes a tenth of the time of a cold `recommend` to import, which does not need it; when imported, it reads this.
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     if "datasets" in sys.modules:

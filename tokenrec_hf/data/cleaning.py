@@ -166,6 +166,42 @@ def _check_unit(timestamps: np.ndarray, rows: np.ndarray, origin: str) -> None:
         raise ValueError(f"{origin}: the timestamps {examples} are in different units; convert all to one.")
 
 
+def whole_columns(table: pa.Table, origin: str) -> tuple[pa.Table, np.ndarray, np.ndarray | None]:
+    """Interactions with ids as text and times as numbers, as [`~interactions.load_interactions`] returns them.
+
+    Args:
+        table: columns `user_id` and `item_id`, and perhaps `timestamp`.
+        origin: the name of the table in messages.
+
+    Returns:
+        The table, the number of the user of each row, int64 `[n]`, and the timestamps if there are any, `[n]`.
+
+    Raises:
+        ValueError: a value is missing, or is neither an id nor a time; or there are no rows.
+    """
+    if not table.num_rows:
+        raise ValueError(f"{origin} holds no interactions.")
+    times = "timestamp" in table.column_names
+    is_plain = all(_is_text(table[name].type) and not table[name].null_count for name in ("user_id", "item_id"))
+    if times and is_plain:
+        column = table["timestamp"]
+        is_number = pa.types.is_integer(column.type) or pa.types.is_floating(column.type)
+        is_plain = is_number and not column.null_count and bool(np.isfinite(column.to_numpy()).all())
+    if not is_plain:
+        names = {"user": "user_id", "item": "item_id"} | ({"timestamp": "timestamp"} if times else {})
+        rows = np.arange(1, table.num_rows + 1)
+        part = _complete(
+            pa.table({role: table[name] for role, name in names.items()} | {"row": rows}), origin, drop=False
+        )
+        for role in ("user", "item"):
+            codes, ids = _ids(part[role], f"{role} id", origin)
+            table = table.set_column(table.column_names.index(names[role]), names[role], ids.take(pa.array(codes)))
+        if times:
+            values = pa.array(_numbers(part["timestamp"], "timestamp", rows, origin))
+            table = table.set_column(table.column_names.index("timestamp"), "timestamp", values)
+    return table, encode_column(table["user_id"])[0], table["timestamp"].to_numpy() if times else None
+
+
 def timestamp_unit(timestamp: float) -> int | None:
     """How many units of a timestamp since 1970 make a second, by its size; None if it is too small for that."""
     return next((unit for least, unit in reversed(_UNITS) if timestamp >= least), None)

@@ -112,6 +112,15 @@ class DataCollatorForGenerativeRetrieval:
         shuffle_history: bool = True,
         seed: int = 0,
     ):
+        for name, value, least in (
+            ("max_history", max_history, 1),
+            ("num_negatives", num_negatives, 0),
+            ("seed", seed, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} is {value}; it must be at least {least}.")
+        if not evaluation_templates or templates is not None and not templates:
+            raise ValueError("there are no templates to choose from; give at least one, or None for the usual ones.")
         self.interactions, self.seed = interactions, seed
         self.pad_token_id = tokenizer.pad_token_id
         self.user_tokens = tokenizer.entity_token_ids("user", user_ids)  # [num_users, E_u]
@@ -147,6 +156,8 @@ class DataCollatorForGenerativeRetrieval:
                 "the examples have no 'user': Trainer removes what the model's forward does not name; set "
                 "remove_unused_columns=False in its TrainingArguments."
             )
+        if "epoch" not in features[0]:
+            raise ValueError("the examples have no 'epoch', which draws depend on; take those of a PromptDataset.")
         users = np.array([feature["user"] for feature in features])
         epoch = features[0]["epoch"]
         targets = np.array([feature["target"] for feature in features]) if "target" in features[0] else None

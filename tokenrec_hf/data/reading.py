@@ -63,6 +63,7 @@ _HEAD, _HEAD_LINES = 1 << 16, 50
 # Rows read at once. Columns that are not needed are dropped before the next rows are read.
 _BATCH_ROWS = 20_000
 # Text that is a number: not 007, 1e3 (but 1e-05, as pandas writes it) or longer than a float64 holds.
+_DATE = re.compile(r"\s*\d{4}-\d\d-\d\d(?:[T ]\d\d:\d\d.*)?\s*$")
 _PLAIN_NUMBER = re.compile(r"\s*-?(?:0|[1-9]\d{0,14})(?:\.\d+)?(?:e[-+]\d\d+)?\s*")
 
 
@@ -399,6 +400,10 @@ def _without_header(layout: _Layout, asked: Mapping[str, str | None]) -> dict[st
     for name, numbers in numeric.items():
         if kind := "timestamp" if min(numbers) > 1e8 else "rating" if max(numbers) <= 100 else None:
             found.setdefault(kind, name)
+    for place, name in enumerate(layout.names):
+        values = [row[place] for row in layout.rows if place < len(row)]
+        if name not in taken and values and all(map(_DATE.match, values)):
+            found.setdefault("timestamp", name)
     if "timestamp" not in found and len(layout.names) == 4 and len(numeric) == 2:
         found["timestamp"] = layout.names[-1]
     for role, name in found.items():

@@ -13,7 +13,7 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict
 
 from ..models.codes import check_ids
-from .cleaning import encode_column, time_order, timestamp_unit
+from .cleaning import encode_column, time_order, timestamp_unit, whole_columns
 from .files import quoted
 from .interaction_matrix import InteractionMatrix
 
@@ -126,16 +126,14 @@ def _columns(interactions: Dataset) -> tuple[pa.Table, np.ndarray, np.ndarray | 
                 f"the interactions have no column {column!r} but {quoted(interactions.column_names)}; "
                 "read them with load_interactions."
             )
-    table = interactions.with_format("arrow")[:]
-    timestamps = table["timestamp"].to_numpy() if "timestamp" in table.column_names else None
-    return table, encode_column(table["user_id"])[0], timestamps
+    return whole_columns(interactions.with_format("arrow")[:], "the data set")
 
 
 def _moment(timestamps: np.ndarray, at: str | float) -> float:
     """A date, or the quantile of a share, in the unit of the timestamps."""
     try:
         share = float(at)
-    except ValueError:
+    except (TypeError, ValueError):
         share = None
     if share is not None:
         if not 0 < share < 1:
@@ -143,7 +141,7 @@ def _moment(timestamps: np.ndarray, at: str | float) -> float:
         return np.sort(timestamps)[int(share * len(timestamps))]
     try:
         # pandas takes 05/11/2023 for a day in May, and "now".
-        seconds = pd.Timestamp(at if _ISO_8601.fullmatch(str(at)) else "").timestamp()
+        seconds = pd.Timestamp(str(at) if _ISO_8601.fullmatch(str(at)) else "").timestamp()
     except ValueError:
         raise ValueError(f"at is {at!r}; it must be a date such as 2024-05-17 or a share between 0 and 1.") from None
     unit = timestamp_unit(timestamps.max())

@@ -241,7 +241,11 @@ def _score_batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, SeenPairs]]:
     """Scores `[B, n]`, targets and seen pairs of some users at a time; see [`evaluate_embeddings`]."""
     targets, indptr = torch.as_tensor(targets), np.asarray(seen_indptr)
-    if len(targets) != len(queries) or len(indptr) != len(queries) + 1 or indptr[-1] != len(seen_indices):
+    queries, items = (torch.as_tensor(one) for one in (queries, items))
+    kind = torch.promote_types(torch.promote_types(queries.dtype, items.dtype), torch.float32)
+    queries, items = queries.to(kind), items.to(kind)
+    is_csr = len(indptr) == len(queries) + 1 and not indptr[0] and (np.diff(indptr) >= 0).all()
+    if len(targets) != len(queries) or not is_csr or indptr[-1] != len(seen_indices):
         raise ValueError(
             f"there are {len(queries)} queries, {len(targets)} targets, {len(indptr)} entries of seen_indptr and "
             f"{len(seen_indices)} of seen_indices; pass a target for each query, and the seen items of each query as CSR."
@@ -275,6 +279,8 @@ def _masked(scores: torch.Tensor, targets: Array, seen: SeenPairs | None) -> tup
     rows, items = (torch.as_tensor(one, dtype=torch.int64, device=scores.device) for one in (seen or ((), ())))
     if rows.shape != items.shape:
         raise ValueError(f"seen has {len(rows)} rows but {len(items)} items; pass two vectors of equal length.")
+    if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(scores):
+        raise ValueError(f"seen names a row outside 0..{len(scores) - 1}; pass rows of the scores.")
     for numbers, name in ((targets, "targets"), (items, "seen")):
         if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < scores.shape[1]:
             raise ValueError(f"{name} names an item outside 0..{scores.shape[1] - 1}; score all items that occur.")
@@ -307,6 +313,8 @@ _GAINS = {"hr": torch.ones_like, "ndcg": lambda r: 1 / torch.log2(r + 2), "mrr":
 def _histogram(ranks: Array, k: int) -> torch.Tensor:
     """The number of targets with rank 0, 1, ..., k - 1, and k or worse, int64 `[k + 1]`."""
     ranks = torch.as_tensor(ranks, dtype=torch.int64).cpu()
+    if len(ranks) and int(ranks.min()) < 0:
+        raise ValueError(f"a rank is {int(ranks.min())}; ranks begin with 0.")
     return torch.bincount(ranks.clamp(max=k), minlength=k + 1)
 
 

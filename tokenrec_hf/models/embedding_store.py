@@ -8,6 +8,7 @@ carries the hash (`space_id`) of each kind's MQ-Tokenizer.
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
@@ -159,7 +160,22 @@ def _locked(method: _Method) -> _Method:
     return cast(_Method, run)
 
 
-class EmbeddingStore(Store):
+class Lockable:
+    """Keeps threads apart by `_lock`. Every copy is a deep one, with a lock of its own."""
+
+    _lock: threading.RLock
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.RLock())
+
+    def __copy__(self) -> Lockable:
+        return copy.deepcopy(self)
+
+
+class EmbeddingStore(Lockable, Store):
     """Ids, raw vectors and seen items of users and items, in memory, with exact cosine search over the items.
 
     Rows keep the order in which ids were first added; deleting closes the gaps. Every change is checked before anything is
@@ -185,17 +201,11 @@ class EmbeddingStore(Store):
         self._lock = threading.RLock()
         self._manifests: dict[Path, dict[str, Any]] = {}  # As they were read or written last, by folder.
         self._index = {kind: IdIndex() for kind in KINDS}
-        self._vectors = {kind: torch.empty(0, self.embedding_dim) for kind in KINDS}
+        self._vectors = {kind: torch.empty(0, self.embedding_dim, dtype=torch.float32, device="cpu") for kind in KINDS}
         # Item rows of each user, int32, and the item vectors with their factors, once they are needed.
         self._seen = Ragged(np.zeros(1, dtype=np.int64), np.empty(0, dtype=np.int32))
         self._metadata = ItemMetadata()
         self._scorable: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.RLock())
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{kind}s={self.count(kind)}" for kind in KINDS)

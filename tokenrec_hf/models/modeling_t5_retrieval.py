@@ -186,7 +186,9 @@ class T5ForGenerativeRetrieval(Loader, T5PreTrainedModel):
         self._kept: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
         self.post_init()
 
-    def bind_items(self, vectors: torch.Tensor, token_ids: torch.Tensor | np.ndarray | None = None) -> None:
+    def bind_items(
+        self, vectors: torch.Tensor | np.ndarray, token_ids: torch.Tensor | np.ndarray | None = None
+    ) -> None:
         """Sets the items that the loss compares queries with; they are never saved.
 
         Args:
@@ -197,7 +199,7 @@ class T5ForGenerativeRetrieval(Loader, T5PreTrainedModel):
         Raises:
             ValueError: the vectors do not have `embedding_dim` dimensions, or one is not finite, or there are no tokens.
         """
-        d = self.config.embedding_dim
+        vectors, d = torch.as_tensor(vectors), self.config.embedding_dim
         if vectors.dim() != 2 or vectors.shape[1] not in (d, self.config.query_dim):
             raise ValueError(
                 f"item vectors have shape {list(vectors.shape)} but the model expects [n, {d}]; "
@@ -211,13 +213,17 @@ class T5ForGenerativeRetrieval(Loader, T5PreTrainedModel):
         self.item_tokens = self.items_of_tokens = self.token_offsets = None
         if token_ids is not None:
             self.item_tokens = torch.as_tensor(token_ids).to(self.device)
-            tokens, order = self.item_tokens.flatten().sort(stable=True)
-            self.items_of_tokens = order // self.item_tokens.shape[1]
-            vocabulary = torch.arange(self._embeddings.num_embeddings, device=self.device)
-            self.token_offsets = torch.searchsorted(tokens, vocabulary)
+            self._sort_tokens()
+
+    def _sort_tokens(self) -> None:
+        """Sorts the tokens of the bound items, for `_CodeSums`."""
+        codes, vocabulary = cast(torch.Tensor, self.item_tokens), self._embeddings.num_embeddings
+        tokens, order = codes.flatten().sort(stable=True)
+        self.items_of_tokens = order // codes.shape[1]
+        self.token_offsets = torch.searchsorted(tokens, torch.arange(vocabulary, device=codes.device))
 
     @torch.no_grad()
-    def item_vectors(self, vectors: torch.Tensor, token_ids: torch.Tensor | np.ndarray) -> torch.Tensor:
+    def item_vectors(self, vectors: torch.Tensor | np.ndarray, token_ids: torch.Tensor | np.ndarray) -> torch.Tensor:
         """The vectors that queries are compared with by cosine, for the store.
 
         Args:
@@ -227,6 +233,7 @@ class T5ForGenerativeRetrieval(Loader, T5PreTrainedModel):
         Returns:
             `[n, query_dim]`: q, and with `"history"` pooling [q ; |q| e]. The first d dimensions are q to the bit.
         """
+        vectors = torch.as_tensor(vectors)
         if self.config.pooling != "history":
             return vectors
         vectors, token_ids = vectors[:, : self.config.embedding_dim], torch.as_tensor(token_ids)
@@ -254,6 +261,8 @@ class T5ForGenerativeRetrieval(Loader, T5PreTrainedModel):
         if type(embed) is not nn.Embedding:  # An adapter.
             summed = embed(tokens).sum(dim=1)
         elif tokens is self.item_tokens:
+            if len(cast(torch.Tensor, self.token_offsets)) != len(embed.weight):
+                self._sort_tokens()  # The vocabulary has been resized.
             summed = _CodeSums.apply(embed.weight, tokens, self.items_of_tokens, self.token_offsets)
         else:
             # A bag needs a ninth of the time of a sum, and no memory for its summands.

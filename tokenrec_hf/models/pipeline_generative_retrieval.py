@@ -65,7 +65,7 @@ class GenerativeRetrievalPipeline(Pipeline):
         """The best items for one request, or for each of several.
 
         Args:
-            inputs: a request, or a list, dataset column or generator of requests. A request is a dict with `"user"` (an id),
+            inputs: a request, or a list, dataset, dataset column or generator of requests. A request is a dict with `"user"` (an id),
                 `"history"` (item ids, oldest first) or both; or, as a string, a whole prompt such as
                 `"What should user_03 try after item_08 then?"`. Without a history the store's is used; with an empty history
                 the prompt names the user only.
@@ -86,8 +86,9 @@ class GenerativeRetrievalPipeline(Pipeline):
             KeyError: a user or an item is unknown.
             ValueError: a request or a prompt is invalid.
         """
-        # The base class takes only a list for several requests, but the column of a dataset is a sequence too.
-        if isinstance(inputs, Sequence) and not isinstance(inputs, str):
+        # The base class takes only a list for several requests, but so is a dataset, and its column is a sequence too.
+        is_dataset = hasattr(inputs, "column_names") and hasattr(inputs, "__len__")
+        if is_dataset or isinstance(inputs, Sequence) and not isinstance(inputs, str):
             inputs = list(inputs)
             if not inputs:
                 return []

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from ..models.codes import atomic_write
 from ..models.recommender import OnUnknown, Recommender
+from .repository import space_named
 from .reranking import answer_reranked
 
 # Users at once; more are no faster and take more memory.
@@ -81,7 +82,11 @@ def export_recommendations(
     noted = 0
     found: Sequence[Sequence[Mapping[str, Any]]]
     starts = range(0, len(asked), BATCH)
-    with atomic_write(path) as temporary, _writer(temporary, path.suffix.lower()) as writer:
+    with (
+        space_named(path, "nothing was written"),
+        atomic_write(path) as temporary,
+        _writer(temporary, path.suffix.lower()) as writer,
+    ):
         for start in tqdm(starts, desc="recommending", unit="batch", disable=None):
             batch = asked[start : start + BATCH]
             inputs = recommender.tokenize(batch, on_unknown=on_unknown)

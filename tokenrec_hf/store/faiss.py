@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..models.embedding_store import EmbeddingStore, Store, Vectors, check_search
+from ..models.embedding_store import EmbeddingStore, Lockable, Store, Vectors, check_search
 from ..models.functional import ITEM_CHUNK, unit_rows
 
 INDEXES = ("ivf", "hnsw")
@@ -33,7 +33,7 @@ def _of_store(method: Callable[..., Any]) -> Any:
     return call
 
 
-class FaissStore(Store):
+class FaissStore(Lockable, Store):
     """An [`EmbeddingStore`] that is searched approximately; all other methods are those of the store.
 
     Changes of items must go through this object, which would not notice them otherwise; then the next search finds them. The index

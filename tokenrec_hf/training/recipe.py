@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 RECIPES = ("paper", "best", "quickstart")
 AUTO = "auto"
 # Items up to which all compete in a softmax, and the number that a batch draws above, where `num_negatives` is `auto`.
-ALL_COMPETE, COMPETITORS = 20_000, 2_048
+ALL_COMPETE, COMPETITORS = 10_000, 2_048
 # The largest residual codebook of items whose size is `auto`; the time of k-means grows with it.
 MOST_CODEWORDS = 4096
 _FOLDER = Path(__file__).parents[1] / "assets" / "recipes"
