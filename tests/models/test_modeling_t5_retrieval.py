@@ -802,8 +802,9 @@ def test_reading_histories_needs_tokens_of_users_and_items(histories):
     with pytest.raises(ValueError, match="pooling is 'history', which is trained with loss_type='softmax' only"):
         reading_history(loss_type="cosine_ranking")
     model = reading_history()
-    with pytest.raises(ValueError, match="needs the code tokens of each item; give bind_items the token_ids"):
-        model.bind_items(items())
+    for tokens in (None, torch.as_tensor(ITEM_TOKENS)[:, :2]):
+        with pytest.raises(ValueError, match="needs the 3 code tokens of each item; give bind_items the token_ids"):
+            model.bind_items(items(), tokens)
     with pytest.raises(ValueError, match="reads token ids; give input_ids"):
         model.encode_queries(inputs_embeds=model.get_input_embeddings()(histories["input_ids"]))
 

@@ -114,12 +114,13 @@ def sampled_cross_entropy(
         num_items: number of all items.
         weights, excluded: see [`linear_cross_entropy`].
     """
-    targets = targets[:, None] if targets.dim() == 1 else targets
+    x, targets = x.float(), targets[:, None] if targets.dim() == 1 else targets
     known = targets >= 0
     row, wanted = known.nonzero()[:, 0], targets[known]  # [t], [t]
     drawn, counts = sample.unique(return_counts=True)
-    others, own = vectors(torch.cat([drawn, wanted])).split([len(drawn), len(wanted)])
-    logits = x @ others.T + (counts * (num_items / len(sample))).log()  # [n, |drawn|]
+    with torch.autocast(x.device.type, enabled=False):
+        others, own = vectors(torch.cat([drawn, wanted])).float().split([len(drawn), len(wanted)])
+        logits = x @ others.T + (counts * (num_items / len(sample))).log()  # [n, |drawn|]
     for rows, items in ((row, wanted), *([excluded] if excluded else ())):
         place = torch.searchsorted(drawn, items).clamp(max=len(drawn) - 1)
         inside = drawn[place] == items
@@ -130,7 +131,7 @@ def sampled_cross_entropy(
     count = known.sum(dim=1)
     mean = positive.masked_fill(~known, 0).sum(dim=1) / count.clamp(min=1)
     losses = torch.where(count > 0, total - mean, 0)
-    return losses.sum() if weights is None else losses @ weights
+    return losses.sum() if weights is None else (losses * weights).sum()
 
 
 class _Unit(torch.autograd.Function):

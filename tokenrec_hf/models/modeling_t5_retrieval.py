@@ -197,7 +197,7 @@ class T5ForGenerativeRetrieval(Loader, T5PreTrainedModel):
                 pooling.
 
         Raises:
-            ValueError: the vectors do not have `embedding_dim` dimensions, or one is not finite, or there are no tokens.
+            ValueError: the vectors do not have `embedding_dim` dimensions, or one is not finite, or there are other tokens or none.
         """
         vectors, d = torch.as_tensor(vectors), self.config.embedding_dim
         if vectors.dim() != 2 or vectors.shape[1] not in (d, self.config.query_dim):
@@ -207,8 +207,12 @@ class T5ForGenerativeRetrieval(Loader, T5PreTrainedModel):
             )
         if not vectors.isfinite().all():
             raise ValueError("an item vector has a value that is not finite; check the embedding store.")
-        if self.config.pooling == "history" and (token_ids is None or len(token_ids) != len(vectors)):
-            raise ValueError("history pooling needs the code tokens of each item; give bind_items the token_ids too.")
+        if self.config.pooling == "history":
+            codes = cast(dict, self.config.entity_tokens)["item"]
+            if token_ids is None or tuple(token_ids.shape) != (len(vectors), codes["num_codebooks"]):
+                raise ValueError(
+                    f"history pooling needs the {codes['num_codebooks']} code tokens of each item; give bind_items the token_ids too."
+                )
         self.item_embeddings = F.normalize(vectors[:, :d].detach().to(self.device, torch.float32), dim=-1)
         self.item_tokens = self.items_of_tokens = self.token_offsets = None
         if token_ids is not None:
