@@ -582,7 +582,7 @@ def test_splitting_needs_three_interactions_of_a_user_and_the_columns():
         leave_one_out(two, min_interactions=2)
     with pytest.raises(ValueError, match="no column 'item_id' but 'user_id'"):
         leave_one_out(two.select_columns("user_id"))
-    with pytest.raises(ValueError, match=r"the most is 0"):
+    with pytest.raises(ValueError, match=r"holds no interactions"):
         leave_one_out(two.select([]))
 
 
