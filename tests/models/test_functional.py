@@ -20,6 +20,16 @@ from tokenrec_hf.models.functional import (
 )
 
 
+def drawn_pairs(rows, items, targets, generator):
+    """Pairs of rows and items that are no targets, in random order, and as `excluded` takes them. Item 0 always competes."""
+    pairs = {(row, item) for row in range(rows) for item in range(items) if torch.rand((), generator=generator) < 0.3}
+    pairs = sorted(
+        pairs - {(row, item) for row in range(rows) for item in targets[row].tolist()} - {(r, 0) for r in range(rows)}
+    )
+    pairs = [pairs[place] for place in torch.randperm(len(pairs), generator=generator)]
+    return pairs, tuple(torch.tensor([pair[side] for pair in pairs]).long() for side in (0, 1))
+
+
 def naive(x, y, targets, weights, excluded):
     """The loss row by row and target by target, in float64."""
     total = 0.0
@@ -40,12 +50,7 @@ def test_the_loss_and_its_gradients_are_the_naive_ones(data):
     # Row 0 may be all padding.
     targets = torch.randint(-3, items, (rows, most), generator=generator)
     weights = torch.rand(rows, generator=generator)
-    pairs = {(row, item) for row in range(rows) for item in range(items) if torch.rand((), generator=generator) < 0.3}
-    pairs = sorted(
-        pairs - {(row, item) for row in range(rows) for item in targets[row].tolist()} - {(r, 0) for r in range(rows)}
-    )
-    pairs = [pairs[place] for place in torch.randperm(len(pairs), generator=generator)]
-    excluded = (torch.tensor([row for row, _ in pairs]).long(), torch.tensor([item for _, item in pairs]).long())
+    pairs, excluded = drawn_pairs(rows, items, targets, generator)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(functional, "LOGITS", data.draw(st.integers(1, 50), "logits at once"))
         found = linear_cross_entropy(x, y, targets, weights=weights, excluded=excluded)
@@ -80,9 +85,7 @@ def test_the_sampled_loss_and_its_gradients_are_the_naive_ones(data):
     targets = torch.stack([torch.randperm(items + most, generator=generator)[:most] - most for _ in range(rows)])
     weights = torch.rand(rows, generator=generator)
     sample = torch.randint(items, (data.draw(st.integers(1, 12), "sample"),), generator=generator)
-    pairs = [(row, item) for row in range(rows) for item in range(items) if torch.rand((), generator=generator) < 0.3]
-    pairs = [(row, item) for row, item in pairs if item not in targets[row]]
-    excluded = (torch.tensor([row for row, _ in pairs]).long(), torch.tensor([item for _, item in pairs]).long())
+    pairs, excluded = drawn_pairs(rows, items, targets, generator)
     options = {"weights": weights, "excluded": excluded}
     found = sampled_cross_entropy(x, lambda chosen: y[chosen], sample, targets, items, **options)
     expected = naive_sampled(x, y, sample, targets, weights, set(pairs))

@@ -17,6 +17,8 @@ from .naming import known_titles
 from .output import Document, note, working
 
 if TYPE_CHECKING:
+    from logging import LogRecord
+
     from datasets import Dataset, DatasetDict
 
     from ..data.interactions import ReadingReport
@@ -128,6 +130,11 @@ def external_store(uri: str | None) -> Store | None:
     return None if uri is None else open_store(uri, token=os.environ.get("MILVUS_TOKEN"))
 
 
+def _is_news(record: LogRecord) -> bool:
+    """Whether a record of `Trainer` says more than that the tied embeddings are missing."""
+    return not re.search(r"missing keys .*embed_tokens", record.getMessage())
+
+
 def quiet() -> None:
     """Turns off the progress bars of transformers and datasets, the logs of pymilvus and the ONNX exporter, and torch's beta warning."""
     import logging as std_logging
@@ -142,9 +149,7 @@ def quiet() -> None:
     # The ONNX exporter warns that torchvision is not there.
     std_logging.getLogger("torch.onnx").setLevel(std_logging.ERROR)
     # Trainer misses the tied embeddings, which safetensors writes once, in the best checkpoint.
-    std_logging.getLogger("transformers.trainer").addFilter(
-        lambda record: not re.search(r"missing keys .*embed_tokens", record.getMessage())
-    )
+    std_logging.getLogger("transformers.trainer").addFilter(_is_news)
     # datasets takes a tenth of the time of a cold `recommend` to import, which does not need it; when imported, it reads this.
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     if "datasets" in sys.modules:

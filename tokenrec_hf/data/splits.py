@@ -61,11 +61,13 @@ def leave_one_out(interactions: Dataset, min_interactions: int = 3) -> DatasetDi
         min_interactions: users with fewer interactions, at least 3, are in `train` only.
 
     Returns:
-        `train`, `validation` and `test` with the columns of `interactions`, users in order of their first appearance.
+        `train`, `validation` and `test` with the columns of `interactions`, ids as text and times as numbers, users in order of
+        their first appearance.
         `validation` and `test` hold one row for each user with enough interactions, in the same order.
 
     Raises:
-        ValueError: a column is missing, `min_interactions` is too small, or no user has enough interactions.
+        ValueError: a column or a value is missing, a time or an id is none, `min_interactions` is too small, or no user has enough
+            interactions.
     """
     if min_interactions < 3:
         raise ValueError(f"min_interactions is {min_interactions}; it must be 3 or more, one for each split.")
@@ -94,11 +96,13 @@ def temporal_split(interactions: Dataset, at: str | float) -> DatasetDict:
         at: a date (ISO 8601, UTC), or the share of all interactions that come before, between 0 and 1.
 
     Returns:
-        `train`, `validation` and `test` with the columns of `interactions`, users in order of their first appearance.
+        `train`, `validation` and `test` with the columns of `interactions`, ids as text and times as numbers, users in order of
+        their first appearance.
         `validation` and `test` hold one row for each user with two interactions before `at` and one later, in the same order.
 
     Raises:
-        ValueError: a column is missing, `at` is neither a date nor a share, or no user can be evaluated.
+        ValueError: a column or a value is missing, a time or an id is none, `at` is neither a date nor a share, or no user can be
+            evaluated.
     """
     table, users, timestamps = _columns(interactions)
     if timestamps is None:

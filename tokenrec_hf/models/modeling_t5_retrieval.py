@@ -336,8 +336,8 @@ class T5ForGenerativeRetrieval(Loader, T5PreTrainedModel):
     def _known_states(self, wordings: torch.Tensor) -> torch.Tensor | None:
         """The encoder's states of a single wording, `[1, W, d_model]`, which are the same until a weight changes.
 
-        Without them a recommendation to one user takes twice as long with the sizes of T5-small. Most changes give a tensor a new
-        version; those of fused optimisers and through `.data` do not, and a sample of every weight tells them.
+        Without them every request would pay for a pass of the encoder. Most changes give a tensor a new version; those of fused
+        optimisers and through `.data` do not, and a sample of every weight tells them.
         """
         encoder = self.get_encoder()
         weights = list(encoder.parameters())

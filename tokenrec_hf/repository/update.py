@@ -214,7 +214,7 @@ def _check_given(
     for kind, given in (("user", users), ("item", items)):
         if given is not None and not isinstance(given, NewVectors):
             raise TypeError(f"{kind}s must be NewVectors(ids, vectors), not a {type(given).__name__}.")
-    columns = getattr(interactions, "column_names", ())
+    columns = getattr(interactions, "column_names", None) or ()  # None for a stream whose columns are unknown
     if interactions is not None and not {"user_id", "item_id"} <= set(columns):
         raise TypeError(
             f"interactions must be a Dataset of user_id and item_id, as from load_interactions, not a {type(interactions).__name__}."

@@ -390,7 +390,7 @@ def _check_training(section: str, stage: StageSettings) -> None:
         _check_field(f"{section}.training.{name}", value, name in usual, usual.get(name), TrainingArguments)
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         value, place = stage.training.get(name, 1), f"{section}.training.{name}"
-        if value < 1 or value % 1:
+        if not isinstance(value, int) or value < 1:
             raise SettingError(place, f"{place} is {value} but must be a whole number of at least 1.")
     if not (epochs := stage.training.get("num_train_epochs", 1)) > 0:
         place = f"{section}.training.num_train_epochs"
